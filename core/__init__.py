@@ -1,0 +1,1 @@
+"""The words every other package shares. Imports nothing of ours, no torch and no ray."""

@@ -1,0 +1,121 @@
+"""The table of contents: what a request is, what comes back, and how it ends.
+
+These structs travel between processes as MessagePack (core.wire) and are validated by msgspec when decoded. Values from
+users are checked by the gateway before they become one of these; inside, they are trusted.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from core.errors import BY_CODE, InternalError, SlipstreamError
+
+
+class Role(StrEnum):
+    """What a worker is used for. State the controller sets: any worker can do either."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn. `seed` is always set: the gateway draws one when the user gave none.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. Penalties follow OpenAI (presence, frequency: over
+    output tokens) and CTRL, arXiv:1909.05858 (repetition: over prompt and output). Stop strings are not here: the
+    gateway matches text, workers see token ids only.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Ends the output, the end-of-sequence tokens of the model included unless the user said ignore_eos."""
+    logprobs: int | None = None
+    """How many alternatives to report beside the drawn token; None reports nothing."""
+
+
+class Slo(Struct, frozen=True, kw_only=True):
+    """Latency targets in milliseconds; None is no target."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to generate. `emitted_token_ids` were already sent to the client by a worker that has since gone:
+    they are part of the output (positions, penalties and max_tokens count them) and are not emitted again."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    deadline: float
+    """Unix time, seconds, by which the request must have ended."""
+    emitted_token_ids: list[int] = []
+    slo: Slo | None = None
+    priority: int = 0
+    """Lower goes first."""
+    cache_salt: str = ""
+    """Prefix-cache blocks are shared only between requests with the same salt."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Finish(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The one terminal event of a request."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: str | None = None
+    """With reason ERROR: the class name of an error in core.errors.BY_CODE."""
+    message: str = ""
+
+    @staticmethod
+    def from_error(error: SlipstreamError) -> Finish:
+        name = type(error).__name__
+        return Finish(
+            reason=FinishReason.ERROR,
+            error=name if name in BY_CODE else InternalError.__name__,
+            message=error.message,
+        )
+
+    def to_error(self) -> SlipstreamError:
+        """The exception for reason ERROR."""
+        return BY_CODE.get(self.error or "", InternalError)(self.message)
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Natural-log probabilities under the model's own law (temperature 1, no penalties or truncation)."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, logprob), most likely first."""
+
+
+class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one request. `index` is the position in the output of the first of them: prefill and decode workers
+    speak over separate connections, and the receiver puts their deltas in order by it."""
+
+    request_id: str
+    index: int
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from a prefix cache; set on the delta that carries the first token."""
+    finish: Finish | None = None

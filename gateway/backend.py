@@ -1,0 +1,29 @@
+"""What the gateway needs from a cluster. `cluster/` implements it; the gateway knows nothing else about workers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.types import Request, TokenDelta
+from core.wire import WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """`ready` means that a request sent now would be served; otherwise `reason` says what is missing."""
+
+    ready: bool
+    reason: str
+    workers: tuple[WorkerStatus, ...]
+
+
+class Backend(Protocol):
+    def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
+        """Deltas in output order, the last with `finish` set, by the deadline at the latest. Raises Overloaded or
+        Unavailable before the first delta when the request is refused. Closing the iterator cancels the request and
+        frees what it holds everywhere."""
+        ...
+
+    def status(self) -> BackendStatus: ...
