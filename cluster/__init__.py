@@ -1,0 +1,1 @@
+"""Slipstream on Ray: configuration, placement of processes, routing, the command line."""

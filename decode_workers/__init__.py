@@ -1,0 +1,1 @@
+"""The decode role: take KV in, decode in the continuous batch; prefill locally when told to."""

@@ -2,8 +2,8 @@
 
 A StepBatch is flat over tokens and holds no tensors, so that it can be sent to every rank of a group. Sequence s owns
 the rows query_starts[s] .. query_starts[s + 1]. Before the step its KV cache holds context_lens[s] tokens; row j of the
-sequence (from 0) writes its KV at logical index context_lens[s] + j, which block_tables[s] maps to a slot. Positions are
-what RoPE sees and differ from logical indices only in a token tree.
+sequence (from 0) writes its KV at logical index context_lens[s] + j, which block_tables[s] maps to a slot. Positions
+are what RoPE sees and differ from logical indices only in a token tree.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The prefill role: run prompts, emit the first token, give the KV away."""

@@ -1,0 +1,183 @@
+"""The Ray Serve application: controller, workers, gateway.
+
+Serve owns their lifecycle, health, restarts and rollout. Requests and tokens don't pass through it: the gateway listens
+on a port of its own and talks to the workers over links (core.links).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from cluster.client import ClusterBackend
+from cluster.config import ClusterSection, SlipstreamConfig
+from cluster.membership import ANNOUNCE_PERIOD_S, Member, Membership
+from core.types import Role
+from engine.kv_cache import KVLayout
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "slipstream"
+HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
+SHUTDOWN_SLACK_S = 5.0
+
+
+class Controller:
+    """Membership over Serve's calls: once a second per worker and gateway, never per request."""
+
+    def __init__(self, wanted: dict[str, int]) -> None:
+        self._membership = Membership({Role(role): count for role, count in wanted.items()})
+
+    async def admit(self, worker_id: str, layout: KVLayout) -> Role:
+        return self._membership.admit(worker_id, layout, time.monotonic())
+
+    async def announce(self, member: Member) -> None:
+        self._membership.announce(member, time.monotonic())
+
+    async def leave(self, worker_id: str) -> None:
+        self._membership.leave(worker_id)
+
+    async def members(self) -> list[Member]:
+        self._membership.expire(time.monotonic())
+        return self._membership.members()
+
+
+class Worker:
+    """One group of devices with one model on it. The replica is rank 0 of its group."""
+
+    async def __init__(self, config: SlipstreamConfig, folder: str, threads: int, controller: DeploymentHandle) -> None:
+        from cluster.worker import load_runner, make_node  # torch is not needed to deploy
+
+        self._controller = controller
+        worker_id = f"worker-{uuid.uuid4().hex[:8]}"
+        runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads)
+        role = await controller.admit.remote(worker_id, runner.layout)
+        self._node = make_node(worker_id, role, runner, config)
+        address = await self._node.start(ray.util.get_node_ip_address())
+        self._member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)
+        await controller.announce.remote(self._member)
+        self._announcing = asyncio.ensure_future(self._announce())
+
+    async def _announce(self) -> None:
+        while True:
+            await asyncio.sleep(ANNOUNCE_PERIOD_S)
+            try:
+                await self._controller.announce.remote(self._member)
+            except (RayError, RayServeException) as error:
+                logger.warning("the controller does not answer, trying again: %s", error)
+
+    async def check_health(self) -> None:
+        self._node.check_health()
+
+    async def __del__(self) -> None:
+        if (announcing := getattr(self, "_announcing", None)) is not None:
+            announcing.cancel()
+        if (node := getattr(self, "_node", None)) is not None:
+            await node.stop()
+
+
+class Gateway:
+    """The HTTP API on a port of its own, and the sessions to the workers."""
+
+    async def __init__(
+        self, config: SlipstreamConfig, folder: str, controller: DeploymentHandle, _workers: DeploymentHandle
+    ) -> None:
+        from cluster.front import Front
+
+        async def list_members() -> list[Member]:
+            try:
+                return await controller.members.remote()
+            except (RayError, RayServeException) as error:
+                logger.warning("the controller does not answer, keeping the workers known: %s", error)
+                return []
+
+        backend = ClusterBackend(
+            list_members,
+            expected_workers=config.cluster.num_workers,
+            max_waiting=config.gateway.max_concurrent_requests,
+        )
+        self._front = Front(config, Path(folder), backend)
+        await self._front.start()
+
+    async def address(self) -> str:
+        return self._front.url
+
+    async def ready(self) -> tuple[bool, str]:
+        """Whether a request would be served, and if not, why."""
+        return self._front.ready()
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait for the running ones, drain_timeout_s at most."""
+        await self._front.drain()
+
+    async def check_health(self) -> None:
+        self._front.check_health()
+
+    async def __del__(self) -> None:
+        if (front := getattr(self, "_front", None)) is not None:
+            await front.stop()
+
+
+def worker_cpus(cluster: ClusterSection, cores: float) -> float:
+    """Logical CPUs of one worker: its share of the cores, whole ones as long as there is one each."""
+    if cluster.cpus_per_worker is not None:
+        return cluster.cpus_per_worker
+    share = cores / cluster.num_workers
+    return float(int(share)) if share >= 1 else max(0.01, int(share * 100) / 100)
+
+
+def build(config: SlipstreamConfig, folder: str, cores: float) -> serve.Application:
+    """The application for a model that is in `folder` on every node. `cores` is the cluster's CPU count."""
+    cpus = worker_cpus(config.cluster, cores)
+    threads = max(1, int(cpus))
+    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+    drain_s = config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S
+    common: dict[str, Any] = {**HEALTH, "logging_config": quiet}
+    controller = serve.deployment(
+        Controller, name="controller", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common
+    ).bind({role.value: count for role, count in config.cluster.roles.items()})
+    workers = serve.deployment(
+        Worker,
+        name="worker-tp1-pp1",
+        num_replicas=config.cluster.num_workers,
+        ray_actor_options={"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
+        placement_group_bundles=[{"CPU": cpus}],
+        placement_group_strategy="STRICT_PACK",
+        max_constructor_retry_count=2,
+        graceful_shutdown_timeout_s=SHUTDOWN_SLACK_S,
+        **common,
+    ).bind(config, folder, threads, controller)
+    gateway = serve.deployment(
+        Gateway,
+        name="gateway",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_constructor_retry_count=2,
+        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        **common,
+    )
+    return gateway.bind(config, folder, controller, workers)
+
+
+def build_from_args(args: dict[str, Any]) -> serve.Application:
+    """Application builder for Serve configuration files (`import_path: cluster.app:build_from_args`); `args` is the
+    configuration tree."""
+    from engine.checkpoints import resolve
+
+    config = SlipstreamConfig.model_validate(args)
+    folder = resolve(config.model, revision=config.revision)
+    return build(config, str(folder), float(os.cpu_count() or 1))
+

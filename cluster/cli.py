@@ -1,0 +1,73 @@
+"""The `slipstream` command. Subcommands are imported when they are called: `--help` must not load torch or Ray."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.config import load
+from cluster.options import config_options
+from core.errors import SlipstreamError
+
+LAZY = {
+    "bench": ("bench.cli", "bench", "Measure a server."),
+    "models": ("cluster.cli_models", "models", "Fetch and list models."),
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its subcommands by name and imports them on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *LAZY])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        module, attribute, _ = LAZY[cmd_name]
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, text) for name, (_, _, text) in LAZY.items()]
+        rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("slipstream"), prog_name="slipstream")
+def cli() -> None:
+    """Serve language models with prefill and decode on separate device groups."""
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file with the same settings.")
+@config_options
+def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
+    """Serve MODEL: a Hugging Face id, a folder, a .gguf file, or demo."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if model is not None:
+        given["model"] = model
+    config = load(config_file, given)
+    from rich.console import Console
+
+    from cluster.launcher import serve as run
+
+    run(config, Console())
+
+
+def main() -> None:
+    """Entry point. An error of ours is one line on standard error and exit status 2."""
+    try:
+        cli()
+    except SlipstreamError as error:
+        click.echo(f"error: {error.message}", err=True)
+        sys.exit(2)

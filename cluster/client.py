@@ -1,0 +1,261 @@
+"""The gateway's side of the cluster: a session to every worker, and a dispatch for every request.
+
+Implements gateway.backend.Backend. All of it runs on one event loop; the deciders (router, dispatch) say what to do and
+this carries it out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+from cluster.dispatch import Deliver, Dispatch, Instruction, Reroute, Send
+from cluster.membership import Member
+from cluster.node import WORKER_SERVICE
+from cluster.router import Candidate, choose
+from core.errors import SlipstreamError, Unavailable
+from core.links import Link, LinkClient
+from core.types import Request, TokenDelta
+from core.wire import (
+    STATUS_PERIOD_S,
+    STATUS_TIMEOUT_S,
+    FromWorker,
+    HandoffFailed,
+    Step,
+    ToWorker,
+    WorkerStatus,
+)
+from gateway.backend import BackendStatus
+
+logger = logging.getLogger(__name__)
+
+ListMembers = Callable[[], Awaitable[Iterable[Member]]]
+MEMBERS_PERIOD_S = 0.5
+
+
+class WorkerSession:
+    """One worker as this gateway knows it. Owns the channel and the link."""
+
+    def __init__(self, member: Member, client: LinkClient, link: Link[FromWorker, ToWorker]) -> None:
+        self.member = member
+        self.link = link
+        self.status: WorkerStatus | None = None
+        self.last_heard = time.monotonic()
+        self._client = client
+        self._assigned_tokens = 0
+        self._assigned_requests = 0
+
+    @classmethod
+    async def open(cls, member: Member) -> WorkerSession:
+        """Raises Unavailable if the worker does not answer."""
+        client = LinkClient(member.address)
+        try:
+            link: Link[FromWorker, ToWorker] = await client.open(WORKER_SERVICE, FromWorker, ToWorker)  # type: ignore[arg-type]
+        except Unavailable:
+            await client.close()
+            raise
+        return cls(member, client, link)
+
+    def heard(self, status: WorkerStatus) -> None:
+        self.status = status
+        self._assigned_tokens = self._assigned_requests = 0
+
+    def assign(self, tokens: int) -> None:
+        self._assigned_tokens += tokens
+        self._assigned_requests += 1
+
+    def candidate(self) -> Candidate | None:
+        """None until the worker has said how it is."""
+        if self.status is None:
+            return None
+        return Candidate(
+            self.member.worker_id,
+            self.member.address,
+            self.status,
+            self._assigned_tokens,
+            self._assigned_requests,
+        )
+
+    async def close(self) -> None:
+        self.link.close()
+        await self._client.close()
+
+
+class Flight:
+    """A request under way: its dispatch and the queue its consumer reads."""
+
+    def __init__(self, request: Request) -> None:
+        self.dispatch = Dispatch(request)
+        self.queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        self.attempt_id: str | None = None
+        """The attempt whose deltas are routed here."""
+
+
+class ClusterBackend:
+    """`await start()` connects; `await stop()` closes every session, which ends what the workers still do for us."""
+
+    def __init__(self, list_members: ListMembers, *, expected_workers: int = 1, max_waiting: int = 256) -> None:
+        self._list_members = list_members
+        self._expected_workers = expected_workers
+        self._max_waiting = max_waiting
+        self._sessions: dict[str, WorkerSession] = {}
+        self._attempts: dict[str, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._complete_once = False
+
+    async def start(self) -> None:
+        self._spawn(self._follow_members())
+        self._spawn(self._watch_heartbeats())
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for session in list(self._sessions.values()):
+            await session.close()
+        self._sessions.clear()
+
+    # --- Backend ---------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
+        """See gateway.backend.Backend."""
+        flight = Flight(request)
+        timer = asyncio.get_running_loop().call_later(
+            max(0.0, request.deadline - time.time()), lambda: self._carry_out(flight, flight.dispatch.on_deadline())
+        )
+        try:
+            self._route(flight, None, refuse=False)
+            while True:
+                delta = await flight.queue.get()
+                yield delta
+                if delta.finish is not None:
+                    return
+        finally:
+            timer.cancel()
+            self._carry_out(flight, flight.dispatch.on_cancel())
+
+    def status(self) -> BackendStatus:
+        workers = tuple(s.status for s in self._sessions.values() if s.status is not None)
+        self._complete_once = self._complete_once or len(workers) >= self._expected_workers
+        if not workers:
+            return BackendStatus(ready=False, reason="no worker is alive", workers=())
+        if not self._complete_once:
+            reason = f"{len(workers)} of {self._expected_workers} workers are up"
+            return BackendStatus(ready=False, reason=reason, workers=workers)
+        return BackendStatus(ready=True, reason="", workers=workers)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def _route(self, flight: Flight, local_to: str | None, refuse: bool = True) -> None:
+        """Start the next attempt. Without a route the request ends (`refuse`) or the error is raised."""
+        request = flight.dispatch.request
+        num_tokens = len(request.prompt_token_ids)
+        candidates = [c for s in self._sessions.values() if (c := s.candidate()) is not None]
+        if (local := next((c for c in candidates if c.worker_id == local_to), None)) is not None:
+            candidates = [local]
+        try:
+            route = choose(num_tokens, candidates, self._max_waiting)
+        except SlipstreamError as error:
+            if not refuse:
+                raise
+            self._carry_out(flight, flight.dispatch.refuse(error))
+            return
+        prefill = None if local is not None else route.prefill
+        for candidate in filter(None, (prefill, route.decode)):
+            self._sessions[candidate.worker_id].assign(num_tokens)
+        started = flight.dispatch.start(
+            route.decode.worker_id,
+            prefill.worker_id if prefill else None,
+            prefill.address if prefill else "",
+        )
+        self._forget(flight)
+        flight.attempt_id = flight.dispatch.attempt_id
+        if flight.attempt_id is not None:
+            self._attempts[flight.attempt_id] = flight
+        self._carry_out(flight, started)
+
+    def _carry_out(self, flight: Flight, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send(worker_id, message):
+                    if (session := self._sessions.get(worker_id)) is not None:
+                        session.link.send(message)
+                case Deliver(delta):
+                    flight.queue.put_nowait(delta)
+                case Reroute(local_to):
+                    self._route(flight, local_to)
+        if flight.dispatch.ended:
+            self._forget(flight)
+
+    def _forget(self, flight: Flight) -> None:
+        if flight.attempt_id is not None:
+            self._attempts.pop(flight.attempt_id, None)
+            flight.attempt_id = None
+
+    # --- workers ---------------------------------------------------------------------------------------------------
+
+    async def _follow_members(self) -> None:
+        while True:
+            for member in await self._list_members():
+                if member.worker_id not in self._sessions:
+                    await self._connect(member)
+            await asyncio.sleep(MEMBERS_PERIOD_S)
+
+    async def _connect(self, member: Member) -> None:
+        try:
+            session = await WorkerSession.open(member)
+        except Unavailable as error:
+            logger.warning("worker %s: %s", member.worker_id, error.message)
+            return
+        self._sessions[member.worker_id] = session
+        self._spawn(self._listen(session))
+
+    async def _listen(self, session: WorkerSession) -> None:
+        try:
+            async for message in session.link:
+                session.last_heard = time.monotonic()
+                self._hear(session, message)
+        finally:
+            self._sessions.pop(session.member.worker_id, None)
+            await session.close()
+            self._lose(session.member.worker_id)
+
+    def _hear(self, session: WorkerSession, message: FromWorker) -> None:
+        match message:
+            case Step(deltas):
+                for delta in deltas:
+                    if (flight := self._attempts.get(delta.request_id)) is not None:
+                        self._carry_out(flight, flight.dispatch.on_delta(delta))
+            case HandoffFailed(request_id):
+                if (flight := self._attempts.get(request_id)) is not None:
+                    self._carry_out(flight, flight.dispatch.on_handoff_failed(request_id))
+            case WorkerStatus():
+                session.heard(message)
+
+    def _lose(self, worker_id: str) -> None:
+        logger.warning("worker %s is gone", worker_id)
+        for flight in list(self._attempts.values()):
+            self._carry_out(flight, flight.dispatch.on_worker_lost(worker_id))
+
+    async def _watch_heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_PERIOD_S)
+            now = time.monotonic()
+            for session in list(self._sessions.values()):
+                if now - session.last_heard > STATUS_TIMEOUT_S:
+                    logger.warning("worker %s has been silent for %g s", session.member.worker_id, STATUS_TIMEOUT_S)
+                    session.link.close()
+                    await session.close()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("background task of the gateway failed", exc_info=error)

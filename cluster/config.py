@@ -1,0 +1,163 @@
+"""The configuration: one tree, one YAML file, the same names as flags.
+
+Sections group what belongs together in the file; leaf names are unique over the tree, so that `--kv-cache-memory` and
+`engine: {kv_cache_memory: …}` are one setting. Everything has a default that works on a laptop. Unknown keys are refused
+with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from core.errors import ConfigError
+from core.types import Role
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """ "512MiB" -> 536870912. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB or GiB, such as 512MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _check_bytes(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_check_bytes)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSection(Section):
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of weights and KV cache; auto: bfloat16 where the device has it, else float32"
+    )
+    block_size: Literal[8, 16, 32, 64] = Field(16, description="Tokens per KV cache block")
+    kv_cache_memory: Size = Field("1GiB", description="KV cache of one worker, such as 512MiB")
+    max_model_len: int | None = Field(
+        None, gt=0, description="Longest prompt plus output, in tokens; default: what the model and the KV cache allow"
+    )
+    max_num_seqs: int = Field(64, gt=0, le=4096, description="Sequences in one step of a worker")
+    max_num_batched_tokens: int | None = Field(
+        None, gt=0, description="Tokens in one step; default: 2048 on prefill workers, 512 on the others"
+    )
+    prefix_caching: bool = Field(True, description="Reuse the KV of common prefixes")
+
+    def batched_tokens(self, role: Role) -> int:
+        """The token budget of a step for a worker of `role`."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return 2048 if role is Role.PREFILL else 512
+
+
+class ClusterSection(Section):
+    prefill_replicas: int = Field(1, ge=0, le=1024, description="Workers that prefill")
+    decode_replicas: int = Field(1, ge=0, le=1024, description="Workers that decode")
+    colocated: bool = Field(False, description="Prefill and decode in the same worker; --decode-replicas of them")
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="Cores of one worker; default: the machine's cores shared out evenly"
+    )
+    ray_address: str | None = Field(None, description="A running Ray cluster to join; default: start one here")
+    lease_s: float = Field(10.0, gt=0.5, le=600, description="Life of a hand-off's lease without a heartbeat, seconds")
+
+    @model_validator(mode="after")
+    def _some_worker(self) -> ClusterSection:
+        if self.decode_replicas < 1:
+            raise ValueError("decode_replicas must be at least 1: nothing could answer")
+        if not self.colocated and self.prefill_replicas < 1:
+            raise ValueError("prefill_replicas must be at least 1, unless colocated is set")
+        return self
+
+    @property
+    def roles(self) -> dict[Role, int]:
+        """How many workers of each role."""
+        if self.colocated:
+            return {Role.BOTH: self.decode_replicas}
+        return {Role.PREFILL: self.prefill_replicas, Role.DECODE: self.decode_replicas}
+
+    @property
+    def num_workers(self) -> int:
+        return sum(self.roles.values())
+
+
+class GatewaySection(Section):
+    host: str = Field("127.0.0.1", description="Address the HTTP API listens on")
+    port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP API; 0 takes a free one")
+    served_model_name: str | None = Field(None, description="Name in the API; default: the name given to serve")
+    max_concurrent_requests: int = Field(256, gt=0, description="More than these at once are answered 429")
+    request_timeout_s: float = Field(600.0, gt=0, description="Every request ends within this time, seconds")
+    max_body: Size = Field("4MiB", description="Largest request body")
+    drain_timeout_s: float = Field(20.0, ge=0, description="On shutdown, how long running requests may go on, seconds")
+
+
+class SlipstreamConfig(Section):
+    model: str = Field("demo", description="A Hugging Face id, a folder, a .gguf file, or demo")
+    revision: str | None = Field(None, description="Revision of a Hugging Face model")
+    engine: EngineSection = EngineSection()
+    cluster: ClusterSection = ClusterSection()
+    gateway: GatewaySection = GatewaySection()
+
+
+SECTIONS: dict[str, type[Section]] = {"engine": EngineSection, "cluster": ClusterSection, "gateway": GatewaySection}
+
+
+def leaves() -> Iterator[tuple[str | None, str, FieldInfo]]:
+    """Every setting as (section or None, name, field)."""
+    yield None, "revision", SlipstreamConfig.model_fields["revision"]
+    for section, cls in SECTIONS.items():
+        for name, info in cls.model_fields.items():
+            yield section, name, info
+
+
+def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
+    """The file's settings with `overrides` (leaf name -> value) on top. Raises ConfigError, one line."""
+    tree = _read(path) if path is not None else {}
+    where = {name: section for section, name, _ in leaves()} | {"model": None}
+    for name, value in overrides.items():
+        section = where[name]
+        (tree if section is None else tree.setdefault(section, {}))[name] = value
+    try:
+        return SlipstreamConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(s, {}), dict) for s in SECTIONS):
+        raise ConfigError(f"{path}: the file and its sections {', '.join(SECTIONS)} must be mappings of names to values")
+    return tree
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    origin = f"{path}: " if path is not None else ""
+    if first["type"] == "extra_forbidden":
+        known = [*SlipstreamConfig.model_fields, *(n for _, n, _ in leaves())]
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return f"{origin}unknown setting {name}" + (f"; did you mean {near[0]}?" if near else "")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{origin}{name}: {message}" if name else f"{origin}{message}"

@@ -1,0 +1,221 @@
+"""A worker process: one engine, both roles over it, and the sessions of the gateways it serves. Knows nothing of Ray.
+
+Engine thread and event loop meet in two places only: commands go down through Engine's queue, reports come up through
+`call_soon_threadsafe`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from core.errors import InternalError
+from core.links import Link, LinkServer
+from core.types import Role, TokenDelta
+from core.wire import (
+    STATUS_PERIOD_S,
+    Abort,
+    FromWorker,
+    Generate,
+    HandoffFailed,
+    Prefill,
+    Receive,
+    Step,
+    ToWorker,
+    WorkerCounters,
+    WorkerStatus,
+)
+from decode_workers.worker import DecodeWorker
+from engine.engine import Engine, Report
+from engine.runner import ModelRunner
+from engine.scheduler import Scheduler, SequenceUpdate
+from kv_transfer.giver import Giver
+from kv_transfer.messages import FromGiver, ToGiver
+from kv_transfer.taker import Taker
+from prefill_workers.worker import PrefillWorker
+
+logger = logging.getLogger(__name__)
+
+WORKER_SERVICE = "Worker"
+TRANSFER_SERVICE = "KvTransfer"
+
+Session = Link[ToWorker, FromWorker]
+
+
+@dataclass(slots=True)
+class _Owned:
+    """A request and the session that asked for it."""
+
+    session: Session
+    prefilling: bool
+
+
+class WorkerNode:
+    """`await start()` brings it up and returns its address; `await stop()` frees everything it holds."""
+
+    def __init__(self, worker_id: str, role: Role, runner: ModelRunner, scheduler: Scheduler, lease_s: float) -> None:
+        self.worker_id = worker_id
+        self.role = role
+        self._runner = runner
+        self._scheduler = scheduler
+        self._engine = Engine(runner, scheduler, self._on_report)
+        self._lease_s = lease_s
+        self._owned: dict[str, _Owned] = {}
+        self._sessions: set[Session] = set()
+        self._server = LinkServer()
+        self._heartbeat: asyncio.Task[None] | None = None
+
+    async def start(self, host: str) -> str:
+        self._loop = asyncio.get_running_loop()
+        self._giver = Giver(self._runner.pool, lease_s=self._lease_s, on_released=self._on_released)
+        self._taker = Taker(self._runner.pool)
+        self._prefill = PrefillWorker(self._engine, self._giver)
+        self._decode = DecodeWorker(self._engine, self._taker, self._on_handoff_failed)
+        self._server.add_service(WORKER_SERVICE, ToWorker, self._on_session)  # type: ignore[arg-type]
+        self._server.add_service(TRANSFER_SERVICE, ToGiver, self._giver.on_link)  # type: ignore[arg-type]
+        self._engine.start()
+        self._heartbeat = self._loop.create_task(self._send_status())
+        return await self._server.start(host)
+
+    async def stop(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        for session in list(self._sessions):
+            session.close()
+        await self._server.stop()
+        await self._decode.close()
+        await self._taker.close()
+        await self._giver.close()
+        await asyncio.to_thread(self._engine.stop)
+        self._runner.pool.close()
+
+    def check_health(self) -> None:
+        """Raises InternalError when the engine can't serve any more."""
+        if not self._engine.alive:
+            raise self._engine.failure or InternalError("the engine thread has ended")
+
+    # --- sessions --------------------------------------------------------------------------------------------------
+
+    async def _on_session(self, session: Session) -> None:
+        self._sessions.add(session)
+        session.send(self.status())
+        try:
+            async for message in session:
+                self._handle(session, message)
+        finally:
+            self._sessions.discard(session)
+            for request_id in [r for r, owned in self._owned.items() if owned.session is session]:
+                self._abort(request_id)
+
+    def _handle(self, session: Session, message: ToWorker) -> None:
+        match message:
+            case Generate(request):
+                self._owned[request.request_id] = _Owned(session, prefilling=False)
+                self._decode.generate(request)
+            case Prefill(request):
+                self._owned[request.request_id] = _Owned(session, prefilling=True)
+                self._prefill.prefill(message)
+            case Receive(request):
+                self._owned[request.request_id] = _Owned(session, prefilling=False)
+                self._decode.receive(message)
+            case Abort(request_id):
+                self._abort(request_id)
+
+    def _abort(self, request_id: str) -> None:
+        owned = self._owned.pop(request_id, None)
+        if owned is None:
+            return
+        if owned.prefilling:
+            self._prefill.abort(request_id)
+        else:
+            self._decode.abort(request_id)
+
+    # --- what the engine and the transfers report --------------------------------------------------------------------
+
+    def _on_report(self, report: Report) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._deliver, report)
+
+    def _deliver(self, report: Report) -> None:
+        outgoing: dict[Session, list[TokenDelta]] = {}
+        for update in report.updates:
+            owned = self._owned.get(update.sequence.request_id)
+            if owned is None:
+                continue  # aborted while the step ran
+            outgoing.setdefault(owned.session, []).append(to_delta(update))
+            self._advance(owned, update)
+        for session, deltas in outgoing.items():
+            session.send(Step(deltas))
+        for sequence in report.granted:
+            self._decode.granted(sequence)
+
+    def _advance(self, owned: _Owned, update: SequenceUpdate) -> None:
+        request_id = update.sequence.request_id
+        if owned.prefilling:
+            self._prefill.on_update(update)
+        if update.finish is not None:
+            del self._owned[request_id]
+            if not owned.prefilling:
+                self._decode.rejected(request_id)
+
+    def _on_released(self, transfer_id: str, outcome: str) -> None:
+        request_id = self._prefill.released(transfer_id)
+        if request_id is not None:
+            self._owned.pop(request_id, None)
+        if outcome != "committed":
+            logger.info("transfer %s ended without commit: %s", transfer_id, outcome)
+
+    def _on_handoff_failed(self, request_id: str, reason: str) -> None:
+        logger.warning("hand-off of %s failed: %s", request_id, reason)
+        if (owned := self._owned.pop(request_id, None)) is not None:
+            owned.session.send(HandoffFailed(request_id, reason))
+
+    # --- status ----------------------------------------------------------------------------------------------------
+
+    async def _send_status(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_PERIOD_S)
+            status = self.status()
+            for session in self._sessions:
+                session.send(status)
+
+    def status(self) -> WorkerStatus:
+        stats, giver, taker = self._engine.stats, self._giver.counters, self._taker.counters
+        return WorkerStatus(
+            worker_id=self.worker_id,
+            role=self.role,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_waiting_tokens=stats.num_waiting_tokens,
+            num_free_blocks=stats.num_free_blocks,
+            num_blocks=self._runner.pool.num_blocks,
+            block_size=self._runner.layout.block_size,
+            max_num_seqs=self._scheduler.config.max_num_seqs,
+            counters=WorkerCounters(
+                prompt_tokens=stats.prompt_tokens,
+                generated_tokens=stats.generated_tokens,
+                prefix_cache_queries=stats.prefix_cache_queries,
+                prefix_cache_hits=stats.prefix_cache_hits,
+                preemptions=stats.num_preemptions,
+                steps=stats.steps,
+                step_seconds=stats.step_seconds,
+                transfers_committed=giver.committed + taker.committed,
+                transfers_failed=giver.failed + taker.failed,
+                transfers_expired=giver.expired + taker.expired,
+                transfer_bytes=taker.bytes,
+                transfer_seconds=taker.seconds,
+            ),
+        )
+
+
+def to_delta(update: SequenceUpdate) -> TokenDelta:
+    return TokenDelta(
+        request_id=update.sequence.request_id,
+        index=update.index,
+        token_ids=list(update.token_ids),
+        logprobs=update.logprobs,
+        num_cached_tokens=update.num_cached_tokens,
+        finish=update.finish,
+    )
+

@@ -1,0 +1,47 @@
+"""Command-line options made from the configuration tree, so that names, types and help exist once."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import click
+from pydantic.fields import FieldInfo
+
+from cluster.config import leaves
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def config_options(command: F) -> F:
+    """Add one option per setting. An option that was not given is absent from the command's keyword arguments' values
+    (None), so that the file and the defaults stand."""
+    for _, name, info in reversed(list(leaves())):
+        command = click.option(_flag(name, info), name, type=_type(info), default=None, help=_help(info))(command)
+    return command
+
+
+def _flag(name: str, info: FieldInfo) -> str:
+    flag = "--" + name.replace("_", "-")
+    return f"{flag}/--no-{flag[2:]}" if info.annotation is bool else flag
+
+
+def _type(info: FieldInfo) -> Any:
+    kinds = [kind for kind in _members(info.annotation) if kind is not type(None)]
+    kind = kinds[0]
+    if typing.get_origin(kind) is Literal:
+        values = typing.get_args(kind)
+        return click.Choice([str(value) for value in values]) if isinstance(values[0], str) else int
+    return None if kind is bool else kind
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(annotation)
+    return typing.get_args(annotation) if origin in (typing.Union, types.UnionType) else (annotation,)
+
+
+def _help(info: FieldInfo) -> str:
+    text = info.description or ""
+    return f"{text}." if info.default is None else f"{text}. [default: {info.default}]"

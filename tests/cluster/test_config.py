@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cluster.config import SlipstreamConfig, leaves, load, parse_bytes
+from cluster.options import config_options
+from core.errors import ConfigError
+from core.types import Role
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "serve.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_everything_can_be_left_out() -> None:
+    assert load(None, {}) == SlipstreamConfig()
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: demo\ngateway: {port: 9000, host: 0.0.0.0}\n")
+    config = load(path, {"port": 9001})
+    assert (config.gateway.port, config.gateway.host) == (9001, "0.0.0.0")
+
+
+def test_leaf_names_are_unique_over_the_tree() -> None:
+    names = [name for _, name, _ in leaves()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gateway: {prot: 9000}", "unknown setting gateway.prot; did you mean port?"),
+        ("modle: demo", "unknown setting modle; did you mean model?"),
+        ("engine: {block_size: 7}", "engine.block_size"),
+        ("engine: {kv_cache_memory: lots}", "is not a size"),
+        ("cluster: {decode_replicas: 0}", "decode_replicas must be at least 1"),
+        ("cluster: {prefill_replicas: 0}", "prefill_replicas must be at least 1"),
+        ("gateway: 3", "must be mappings"),
+        ("- a", "must be mappings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_the_setting(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text), {})
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.yaml", {})
+
+
+def test_every_setting_has_a_flag_of_its_type() -> None:
+    seen: dict[str, object] = {}
+
+    @click.command()
+    @config_options
+    def command(**flags: object) -> None:
+        seen.update({name: value for name, value in flags.items() if value is not None})
+
+    arguments = ["--port", "9000", "--colocated", "--no-prefix-caching", "--dtype", "float32", "--block-size", "8"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    assert seen == {"port": 9000, "colocated": True, "prefix_caching": False, "dtype": "float32", "block_size": 8}
+    assert load(None, seen).engine.block_size == 8
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_known() -> None:
+    @click.command()
+    @config_options
+    def command(**flags: object) -> None: ...
+
+    result = CliRunner().invoke(command, ["--decode-replica", "2"])
+    assert result.exit_code == 2
+    assert "--decode-replicas" in result.output
+
+
+def test_prefill_workers_take_larger_chunks_unless_told_otherwise() -> None:
+    engine = SlipstreamConfig().engine
+    assert engine.batched_tokens(Role.PREFILL) > engine.batched_tokens(Role.DECODE)
+    assert load(None, {"max_num_batched_tokens": 64}).engine.batched_tokens(Role.PREFILL) == 64
+
+
+@pytest.mark.parametrize(("text", "value"), [("512MiB", 2**29), ("1GiB", 2**30), ("1.5 kb", 1500), ("77", 77)])
+def test_sizes_take_the_usual_units(text: str, value: int) -> None:
+    assert parse_bytes(text) == value

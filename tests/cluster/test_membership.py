@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cluster.membership import MEMBER_TIMEOUT_S, Member, Membership
+from core.errors import LayoutMismatch
+from core.types import Role
+from engine.kv_cache import KVLayout
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", block_size=16, fingerprint="a")
+
+
+def join(membership: Membership, name: str, now: float = 0.0) -> Role:
+    role = membership.admit(name, LAYOUT, now)
+    membership.announce(Member(worker_id=name, address=f"{name}:1", role=role, layout=LAYOUT), now)
+    return role
+
+
+def test_roles_are_given_until_each_has_its_number() -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 2})
+    assert sorted(join(membership, name) for name in "abc") == [Role.DECODE, Role.DECODE, Role.PREFILL]
+
+
+def test_the_role_of_a_silent_worker_goes_to_its_replacement() -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    roles = {name: join(membership, name) for name in "ab"}
+    prefill = next(name for name, role in roles.items() if role is Role.PREFILL)
+    other = next(name for name in roles if name != prefill)
+    later = MEMBER_TIMEOUT_S + 1
+    membership.announce(Member(worker_id=other, address="x:1", role=roles[other], layout=LAYOUT), later)
+    assert join(membership, "c", later) is Role.PREFILL
+    assert {m.worker_id for m in membership.members()} == {other, "c"}
+
+
+def test_a_restarted_controller_takes_the_workers_word_for_their_roles() -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    membership.announce(Member(worker_id="a", address="a:1", role=Role.PREFILL, layout=LAYOUT), 0.0)
+    assert join(membership, "b") is Role.DECODE
+
+
+@pytest.mark.parametrize(("field", "value"), [("dtype", "bfloat16"), ("fingerprint", "b"), ("head_size", 4)])
+def test_a_cache_that_cannot_be_joined_is_refused_at_start_up_by_the_field_that_differs(
+    field: str, value: object
+) -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    join(membership, "a")
+    with pytest.raises(LayoutMismatch) as caught:
+        membership.admit("b", msgspec.structs.replace(LAYOUT, **{field: value}), 0.0)
+    assert caught.value.field == field
+
+
+def test_block_sizes_may_differ() -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    join(membership, "a")
+    membership.admit("b", msgspec.structs.replace(LAYOUT, block_size=32), 0.0)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from cluster.router import Candidate, choose
+from core.errors import Overloaded, Unavailable
+from core.types import Role
+from core.wire import WorkerCounters, WorkerStatus
+
+
+def worker(name: str, role: Role, *, running: int = 0, waiting: int = 0, tokens: int = 0, free: int = 100) -> Candidate:
+    status = WorkerStatus(
+        worker_id=name,
+        role=role,
+        num_running=running,
+        num_waiting=waiting,
+        num_waiting_tokens=tokens,
+        num_free_blocks=free,
+        num_blocks=100,
+        block_size=16,
+        max_num_seqs=8,
+        counters=WorkerCounters(),
+    )
+    return Candidate(name, f"{name}:1", status)
+
+
+def names(num_tokens: int, *workers: Candidate, max_waiting: int = 10) -> tuple[str | None, str]:
+    route = choose(num_tokens, workers, max_waiting)
+    return (route.prefill.worker_id if route.prefill else None, route.decode.worker_id)
+
+
+def test_prefill_and_decode_are_chosen_together_by_role() -> None:
+    assert names(10, worker("d", Role.DECODE), worker("p", Role.PREFILL)) == ("p", "d")
+
+
+def test_the_prompt_goes_where_the_fewest_tokens_wait() -> None:
+    p1, p2 = worker("p1", Role.PREFILL, tokens=500), worker("p2", Role.PREFILL, tokens=20)
+    assert names(10, p1, p2, worker("d", Role.DECODE)) == ("p2", "d")
+
+
+def test_decode_goes_to_the_smallest_batch_that_has_room_for_the_kv() -> None:
+    d1, d2 = worker("d1", Role.DECODE, running=1, free=1), worker("d2", Role.DECODE, running=5)
+    assert names(10, worker("p", Role.PREFILL), d1, d2) == ("p", "d1")
+    assert names(400, worker("p", Role.PREFILL), d1, d2) == ("p", "d2")
+
+
+def test_what_was_sent_since_the_last_heartbeat_counts() -> None:
+    busy = Candidate("p1", "p1:1", worker("p1", Role.PREFILL).status, assigned_tokens=100, assigned_requests=1)
+    assert names(10, busy, worker("p2", Role.PREFILL, tokens=50), worker("d", Role.DECODE)) == ("p2", "d")
+
+
+def test_one_worker_for_both_needs_no_hand_off() -> None:
+    assert names(10, worker("a", Role.BOTH, running=2), worker("b", Role.BOTH)) == (None, "b")
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_the_last_worker_alive_does_everything_whatever_its_role(role: Role) -> None:
+    assert names(10, worker("w", role)) == (None, "w")
+
+
+def test_a_full_cluster_refuses_at_once() -> None:
+    with pytest.raises(Overloaded):
+        names(10, worker("p", Role.PREFILL, waiting=3), worker("d", Role.DECODE, waiting=3), max_waiting=3)
+
+
+def test_an_empty_cluster_is_unavailable() -> None:
+    with pytest.raises(Unavailable):
+        choose(10, [], 10)
