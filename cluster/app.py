@@ -65,7 +65,7 @@ class Worker:
         runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads)
         role = await controller.admit.remote(worker_id, runner.layout)
         self._node = make_node(worker_id, role, runner, config)
-        address = await self._node.start(ray.util.get_node_ip_address())
+        address = await self._node.start(_host(config))
         self._member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)
         await controller.announce.remote(self._member)
         self._announcing = asyncio.ensure_future(self._announce())
@@ -130,6 +130,11 @@ class Gateway:
             await front.stop()
 
 
+def _host(config: SlipstreamConfig) -> str:
+    """Where workers listen: on a cluster of our own nobody else has business there."""
+    return ray.util.get_node_ip_address() if config.cluster.ray_address else "127.0.0.1"
+
+
 def worker_cpus(cluster: ClusterSection, cores: float) -> float:
     """Logical CPUs of one worker: its share of the cores, whole ones as long as there is one each."""
     if cluster.cpus_per_worker is not None:
@@ -175,9 +180,9 @@ def build(config: SlipstreamConfig, folder: str, cores: float) -> serve.Applicat
 def build_from_args(args: dict[str, Any]) -> serve.Application:
     """Application builder for Serve configuration files (`import_path: cluster.app:build_from_args`); `args` is the
     configuration tree."""
-    from engine.checkpoints import resolve
+    from engine.checkpoints import Silent, resolve
 
     config = SlipstreamConfig.model_validate(args)
-    folder = resolve(config.model, revision=config.revision)
+    folder = resolve(config.model, revision=config.revision, progress=Silent())
     return build(config, str(folder), float(os.cpu_count() or 1))
 

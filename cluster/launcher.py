@@ -59,16 +59,18 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
+    from cluster.limits import max_model_len
     from engine.checkpoints import resolve
+    from engine.checkpoints.bars import Bars
+    from engine.model_config import ModelConfig
 
     check_port(config.gateway.host, config.gateway.port)
+    with Bars() as progress:
+        folder = resolve(config.model, revision=config.revision, progress=progress)
     with checklist.step("model") as line:
-        folder = resolve(config.model, revision=config.revision)
-        line.note = str(folder)
-    with checklist.step("machine") as line:
-        from engine.model_config import ModelConfig
-
-        ModelConfig.from_folder(folder)  # an unsupported model is refused before any process starts
+        model = ModelConfig.from_folder(folder)  # an unsupported model is refused before any process starts
+        line.note = f"{model.architecture}, up to {max_model_len(model, config.engine)} tokens, {folder}"
+    with checklist.step("memory") as line:
         line.note = check_memory(config, folder)
     return folder
 
@@ -166,7 +168,7 @@ def _print_urls(config: SlipstreamConfig, url: str, checklist: Checklist, consol
     name = config.gateway.served_model_name or config.model
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     console.print(f"\nServing {name} after {checklist.seconds:.1f} s. Ctrl-C stops.\n", highlight=False)
-    for title, path in (("API", "/v1"), ("health", "/health"), ("metrics", "/metrics"), ("reference", "/docs")):
+    for title, path in (("API", "/v1"), ("health", "/health"), ("metrics", "/metrics")):
         console.print(f"  {title:<10}{url}{path}", highlight=False, soft_wrap=True)
     console.print(
         f"\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n",

@@ -2,6 +2,7 @@
 
 SlipstreamError
 ├── InvalidRequest            400  the caller sent something wrong; `param` names it
+│   ├── ContextLengthExceeded 400  prompt and output together do not fit the model
 │   ├── UnknownModel          404
 │   └── PayloadTooLarge       413
 ├── Cancelled                 499  the caller went away
@@ -44,6 +45,10 @@ class InvalidRequest(SlipstreamError):
     http_status = 400
     grpc_status = "INVALID_ARGUMENT"
     type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
 
 
 class UnknownModel(InvalidRequest):

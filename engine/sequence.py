@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+from numpy.typing import NDArray
+
 from core.types import Request
 
 
@@ -34,6 +37,26 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     block_table: list[int] = field(default_factory=list)
+
+    # Set by the scheduler.
+    arrival: int = 0
+    """Place in the order of arrival, kept through preemption."""
+    awaits_kv: bool = False
+    """Decode side of a hand-off: the KV of token_ids comes from another worker. False once it has."""
+    in_flight: bool = False
+    """Part of a step that was scheduled and has not been updated yet."""
+    num_preemptions: int = 0
+
+    # Set by the block manager.
+    unit_digests: list[bytes] = field(default_factory=list)
+    """Prefix-cache chain over the full units of token_ids. Tokens are only ever appended, so it stays true."""
+    num_cacheable_blocks: int = 0
+    """Leading blocks that the prefix cache knows, or knew until they were evicted in favour of an equal block."""
+
+    # Set by batching.
+    block_array: NDArray[np.int64] | None = None
+    """block_table[:num_array_blocks] with room to grow; the block manager drops it when it frees the table."""
+    num_array_blocks: int = 0
 
     def __post_init__(self) -> None:
         if not self.token_ids:

@@ -87,7 +87,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._fail(f"the server closed the connection{f' ({exc})' if exc else ''}")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
+    def on_header(self, name: bytes, _value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._until_close = False
 

@@ -66,6 +66,7 @@ class ServeOptions:
         _require(self.request_rate > 0, "--request-rate", "must be above 0, or inf to send everything at once")
         _require(self.burstiness > 0, "--burstiness", "must be above 0; 1 is a Poisson process")
         _require(0 <= self.random_range_ratio < 1, "--random-range-ratio", "must be at least 0 and below 1")
+        _require(self.custom_output_len != 0, "--custom-output-len", "must be 1 or more, or -1 to take each line's own")
         _require(self.request_timeout > 0, "--request-timeout", "must be above 0 seconds")
         needs_path = self.dataset_name != "random"
         _require(bool(self.dataset_path) == needs_path, "--dataset-path", _path_reason(needs_path, self.dataset_name))
@@ -104,7 +105,7 @@ def parse_goodput(items: tuple[str, ...]) -> dict[str, float]:
     for item in items:
         name, _, value = item.partition(":")
         known = ", ".join(GOODPUT_METRICS)
-        _require(name in GOODPUT_METRICS, "--goodput", f"{item!r} names no metric; write one of {known}, as in ttft:200")
+        _require(name in GOODPUT_METRICS, "--goodput", f"{item!r} names no metric; use {known}, as in ttft:200")
         targets[name] = _number("--goodput", value, item)
         _require(0 <= targets[name] < math.inf, "--goodput", f"{item!r} needs a number of milliseconds, 0 or more")
     return targets

@@ -56,11 +56,13 @@ class CompletionStream:
         self._keep_text = keep_text
         self._text: list[str] = []
         self._rest = b""
+        self._now = 0.0
         self._done = False
         self._other: list[bytes] = []
         """Lines that are no events: the JSON body of an error."""
 
     def feed(self, data: bytes, now: float) -> None:
+        self._now = now
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._line(line, now)
@@ -68,7 +70,7 @@ class CompletionStream:
     def close(self, status: int) -> None:
         """Judge the answer, once the body has ended."""
         if self._rest:
-            self._line(self._rest, self._timeline.end)
+            self._line(self._rest, self._now)
         timeline = self._timeline
         timeline.text = "".join(self._text)
         if status != 200:

@@ -20,7 +20,9 @@ SAMPLE = (
 )
 """Tokenized by the server to learn token ids that exist, when there is no tokenizer folder."""
 
-_WORD = re.compile(r" [a-z]+")
+MIN_WORDS = 100
+
+_WORD = re.compile(r" [a-z]+\Z")
 
 
 class Tokenizer(Protocol):
@@ -45,18 +47,24 @@ class FolderTokenizer:
             raise ConfigError(f"--tokenizer: {path} has no tokenizer.json; give a model folder", param="--tokenizer")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a malformed file
+        except Exception as error:  # the library raises no narrower class for a malformed file
             raise ConfigError(f"--tokenizer: {file} can't be read: {error}", param="--tokenizer") from error
+        if not self._tokenizer.get_vocab_size():
+            raise ConfigError(f"--tokenizer: {file} has an empty vocabulary", param="--tokenizer")
 
     @cached_property
     def vocabulary(self) -> list[int]:
         """Whole lower-case words where there are enough of them: text made of those keeps its count when it is
-        tokenized again. Otherwise every token that is not special."""
-        special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        tokenized again. Otherwise every token that is not special and not a part of a character."""
+        special = {token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         ids = sorted(set(self._tokenizer.get_vocab().values()) - special)
-        pieces = self._tokenizer.decode_batch([[ids[0], id] for id in ids])
-        words = [id for id, piece in zip(ids, pieces, strict=True) if _WORD.search(piece)]
-        return words if len(words) >= 100 else ids
+        anchor = next((i for i in ids if "\ufffd" not in self._tokenizer.decode([i])), ids[0])
+        # Decoded after another token, since some decoders drop the space in front of the first.
+        pieces = self._tokenizer.decode_batch([[anchor, token_id] for token_id in ids])
+        words = [token_id for token_id, piece in zip(ids, pieces, strict=True) if _WORD.search(piece)]
+        if len(words) >= MIN_WORDS:
+            return words
+        return [token_id for token_id, piece in zip(ids, pieces, strict=True) if "\ufffd" not in piece] or ids
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
@@ -85,11 +93,12 @@ class ServerTokenizer:
     def _post(self, path: str, field: str, **body: Any) -> Any:
         try:
             response = self._client.post(path, json={"model": self._model, **body})
-            response.raise_for_status()
-            return response.json()[field]
-        except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"--tokenizer: the server's {path} can't be used ({error or type(error).__name__}); "
-                "give a folder with tokenizer.json",
-                param="--tokenizer",
-            ) from error
+            if response.is_success:
+                return response.json()[field]
+            reason = f"status {response.status_code}"
+        except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"--tokenizer: the server's {path} can't be used ({reason}); give a folder with tokenizer.json",
+            param="--tokenizer",
+        )

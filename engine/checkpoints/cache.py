@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import ModelError
 from engine.checkpoints.progress import Progress
@@ -59,7 +60,8 @@ class Cache:
         if manifest is None or manifest.get("format") != FORMAT:
             return None
         files = manifest["files"].items()
-        whole = all((file := folder / name).is_file() and file.stat().st_size == size for name, size in files)
+        with disk_errors("reading the cache", self.root):
+            whole = all((file := folder / name).is_file() and file.stat().st_size == size for name, size in files)
         return folder if whole else None
 
     @contextmanager
@@ -77,7 +79,7 @@ class Cache:
                     progress.begin(f"{key}: waiting for another process that prepares it")
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 for stale in self.models.glob(f".{key}.tmp-*"):
-                    shutil.rmtree(stale)
+                    shutil.rmtree(stale, ignore_errors=True)
             yield
 
     @contextmanager
@@ -97,8 +99,10 @@ class Cache:
             files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
             manifest = {"format": FORMAT, "name": name, "source": source, "files": files}
             (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            for file in (*made.iterdir(), made):
+            for file in made.iterdir():
+                file.chmod((made / MANIFEST).stat().st_mode)  # safetensors makes its files private to one user
                 _sync(file)
+            _sync(made)
             if target.exists():
                 target.rename(made.parent / "replaced")
             made.rename(target)
@@ -166,11 +170,12 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
-def _manifest(folder: Path) -> dict | None:
+def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,7 @@ Unit = Literal["bytes", "steps"]
 
 
 class Progress(Protocol):
-    """One task at a time, in order. Calls come from any one thread at a time; none of them may raise."""
+    """One task at a time, in order. `update` may come from any thread; no call may raise."""
 
     def begin(self, label: str, total: int | None = None, unit: Unit = "steps") -> None:
         """The next task starts and the one before it is done. `total` None: how long it takes is not known."""

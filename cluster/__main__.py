@@ -1,0 +1,5 @@
+"""`python -m cluster` is the `slipstream` command."""
+
+from cluster.cli import main
+
+main()

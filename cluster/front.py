@@ -1,0 +1,65 @@
+"""The gateway process: HTTP application, its server, and the sessions to the workers. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from cluster.client import ClusterBackend
+from cluster.config import SlipstreamConfig, parse_bytes
+from cluster.limits import max_model_len
+from core.errors import InternalError
+from core.metrics import GatewayMetrics
+from engine.model_config import ModelConfig
+from gateway.app import create_app
+from gateway.config import GatewayConfig
+from gateway.server import HttpServer
+from gateway.tokenizer import ServedModel
+
+
+class Front:
+    """`await start()` listens; `await stop()` drains and closes everything."""
+
+    def __init__(self, config: SlipstreamConfig, folder: Path, backend: ClusterBackend) -> None:
+        self._backend = backend
+        self._drain_timeout_s = config.gateway.drain_timeout_s
+        name = config.gateway.served_model_name or config.model
+        longest = max_model_len(ModelConfig.from_folder(folder), config.engine)
+        model = ServedModel.load(folder, [name], max_model_len=longest)
+        settings = config.gateway
+        limits = GatewayConfig(
+            max_body_bytes=parse_bytes(settings.max_body),
+            max_concurrent_requests=settings.max_concurrent_requests,
+            max_choices=min(64, settings.max_concurrent_requests),
+            request_timeout_s=settings.request_timeout_s,
+        )
+        metrics = GatewayMetrics(CollectorRegistry(), model_name=name)
+        self._server = HttpServer(create_app(backend, model, limits, metrics), settings.host, settings.port)
+        self._listening = False
+        self.url = ""
+
+    async def start(self) -> None:
+        """Raises ConfigError if the address can't be had."""
+        host, port = await self._server.start()
+        self._listening = True
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        await self._backend.start()
+
+    def ready(self) -> tuple[bool, str]:
+        status = self._backend.status()
+        return status.ready, status.reason
+
+    def check_health(self) -> None:
+        """Raises InternalError when the HTTP server has ended by itself."""
+        if self._listening and not self._server.listening:
+            raise InternalError("the HTTP server has ended")
+
+    async def drain(self) -> None:
+        """Refuse new requests, let the running ones end within drain_timeout_s, end the others with an error."""
+        self._listening = False
+        await self._server.stop(self._drain_timeout_s)
+
+    async def stop(self) -> None:
+        await self.drain()
+        await self._backend.stop()

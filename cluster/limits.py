@@ -1,0 +1,22 @@
+"""How long a sequence may be, from the model, the cache and the configuration. The gateway refuses what workers could
+not hold, so both take it from here."""
+
+from __future__ import annotations
+
+from cluster.config import EngineSection, parse_bytes
+from core.errors import ConfigError
+from engine.model_config import ModelConfig
+
+
+def max_model_len(config: ModelConfig, engine: EngineSection) -> int:
+    """Longest prompt plus output, in tokens. Raises ConfigError when more was asked for than fits."""
+    token_bytes = config.kv_token_bytes(engine.dtype)
+    cache = parse_bytes(engine.kv_cache_memory) // token_bytes // engine.block_size * engine.block_size
+    limit = min(config.max_position_embeddings, cache)
+    wanted = engine.max_model_len
+    if limit < 1 or (wanted is not None and wanted > limit):
+        raise ConfigError(
+            f"--max-model-len {wanted or 1} is above what can be served: the model takes "
+            f"{config.max_position_embeddings} tokens and --kv-cache-memory {engine.kv_cache_memory} holds {cache}"
+        )
+    return wanted or limit

@@ -1,0 +1,105 @@
+"""The plain data that the scheduler takes and gives, and the rules for one sequence: what fits, what ends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from core.errors import ConfigError, InvalidRequest
+from core.types import Finish, FinishReason, TokenLogprobs
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    max_num_seqs: int
+    """Sequences that may be running or reserved at a time."""
+    max_num_batched_tokens: int
+    """Tokens of one step."""
+    max_model_len: int
+    """Tokens of prompt and output together."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
+                "a step must have room for one token of each sequence; raise the one or lower the other"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute token_ids[start : start + num_tokens] of a sequence and, if `samples`, draw the token that follows."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step. Without chunks there is nothing to run until another event (add, join, release, abort, update)."""
+
+    block_size: int
+    chunks: list[Chunk] = field(default_factory=list)
+    granted: list[Sequence] = field(default_factory=list)
+    """Reservations that have got their blocks: KV may be written from num_computed_tokens on."""
+    preempted: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What a step brought for one sequence. `index` is the place of the first token in the output. If `finish` names a
+    stop token it is the last of `token_ids`: usage counts it, text leaves it out."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    index: int
+    logprobs: list[TokenLogprobs] | None = None
+    finish: Finish | None = None
+    num_cached_tokens: int = 0
+    """Set on the update with the first token of the output."""
+
+
+def check_fits(sequence: Sequence, config: SchedulerConfig, kv_tokens: int) -> None:
+    """Raise InvalidRequest, naming the parameter, if the sequence could not end by its own rules in a cache of
+    `kv_tokens` tokens that it has to itself. A sequence held after prefill needs no room for its output."""
+    num_tokens, limit = len(sequence.token_ids), config.max_model_len
+    max_tokens, num_output_tokens = sequence.request.sampling.max_tokens, sequence.num_output_tokens
+    if not sequence.num_prompt_tokens:
+        raise InvalidRequest("prompt is empty; give at least one token", param="prompt")
+    if num_tokens >= limit:
+        raise InvalidRequest(
+            f"prompt has {num_tokens} tokens, which leaves no room for output in a context of {limit}; shorten it",
+            param="prompt",
+        )
+    if num_tokens > kv_tokens:
+        raise InvalidRequest(
+            f"prompt has {num_tokens} tokens and the KV cache holds {kv_tokens}; shorten it", param="prompt"
+        )
+    if num_output_tokens >= max_tokens:
+        raise InvalidRequest(
+            f"max_tokens is {max_tokens}, but {num_output_tokens} tokens have been generated; raise it",
+            param="max_tokens",
+        )
+    needed = min(sequence.num_prompt_tokens + max_tokens, limit) - 1  # the KV of the last token is never computed
+    if needed > kv_tokens and not sequence.hold_after_prefill:
+        raise InvalidRequest(
+            f"prompt and max_tokens {max_tokens} need {needed} tokens of KV cache, which holds {kv_tokens}; "
+            f"lower max_tokens to {kv_tokens - sequence.num_prompt_tokens + 1}",
+            param="max_tokens",
+        )
+
+
+def finish_after(sequence: Sequence, max_model_len: int) -> Finish | None:
+    """Whether the last token of the sequence ends it. A stop token ends nothing among the first min_tokens."""
+    params, num_output_tokens, token_id = sequence.request.sampling, sequence.num_output_tokens, sequence.token_ids[-1]
+    if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
+        return Finish(reason=FinishReason.STOP, stop_token_id=token_id)
+    if num_output_tokens >= params.max_tokens or len(sequence.token_ids) >= max_model_len:
+        return Finish(reason=FinishReason.LENGTH)
+    return None

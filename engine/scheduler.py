@@ -1,0 +1,316 @@
+"""What runs in the next step. A state machine: events in, schedules and updates out; no clock, no thread, no device.
+
+A sequence waits, is admitted once blocks for all the tokens it has can be allocated, is prefilled in chunks, and
+decodes. The prefill role holds it after its first token (`hold_after_prefill`, `release`); the decode role reserves
+blocks for KV that is computed elsewhere (`reserve`, `join`). Steps are filled in the manner of Sarathi-Serve
+(arXiv:2403.02310): every decode first, then chunks of prefills in what remains of the token budget, so that no prompt
+stalls a decode.
+
+When blocks run out, a running sequence takes them from one that comes after it in (priority, arrival), which is
+recomputed later. The first in that order can be nobody's victim, so it runs on to its end and then the next is first:
+no live-lock. Blocks of sequences that are held or reserved are never taken, since another worker may be reading or
+writing them; a sequence that finds no victim keeps its blocks and sits the step out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from itertools import islice
+
+from core.errors import InvalidRequest
+from core.types import TokenLogprobs
+from engine.block_manager import BlockManager
+from engine.schedule import Chunk, Schedule, SchedulerConfig, SequenceUpdate, check_fits, finish_after
+from engine.sequence import Sequence, Status
+
+__all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig", "SequenceUpdate"]
+
+
+class _Ordered:
+    """Sequences by (priority, arrival)."""
+
+    def __init__(self) -> None:
+        self._items: list[Sequence] = []
+
+    @staticmethod
+    def key(sequence: Sequence) -> tuple[int, int]:
+        return sequence.request.priority, sequence.arrival
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._items, sequence, key=self.key)
+
+    def remove(self, sequence: Sequence) -> None:
+        index = bisect_left(self._items, self.key(sequence), key=self.key)
+        assert self._items[index] is sequence, f"{sequence.request_id} is not in this queue"
+        del self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._items)
+
+    def __reversed__(self) -> Iterator[Sequence]:
+        return reversed(self._items)
+
+
+class Scheduler:
+    """Owns the blocks of its sequences from `add` or `reserve` to finish, `release` or `abort`.
+
+    Several steps may be in flight; a sequence is in at most one of them.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.num_preemptions = 0
+        self._live: dict[str, Sequence] = {}
+        self._waiting = _Ordered()
+        self._running = _Ordered()
+        self._num_reserved = 0
+        self._num_arrived = 0
+
+    # --- for WorkerStatus ------------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch, the reserved ones that are about to join it included."""
+        return len(self._running) + self._num_reserved
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens still to be prefilled here: those of waiting sequences, less any cached prefix that admission may
+        find, and what is left of prompts that run in chunks."""
+        waiting = sum(sequence.num_pending_tokens for sequence in self._waiting if not sequence.awaits_kv)
+        return waiting + sum(s.num_pending_tokens for s in self._running if s.num_pending_tokens > 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits or runs. It may have to wait for blocks: see Schedule."""
+        return bool(len(self._waiting) or len(self._running))
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Prefill a sequence, then decode or hold it. Raises InvalidRequest if it can never fit."""
+        check_fits(sequence, self.config, self.blocks.num_blocks * self.blocks.block_size)
+        self._enqueue(sequence)
+
+    def reserve(self, sequence: Sequence) -> None:
+        """Queue for blocks for the tokens of a sequence that is prefilled elsewhere. `Schedule.granted` names it when
+        it has them; then comes `join`, or `abort`. Raises InvalidRequest if it can never fit."""
+        check_fits(sequence, self.config, self.blocks.num_blocks * self.blocks.block_size)
+        sequence.awaits_kv = True
+        self._enqueue(sequence)
+
+    def join(self, request_id: str, first_tokens: list[int]) -> None:
+        """The KV of a reserved sequence is in its blocks. `first_tokens`, at least one, were emitted by the worker that
+        computed it, which has also seen to it that they do not finish the sequence."""
+        sequence = self._live[request_id]
+        assert sequence.status is Status.RESERVED, f"{request_id} is {sequence.status.name}, not reserved"
+        assert first_tokens, f"{request_id} joins without the token to go on from"
+        sequence.awaits_kv = False
+        sequence.num_computed_tokens = len(sequence.token_ids)
+        self.blocks.commit(sequence)
+        sequence.token_ids.extend(first_tokens)
+        self._num_reserved -= 1
+        self._run(sequence)
+
+    def release(self, request_id: str) -> bool:
+        """The KV of a held sequence is no longer needed. False, with nothing changed, if no such one is held."""
+        sequence = self._live.get(request_id)
+        if sequence is None or sequence.status is not Status.HELD:
+            return False
+        self._end(sequence)
+        return True
+
+    def abort(self, request_id: str) -> bool:
+        """End a sequence in any state; no update follows. False if there is none of that name.
+
+        Of a held or reserved sequence this frees blocks that another worker may be using: the caller has made sure
+        that it no longer does. A step in flight still writes to the blocks of its sequences. Later steps of the device
+        come after it, but KV that arrives for a reservation does not wait for the device, so these blocks are freed
+        when the step is updated.
+        """
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence)
+        return True
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule:
+        """Choose the next step. Every schedule with chunks must come back through `update`."""
+        schedule = Schedule(self.blocks.block_size)
+        ready, short_of_blocks = self._make_room(schedule)
+        for sequence in sorted(ready, key=lambda ready: ready.num_pending_tokens > 1):  # decodes first
+            self._schedule_chunk(schedule, sequence)
+        if not short_of_blocks:  # else those that run have the first claim to what becomes free
+            self._admit(schedule)
+        return schedule
+
+    def update(
+        self,
+        schedule: Schedule,
+        sampled_token_ids: SequenceOf[int],
+        logprobs: SequenceOf[TokenLogprobs | None] = (),
+    ) -> list[SequenceUpdate]:
+        """Take in a finished step: one sampled token, and one logprobs entry unless there are none at all, for each
+        chunk that samples, in their order."""
+        num_samples = sum(chunk.samples for chunk in schedule.chunks)
+        assert len(sampled_token_ids) == num_samples, f"{len(sampled_token_ids)} tokens for {num_samples} samples"
+        updates: list[SequenceUpdate] = []
+        row = 0
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            sequence.in_flight = False
+            if sequence.status is Status.FINISHED:  # aborted in flight
+                self.blocks.free(sequence)
+            else:
+                sequence.num_computed_tokens += chunk.num_tokens
+                self.blocks.commit(sequence)
+                if chunk.samples:
+                    updates.append(self._append(sequence, sampled_token_ids[row], logprobs[row] if logprobs else None))
+            row += chunk.samples
+        return updates
+
+    # --- choosing --------------------------------------------------------------------------------------------------
+
+    def _make_room(self, schedule: Schedule) -> tuple[list[Sequence], bool]:
+        """The running sequences that can go on, in order, and whether blocks ran short."""
+        ready: list[Sequence] = []
+        short = False
+        for sequence in list(self._running):
+            if sequence.in_flight or sequence.status is not Status.RUNNING:  # preempted further up in this loop
+                continue
+            if self._extend(schedule, sequence):
+                ready.append(sequence)
+            else:
+                short = True
+        return ready, short or bool(schedule.preempted)
+
+    def _extend(self, schedule: Schedule, sequence: Sequence) -> bool:
+        while not self.blocks.extend(sequence, len(sequence.token_ids)):
+            victim = self._victim_for(sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            schedule.preempted.append(victim)
+        return True
+
+    def _victim_for(self, sequence: Sequence) -> Sequence | None:
+        """The last running sequence after this one whose blocks help. One in flight is left to finish its step."""
+        for victim in reversed(self._running):
+            if victim is sequence:
+                break
+            if not victim.in_flight and self.blocks.would_free(victim):
+                return victim
+        return None
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._running.remove(victim)
+        self.blocks.free(victim)
+        victim.status = Status.WAITING
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.add(victim)
+
+    def _schedule_chunk(self, schedule: Schedule, sequence: Sequence) -> None:
+        """Schedule as many of the sequence's pending tokens as the budget leaves room for."""
+        pending = sequence.num_pending_tokens
+        num_tokens = min(pending, self.config.max_num_batched_tokens - schedule.num_tokens)
+        if num_tokens:
+            schedule.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == pending))
+            schedule.num_tokens += num_tokens
+            sequence.in_flight = True
+
+    # --- admission -------------------------------------------------------------------------------------------------
+
+    def _admit(self, schedule: Schedule) -> None:
+        """Admit from the front of the queue, in order. A prompt that lacks nothing but token budget lets reservations
+        pass, which need none, as long as they leave its seat and its blocks alone."""
+        seats = self.config.max_num_seqs - self.num_running
+        owed = 0
+        for sequence in list(islice(self._waiting, seats)):
+            if not sequence.awaits_kv and schedule.num_tokens == self.config.max_num_batched_tokens:
+                owed += self.blocks.blocks_for(len(sequence.token_ids))
+            elif not self.blocks.allocate(sequence, spare=owed + self._headroom()):
+                break
+            elif sequence.awaits_kv:
+                self._grant(schedule, sequence)
+            else:
+                self._start(schedule, sequence)
+
+    def _headroom(self) -> int:
+        """Blocks to leave free: one for each running sequence that will decode, so that what is admitted is not
+        preempted at once. None if nothing runs, since then nothing would ever be admitted into a small pool."""
+        return sum(not sequence.hold_after_prefill for sequence in self._running)
+
+    def _start(self, schedule: Schedule, sequence: Sequence) -> None:
+        self._leave_queue(sequence)
+        self._run(sequence)
+        self._schedule_chunk(schedule, sequence)
+
+    def _grant(self, schedule: Schedule, sequence: Sequence) -> None:
+        self._leave_queue(sequence)
+        sequence.status = Status.RESERVED
+        self._num_reserved += 1
+        schedule.granted.append(sequence)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        if sequence.num_preemptions == 0:
+            self.blocks.count_query(sequence)
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+
+    # --- beginnings and ends ---------------------------------------------------------------------------------------
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._live:
+            raise InvalidRequest(f"request_id {sequence.request_id} is already being served", param="request_id")
+        sequence.status = Status.WAITING
+        sequence.arrival = self._num_arrived
+        self._num_arrived += 1
+        self._live[sequence.request_id] = sequence
+        self._waiting.add(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.status = Status.RUNNING
+        self._running.add(sequence)
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> SequenceUpdate:
+        index = sequence.num_output_tokens
+        sequence.token_ids.append(token_id)
+        finish = finish_after(sequence, self.config.max_model_len)
+        if finish is not None:
+            self._end(sequence)
+        elif sequence.hold_after_prefill:
+            self._running.remove(sequence)
+            sequence.status = Status.HELD
+        return SequenceUpdate(
+            sequence,
+            [token_id],
+            index,
+            logprobs=None if logprobs is None else [logprobs],
+            finish=finish,
+            num_cached_tokens=sequence.num_cached_tokens if index == 0 else 0,
+        )
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.status is Status.RESERVED:
+            self._num_reserved -= 1
+        del self._live[sequence.request_id]
+        sequence.status = Status.FINISHED
+        if not sequence.in_flight:
+            self.blocks.free(sequence)

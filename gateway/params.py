@@ -1,0 +1,159 @@
+"""From a client's request to core.types.Request: defaults of the model, and the checks that need the model."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable, Mapping
+
+from msgspec.structs import replace
+
+from core.errors import ContextLengthExceeded, InvalidRequest
+from core.types import Request, SamplingParams, Slo
+from gateway.config import GatewayConfig
+from gateway.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from gateway.tokenizer import ServedModel
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy: logits divided by it would overflow."""
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for max_tokens of text completions."""
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+_SEED_RANGE = 2**63
+
+
+def check_limits(body: GenerationRequest, num_prompts: int, model: ServedModel, config: GatewayConfig) -> None:
+    """What can be refused before tokenization. Raises InvalidRequest."""
+    _refuse_if(num_prompts * body.n > config.max_choices, "n", f"at most {config.max_choices} choices in one request")
+    _refuse_if(len(body.stop) > config.max_stop_strings, "stop", f"at most {config.max_stop_strings} stop strings")
+    too_long = any(len(s) > config.max_stop_chars for s in body.stop)
+    _refuse_if(too_long, "stop", f"a stop string has at most {config.max_stop_chars} characters")
+    _refuse_if(len(body.logit_bias) > config.max_logit_bias, "logit_bias", f"at most {config.max_logit_bias} tokens")
+    check_token_ids(body.logit_bias, "logit_bias", model)
+    check_token_ids(body.stop_token_ids, "stop_token_ids", model)
+    _refuse_if(
+        body.stream_options is not None and not body.stream, "stream_options", "only allowed when stream is true"
+    )
+    _check_logprobs(body, config)
+    if isinstance(body, ChatRequest) and body.max_tokens and body.max_completion_tokens:
+        differ = body.max_tokens != body.max_completion_tokens
+        _refuse_if(differ, "max_tokens", "differs from max_completion_tokens; send one of them")
+
+
+def _check_logprobs(body: GenerationRequest, config: GatewayConfig) -> None:
+    name = "logprobs" if isinstance(body, CompletionRequest) else "top_logprobs"
+    _refuse_if((body.alternatives or 0) > config.max_logprobs, name, f"at most {config.max_logprobs}")
+    if isinstance(body, ChatRequest):
+        _refuse_if(body.top_logprobs is not None and not body.logprobs, "top_logprobs", "needs logprobs true")
+    elif isinstance(body, CompletionRequest):
+        _refuse_if(body.echo and body.logprobs is not None, "echo", "logprobs of the prompt are not supported")
+
+
+def check_token_ids(token_ids: Iterable[int], param: str, model: ServedModel) -> None:
+    bad = next((i for i in token_ids if not 0 <= i < model.vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(
+            f"{param}: token id {bad} is outside the vocabulary of {model.vocab_size} tokens", param=param
+        )
+
+
+def _refuse_if(wrong: bool, param: str, rule: str) -> None:
+    if wrong:
+        raise InvalidRequest(f"{param}: {rule}", param=param)
+
+
+def max_tokens(body: GenerationRequest, num_prompt_tokens: int, model: ServedModel) -> int:
+    """How many tokens may be generated. Raises InvalidRequest when prompt and output do not fit the context."""
+    param = "messages" if isinstance(body, ChatRequest) else "prompt"
+    room = model.max_model_len - num_prompt_tokens
+    if num_prompt_tokens == 0:
+        raise InvalidRequest(f"{param} has no tokens; send at least one", param=param)
+    wanted = body.token_limit
+    if room < (wanted or 1):
+        asked = f" and max_tokens asks for {wanted}" if wanted else ", which leaves no room for output"
+        raise ContextLengthExceeded(
+            f"this model's context is {model.max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}; "
+            "shorten one of them",
+            param=param,
+        )
+    if wanted is not None:
+        return wanted
+    default = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionRequest) else room
+    return min(room, int(model.defaults.get("max_new_tokens", default)))
+
+
+def sampling_params(body: GenerationRequest, limit: int, model: ServedModel) -> SamplingParams:
+    """`limit` is max_tokens. A seed is drawn when the client gave none."""
+    if body.min_tokens > limit:
+        raise InvalidRequest(f"min_tokens: {body.min_tokens} is above max_tokens {limit}", param="min_tokens")
+    temperature = _choose(body.temperature, model.defaults, "temperature", 1.0)
+    return SamplingParams(
+        max_tokens=limit,
+        min_tokens=body.min_tokens,
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+        top_p=_choose(body.top_p, model.defaults, "top_p", 1.0),
+        top_k=max(0, int(_choose(body.top_k, model.defaults, "top_k", 0))),
+        min_p=_choose(body.min_p, model.defaults, "min_p", 0.0),
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=_choose(body.repetition_penalty, model.defaults, "repetition_penalty", 1.0),
+        logit_bias=body.logit_bias,
+        seed=(secrets.randbits(63) if body.seed is None else body.seed) % _SEED_RANGE,
+        stop_token_ids=tuple(sorted({*body.stop_token_ids, *(() if body.ignore_eos else model.eos_token_ids)})),
+        logprobs=body.alternatives,
+    )
+
+
+def _choose(given: float | None, defaults: Mapping[str, float], name: str, otherwise: float) -> float:
+    return float(given if given is not None else defaults.get(name, otherwise))
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """The seed of the n-th choice: the request's own for the first, spread over the range for the others."""
+    return (seed + choice * _SEED_STRIDE) % _SEED_RANGE
+
+
+def slo_from_headers(headers: Mapping[str, str]) -> Slo | None:
+    """x-slo-ttft-ms and x-slo-tpot-ms, milliseconds."""
+    ttft, tpot = (_milliseconds(headers, f"x-slo-{name}-ms") for name in ("ttft", "tpot"))
+    return Slo(ttft_ms=ttft, tpot_ms=tpot) if ttft is not None or tpot is not None else None
+
+
+def _milliseconds(headers: Mapping[str, str], name: str) -> float | None:
+    if (text := headers.get(name)) is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InvalidRequest(f"header {name}: {text[:40]!r} is not a positive number of milliseconds", param=name)
+    return value
+
+
+def build_requests(
+    body: GenerationRequest,
+    prompts: list[list[int]],
+    model: ServedModel,
+    *,
+    base_id: str,
+    deadline: float,
+    slo: Slo | None,
+) -> list[Request]:
+    """One per choice: prompts in order, the n choices of a prompt next to each other (OpenAI's index)."""
+    requests: list[Request] = []
+    for prompt in prompts:
+        sampling = sampling_params(body, max_tokens(body, len(prompt), model), model)
+        for choice in range(body.n):
+            requests.append(
+                Request(
+                    request_id=f"{base_id}-{len(requests)}",
+                    prompt_token_ids=prompt,
+                    sampling=replace(sampling, seed=derived_seed(sampling.seed, choice)),
+                    deadline=deadline,
+                    slo=slo,
+                    priority=body.priority,
+                    cache_salt=body.cache_salt,
+                )
+            )
+    return requests

@@ -1,0 +1,161 @@
+"""What the two sides of a hand-off say to each other over their link (core.links, service SERVICE).
+
+The decode side (taker) opens the link and asks; the prefill side (giver) answers. One link carries every transfer
+between the two. Each end starts with Hello; the taker's first Hello is answered even if the layouts can't be joined, so
+that both sides name the field that differs.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from engine.kv_cache import KVLayout
+
+SERVICE = "KvTransfer"
+
+
+class SharedPool(Struct, frozen=True):
+    """Where a process of the same host finds the giver's pool: descriptors of process `pid`. `probe_fd` holds `token`;
+    a taker that reads it there has the right process in front of it."""
+
+    host: str
+    """Boot id and pid namespace: pids mean the same to processes with equal `host`."""
+    pid: int
+    pool_fd: int
+    probe_fd: int
+    token: bytes
+
+
+class Hello(Struct, frozen=True, tag=True, kw_only=True):
+    layout: KVLayout
+    num_blocks: int
+    device: str
+    """"cpu", or the identity of the CUDA device."""
+    lease_s: float | None = None
+    """Set by the giver: a transfer not renewed for this long ends."""
+    shared_pool: SharedPool | None = None
+
+
+# --- taker to giver --------------------------------------------------------------------------------------------------
+
+
+class Want(Struct, frozen=True, tag=True):
+    """Blocks are reserved here; offer the KV of tokens `start_token` and later once it is computed."""
+
+    transfer_id: str
+    start_token: int
+
+
+class Renew(Struct, frozen=True, tag=True):
+    """Still waiting or transferring. `sent_at` is the taker's clock and comes back in Renewed."""
+
+    transfer_id: str
+    sent_at: float
+
+
+class Committed(Struct, frozen=True, tag=True):
+    """Every piece is here and verified; the giver's blocks are no longer needed."""
+
+    transfer_id: str
+
+
+class Cancel(Struct, frozen=True, tag=True):
+    """The taker has given up. The transfer has ended on its side."""
+
+    transfer_id: str
+    reason: str
+
+
+class OpenPair(Struct, frozen=True, tag=True):
+    """Build a pair of process groups for torch.distributed, the giver as rank 0, under a prefix never used before.
+    `host` is the giver's address as the taker reaches it."""
+
+    pair_id: str
+    backend: str
+    host: str
+
+
+class Pull(Struct, frozen=True, tag=True):
+    """Send the pieces `first` .. `last` - 1 of the manifest over the pair, as one message of `nbytes`."""
+
+    transfer_id: str
+    pair_id: str
+    first: int
+    last: int
+    nbytes: int
+
+
+class ClosePair(Struct, frozen=True, tag=True):
+    pair_id: str
+
+
+ToGiver = Hello | Want | Renew | Committed | Cancel | OpenPair | Pull | ClosePair
+
+
+# --- giver to taker --------------------------------------------------------------------------------------------------
+
+
+class Piece(Struct, frozen=True, array_like=True):
+    """A range of tokens in a range of layers, and the xxh3-64 of its bytes in canonical order: layer, key before value,
+    token, head, element. The order knows nothing of blocks, so that it is the same on both sides."""
+
+    token: int
+    num_tokens: int
+    layer: int
+    num_layers: int
+    checksum: int
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """What there is to take: the KV of tokens start_token .. num_tokens - 1, cut into `pieces` that cover it once."""
+
+    transfer_id: str
+    layout: KVLayout
+    start_token: int
+    num_tokens: int
+    block_ids: list[int]
+    """The giver's block table of the sequence, from token 0."""
+    pieces: list[Piece]
+
+
+class SequenceState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the giver has left the sequence."""
+
+    token_ids: list[int]
+    """Output tokens the giver has emitted."""
+    num_cached_tokens: int = 0
+    """Prompt tokens the giver found in its prefix cache."""
+
+
+class Offer(Struct, frozen=True, tag=True):
+    manifest: Manifest
+    state: SequenceState
+
+
+class Renewed(Struct, frozen=True, tag=True):
+    transfer_id: str
+    sent_at: float
+
+
+class Withdrawn(Struct, frozen=True, tag=True):
+    """There is nothing to take, or not any more."""
+
+    transfer_id: str
+    reason: str
+
+
+class PairStore(Struct, frozen=True, tag=True):
+    """The rendezvous store of a pair listens on this port of the giver's host."""
+
+    pair_id: str
+    port: int
+
+
+class PairFailed(Struct, frozen=True, tag=True):
+    """The pair is gone; what was pending on it never completes."""
+
+    pair_id: str
+    reason: str
+
+
+FromGiver = Hello | Offer | Renewed | Withdrawn | PairStore | PairFailed

@@ -1,0 +1,354 @@
+"""torch.distributed P2P: gloo between any two hosts, NCCL between CUDA devices.
+
+The taker asks for batches of pieces (Pull), at most WINDOW ahead of what it has unpacked; the giver packs each into a
+contiguous buffer and sends it. Both ends work on staging buffers, so the blocks are free of the transport as soon as a
+copy within the machine is over, however long the network takes: a receive that can't be aborted writes to staging only.
+
+A job has a pair to itself and returns it when all went well. After an error or a cancel the pair is thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.distributed import Work
+
+from core.errors import TransferError
+from engine.kv_cache import KVLayout, KVPool
+from kv_transfer.messages import (
+    ClosePair,
+    FromGiver,
+    Hello,
+    Manifest,
+    OpenPair,
+    PairFailed,
+    PairStore,
+    Piece,
+    Pull,
+    ToGiver,
+)
+from kv_transfer.pieces import Rows, Run, Slots, as_rows, copy, layers_of, piece_bytes, runs, tokens_of
+from kv_transfer.transports.base import PullJob, Unusable, settled
+from kv_transfer.transports.pairs import GIVER_RANK, OP_TIMEOUT_S, TAKER_RANK, Group, PairEnd, Rendezvous, wait
+
+T = TypeVar("T")
+
+BATCH_BYTES = 8 << 20
+"""Gloo reaches its full rate from here on."""
+WINDOW = 2
+"""Batches asked for and not yet unpacked: one on the wire while one is unpacked."""
+
+
+class Batch(NamedTuple):
+    first: int
+    last: int
+    nbytes: int
+
+
+def batches(layout: KVLayout, pieces: Sequence[Piece]) -> Iterator[Batch]:
+    """Consecutive pieces, together at most BATCH_BYTES unless one alone is larger."""
+    first = nbytes = 0
+    for index, piece in enumerate(pieces):
+        size = piece_bytes(layout, piece)
+        if nbytes and nbytes + size > BATCH_BYTES:
+            yield Batch(first, index, nbytes)
+            first, nbytes = index, 0
+        nbytes += size
+    if nbytes:
+        yield Batch(first, len(pieces), nbytes)
+
+
+def device_identity(device: torch.device) -> str:
+    """Equal for two pools on the same device: NCCL can't join those."""
+    if device.type != "cuda":
+        return device.type
+    return f"cuda:{torch.cuda.get_device_properties(device).uuid}"
+
+
+# --- staging ---------------------------------------------------------------------------------------------------------
+
+
+class Staging:
+    """A contiguous buffer on the device that the backend sends from; grows to what is asked of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        if self._buffer.numel() < nbytes:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
+        return self._buffer[:nbytes]
+
+
+def pack(buffer: torch.Tensor, rows: Rows, slots: Slots, manifest: Manifest, batch: Batch) -> None:
+    for piece, part in _parts(buffer, rows, manifest, batch):
+        tokens = tokens_of(slots, piece, manifest.start_token)
+        copy(part, layers_of(rows, piece), runs(tokens, np.arange(piece.num_tokens)))
+
+
+def unpack(buffer: torch.Tensor, rows: Rows, slots: Slots, manifest: Manifest, batch: Batch) -> None:
+    for piece, part in _parts(buffer, rows, manifest, batch):
+        tokens = tokens_of(slots, piece, manifest.start_token)
+        copy(layers_of(rows, piece), part, runs(np.arange(piece.num_tokens), tokens))
+
+
+def _parts(buffer: torch.Tensor, rows: Rows, manifest: Manifest, batch: Batch) -> Iterator[tuple[Piece, Rows]]:
+    """Each piece of a batch with its part of the buffer, as rows of the kind that `rows` is."""
+    layout, at = manifest.layout, 0
+    memory = buffer if isinstance(rows, torch.Tensor) else buffer.numpy()
+    for piece in manifest.pieces[batch.first : batch.last]:
+        size = piece_bytes(layout, piece)
+        part = memory[at : at + size].reshape(piece.num_layers, 2, piece.num_tokens, -1)
+        yield piece, part
+        at += size
+
+
+def _device(backend: str, pool: KVPool) -> torch.device:
+    return pool.device if backend == "nccl" else torch.device("cpu")
+
+
+# --- the giver's side ------------------------------------------------------------------------------------------------
+
+
+class PairServer:
+    """The pairs of one link, at the giver. A Pull it can't honour breaks its pair: the taker's receive then ends."""
+
+    def __init__(self, rows: Rows, pool: KVPool, rendezvous: Rendezvous, send: Callable[[FromGiver], None]) -> None:
+        self._rows = rows
+        self._pool = pool
+        self._rendezvous = rendezvous
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._pairs: dict[str, tuple[PairEnd, Staging]] = {}
+
+    def open(self, ask: OpenPair) -> None:
+        device = _device(ask.backend, self._pool)
+        pair = PairEnd(ask.pair_id, ask.backend, GIVER_RANK, device)
+        self._pairs[ask.pair_id] = (pair, Staging(device))
+        port = self._rendezvous.port
+        self._watch(ask.pair_id, pair.build("localhost", port, ask.host))
+        self._send(PairStore(ask.pair_id, port))
+
+    def pull(self, ask: Pull, manifest: Manifest, slots: Slots, on_read: Callable[[], None]) -> None:
+        """Send what is asked for. `on_read` is called on the loop when the blocks are no longer read, in any case."""
+        batch = Batch(ask.first, ask.last, ask.nbytes)
+        known = self._pairs.get(ask.pair_id)
+        if known is None or batch not in batches(manifest.layout, manifest.pieces):
+            on_read()
+            self.fail(ask.pair_id, f"no such pair, or no such batch of transfer {ask.transfer_id}")
+            return
+        pair, staging = known
+        read = Future[None]()
+        read.add_done_callback(lambda _: self._loop.call_soon_threadsafe(on_read))
+
+        def send(group: Group) -> None:
+            buffer = staging.take(batch.nbytes)
+            pack(buffer, self._rows, slots, manifest, batch)
+            read.set_result(None)
+            wait(group.send([buffer], TAKER_RANK, 0), pair.device)
+
+        sent = pair.submit(send)
+        sent.add_done_callback(lambda _: None if read.done() else read.set_result(None))
+        self._watch(ask.pair_id, sent)
+
+    def fail(self, pair_id: str, reason: str) -> None:
+        self.close_pair(pair_id)
+        self._send(PairFailed(pair_id, reason))
+
+    def close_pair(self, pair_id: str) -> None:
+        known = self._pairs.pop(pair_id, None)
+        if known is not None:
+            known[0].close()
+
+    def close(self) -> None:
+        for pair_id in list(self._pairs):
+            self.close_pair(pair_id)
+
+    def _watch(self, pair_id: str, work: Future[None]) -> None:
+        def ended(future: Future[None]) -> None:
+            if error := future.exception():
+                self._loop.call_soon_threadsafe(self._broken, pair_id, str(error))
+
+        work.add_done_callback(ended)
+
+    def _broken(self, pair_id: str, reason: str) -> None:
+        if pair_id in self._pairs:
+            self.fail(pair_id, reason)
+
+
+# --- the taker's side ------------------------------------------------------------------------------------------------
+
+
+class _TakerPair:
+    """A pair with what the taker keeps beside it."""
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        self.end = PairEnd(uuid.uuid4().hex, backend, TAKER_RANK, device)
+        self.staging = [Staging(device) for _ in range(WINDOW)]
+        self.store_port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+
+class TorchDistributed:
+    """`giver_address` is host:port of the link."""
+
+    name: ClassVar[str] = "torch_distributed"
+
+    def __init__(self, giver: Hello, pool: KVPool, giver_address: str, send: Callable[[ToGiver], None]) -> None:
+        if not torch.distributed.is_available():
+            raise Unusable("this build of torch has no torch.distributed")
+        self._pool = pool
+        self._send = send
+        self._host = giver_address.rsplit(":", 1)[0].strip("[]")
+        self._backend = _backend(giver, pool)
+        self._device = _device(self._backend, pool)
+        self._loop = asyncio.get_running_loop()
+        self._pairs: dict[str, _TakerPair] = {}
+        self._idle: list[_TakerPair] = []
+
+    async def pull(self, job: PullJob) -> None:
+        pair = self._idle.pop() if self._idle else await self._open()
+        puller = _Puller(job, pair, partial(self._loop.call_soon_threadsafe, self._send))
+        try:
+            await _unless_failed(pair, asyncio.wrap_future(pair.end.submit(puller.run)))
+        except BaseException:
+            await puller.quiet()
+            self._discard(pair)
+            raise
+        self._idle.append(pair)
+
+    def on_message(self, message: FromGiver) -> None:
+        match message:
+            case PairStore(pair_id, port) if (pair := self._pairs.get(pair_id)) and not pair.store_port.done():
+                pair.store_port.set_result(port)
+            case PairFailed(pair_id, reason):
+                self._fail(pair_id, reason)
+
+    def close(self) -> None:
+        for pair_id in list(self._pairs):
+            self._fail(pair_id, "the link to the giver has ended")
+
+    async def _open(self) -> _TakerPair:
+        pair = _TakerPair(self._backend, self._device)
+        self._pairs[pair.end.pair_id] = pair
+        try:
+            self._send(OpenPair(pair.end.pair_id, self._backend, self._host))
+            async with asyncio.timeout(OP_TIMEOUT_S):
+                port = await _unless_failed(pair, pair.store_port)
+                built = pair.end.build(self._host, port, _own_host(self._host, port))
+                await _unless_failed(pair, asyncio.wrap_future(built))
+        except TimeoutError as error:
+            self._discard(pair)
+            raise TransferError(f"the giver opened no pair within {OP_TIMEOUT_S:g} s") from error
+        except BaseException:
+            self._discard(pair)
+            raise
+        return pair
+
+    def _fail(self, pair_id: str, reason: str) -> None:
+        pair = self._pairs.get(pair_id)
+        if pair is None:
+            return
+        if not pair.failed.done():
+            pair.failed.set_result(reason)
+        if pair in self._idle:
+            self._idle.remove(pair)
+            self._discard(pair)
+
+    def _discard(self, pair: _TakerPair) -> None:
+        if self._pairs.pop(pair.end.pair_id, None) is not None:
+            self._send(ClosePair(pair.end.pair_id))
+            pair.end.close()
+
+
+class _Puller:
+    """One job on one pair; `run` is the pair's thread."""
+
+    def __init__(self, job: PullJob, pair: _TakerPair, send: Callable[[ToGiver], object]) -> None:
+        self._job = job
+        self._pair = pair
+        self._send = send
+        self._unpacking = threading.Lock()
+        self._stopped = False
+
+    def run(self, group: Group) -> None:
+        """Receives that were posted are always waited for, even when nobody wants them any more: the group can't be
+        dropped under them."""
+        manifest = self._job.manifest
+        todo = enumerate(batches(manifest.layout, manifest.pieces))
+        posted: deque[tuple[Batch, torch.Tensor, Work]] = deque()
+        error: TransferError | None = None
+        while True:
+            while len(posted) < WINDOW and not self._stopped and (turn := next(todo, None)) is not None:
+                posted.append(self._post(group, *turn))
+            if not posted:
+                break
+            batch, buffer, work = posted.popleft()
+            wait(work, self._pair.end.device)
+            error = self._unpack(batch, buffer) or error
+        if error is not None:
+            raise error
+
+    async def quiet(self) -> None:
+        """Returns when the slots are not written to and never will be again."""
+
+        def stop() -> None:
+            with self._unpacking:
+                self._stopped = True
+
+        await settled(asyncio.get_running_loop().run_in_executor(None, stop))
+
+    def _post(self, group: Group, index: int, batch: Batch) -> tuple[Batch, torch.Tensor, Work]:
+        buffer = self._pair.staging[index % WINDOW].take(batch.nbytes)
+        work = group.recv([buffer], GIVER_RANK, 0)
+        self._send(Pull(self._job.manifest.transfer_id, self._pair.end.pair_id, *batch))
+        return batch, buffer, work
+
+    def _unpack(self, batch: Batch, buffer: torch.Tensor) -> TransferError | None:
+        job = self._job
+        with self._unpacking:
+            if self._stopped:
+                return None
+            try:
+                unpack(buffer, job.rows, job.slots, job.manifest, batch)
+                for index in range(batch.first, batch.last):
+                    job.arrived(index)
+            except TransferError as error:
+                self._stopped = True
+                return error
+        return None
+
+
+async def _unless_failed(pair: _TakerPair, work: asyncio.Future[T]) -> T:
+    """The result of `work`, or TransferError as soon as the giver says that the pair has failed."""
+    try:
+        await asyncio.wait({work, pair.failed}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not work.done():
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+    if work.done():
+        return work.result()
+    raise TransferError(f"the giver dropped the pair: {pair.failed.result()}")
+
+
+def _backend(giver: Hello, pool: KVPool) -> str:
+    both_cuda = pool.device.type == "cuda" and giver.device.startswith("cuda")
+    return "nccl" if both_cuda and giver.device != device_identity(pool.device) else "gloo"
+
+
+def _own_host(giver_host: str, port: int) -> str:
+    """The address this host uses towards the giver. Connecting a datagram socket sends nothing."""
+    family, kind, _, _, address = socket.getaddrinfo(giver_host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])

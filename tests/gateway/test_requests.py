@@ -1,0 +1,228 @@
+"""What is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from scripted import MAX_MODEL_LEN, MakeGateway, fails, hangs
+
+from core.errors import Overloaded, Unavailable
+
+USER = [{"role": "user", "content": "hi"}]
+
+BAD_CHATS: list[tuple[str, dict[str, Any]]] = [
+    ("max_tokens", {"max_tokens": -5}),
+    ("max_tokens", {"max_tokens": 0}),
+    ("max_tokens", {"max_tokens": "12"}),
+    ("max_tokens", {"max_tokens": True}),
+    ("max_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
+    ("min_tokens", {"min_tokens": 9, "max_tokens": 4}),
+    ("messages", {"messages": []}),
+    ("messages", {"messages": "hi"}),
+    ("messages[0].role", {"messages": [{"role": "wizard", "content": "hi"}]}),
+    ("messages[0].role", {"messages": [{"role": "tool", "content": "hi"}]}),
+    ("messages[0].content", {"messages": [{"role": "user"}]}),
+    ("messages[0].content", {"messages": [{"role": "user", "content": 3}]}),
+    ("messages[1].content", {"messages": [*USER, {"role": "user", "content": [{"type": "image_url"}]}]}),
+    ("messages[0].tool_calls", {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]}),
+    ("temperature", {"temperature": -0.1}),
+    ("temperature", {"temperature": "hot"}),
+    ("top_p", {"top_p": 0}),
+    ("top_p", {"top_p": 1.5}),
+    ("top_k", {"top_k": -2}),
+    ("min_p", {"min_p": 2}),
+    ("presence_penalty", {"presence_penalty": 3}),
+    ("frequency_penalty", {"frequency_penalty": -3}),
+    ("repetition_penalty", {"repetition_penalty": 0}),
+    ("n", {"n": 0}),
+    ("n", {"n": 10_000}),
+    ("seed", {"seed": 2**64}),
+    ("seed", {"seed": 1.5}),
+    ("stop", {"stop": ""}),
+    ("stop", {"stop": ["a", ""]}),
+    ("stop", {"stop": [3]}),
+    ("stop", {"stop": ["x"] * 17}),
+    ("stop", {"stop": "x" * 257}),
+    ("stop_token_ids", {"stop_token_ids": [10**6]}),
+    ("stop_token_ids", {"stop_token_ids": [-1]}),
+    ("logit_bias", {"logit_bias": {"ten": 1}}),
+    ("logit_bias", {"logit_bias": {"10": 101}}),
+    ("logit_bias", {"logit_bias": {"99999": 1}}),
+    ("logit_bias", {"logit_bias": [1]}),
+    ("logprobs", {"logprobs": 2}),
+    ("top_logprobs", {"top_logprobs": 2}),
+    ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
+    ("stream", {"stream": "yes"}),
+    ("stream_options", {"stream_options": {"include_usage": True}}),
+    ("stream_options.include", {"stream": True, "stream_options": {"include": True}}),
+    ("tools", {"tools": [{"type": "function"}]}),
+    ("tool_choice", {"tool_choice": "auto"}),
+    ("response_format", {"response_format": {"type": "json_object"}}),
+    ("audio", {"audio": {}}),
+    ("best_of", {"best_of": 2}),
+    ("prompt_logprobs", {"prompt_logprobs": 1}),
+    ("suffix", {"suffix": "end"}),
+    ("chat_template_kwargs.tokenize", {"chat_template_kwargs": {"tokenize": True}}),
+    ("chat_template_kwargs.chat_template", {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}),
+    ("temprature", {"temprature": 1}),
+]
+
+
+@pytest.mark.parametrize(("param", "body"), BAD_CHATS)
+async def test_bad_chat_parameters_are_named(gateway: MakeGateway, param: str, body: dict[str, Any]) -> None:
+    response = await gateway().chat(**body)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert param.rpartition(".")[2].split("[")[0] in error["message"]
+    assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("prompt", {"prompt": []}),
+        ("prompt", {"prompt": ""}),
+        ("prompt", {"prompt": 7}),
+        ("prompt", {"prompt": [[]]}),
+        ("prompt", {"prompt": ["a", 1]}),
+        ("prompt", {"prompt": [True]}),
+        ("prompt", {"prompt": [1, 10**9]}),
+        ("prompt", {"prompt": [[1], [-1]]}),
+        ("logprobs", {"logprobs": -1}),
+        ("logprobs", {"logprobs": 21}),
+        ("echo", {"echo": True, "logprobs": 1}),
+        ("n", {"prompt": ["a"] * 40, "n": 2}),
+    ],
+)
+async def test_bad_completion_parameters_are_named(gateway: MakeGateway, param: str, body: dict[str, Any]) -> None:
+    response = await gateway().complete(**body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": None, "response_format": {"type": "text"}, "best_of": 1, "suffix": None, "audio": None},
+        {"user": "me", "store": True, "metadata": {"a": "b"}, "temperature": None},
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}, *USER]},
+        {"messages": [{"role": "developer", "content": [{"type": "text", "text": "be brief"}]}, *USER]},
+    ],
+)
+async def test_parameters_that_ask_for_nothing_are_accepted(gateway: MakeGateway, body: dict[str, Any]) -> None:
+    assert (await gateway().chat(**body)).status_code == 200
+
+
+async def test_an_unknown_parameter_gets_the_nearest_name(gateway: MakeGateway) -> None:
+    response = await gateway().chat(temprature=1)
+    assert "did you mean 'temperature'?" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[]", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 10_000, b'{"a":"\\ud800"}']
+)
+async def test_bodies_that_are_no_json_object_are_refused(gateway: MakeGateway, content: bytes) -> None:
+    response = await gateway().client.post("/v1/chat/completions", content=content)
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_numbers_that_are_not_finite_are_refused(gateway: MakeGateway, number: str) -> None:
+    content = f'{{"messages": [{{"role": "user", "content": "hi"}}], "temperature": {number}}}'
+    response = await gateway().client.post("/v1/chat/completions", content=content)
+    assert response.status_code == 400
+
+
+async def test_a_large_body_is_refused_before_it_is_read(gateway: MakeGateway) -> None:
+    one = gateway()
+    sent = 0
+
+    async def body() -> Any:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 10_000
+            yield b"x" * 10_000
+
+    response = await one.client.post("/v1/completions", content=body())
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
+    assert sent <= 4 * 2**20 + 20_000
+    declared = await one.client.post("/v1/completions", content=b"x" * 10_000_000)
+    assert declared.status_code == 413
+
+
+async def test_an_unknown_model_is_not_found(gateway: MakeGateway) -> None:
+    response = await gateway().chat(model="gpt-9")
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert "'tiny'" in error["message"]
+
+
+async def test_a_prompt_over_the_context_is_refused_with_the_numbers(gateway: MakeGateway) -> None:
+    one = gateway()
+    response = await one.complete(prompt=[1] * 200, max_tokens=100)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert all(number in error["message"] for number in (str(MAX_MODEL_LEN), "200", "100"))
+    assert (await one.complete(prompt=[1] * MAX_MODEL_LEN)).status_code == 400
+    assert (await one.complete(prompt=[1] * (MAX_MODEL_LEN - 1), max_tokens=1)).status_code == 200
+
+
+async def test_output_takes_what_room_the_prompt_leaves_by_default(gateway: MakeGateway) -> None:
+    one = gateway()
+    await one.complete(prompt=[1] * (MAX_MODEL_LEN - 4))
+    await one.complete(prompt=[1])
+    await one.chat()
+    few, default, chat = (r.sampling.max_tokens for r in one.backend.requests)
+    assert (few, default) == (4, 16)
+    assert chat == MAX_MODEL_LEN - len(one.backend.requests[2].prompt_token_ids)
+
+
+@pytest.mark.parametrize("header", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
+@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf"])
+async def test_latency_targets_must_be_positive_numbers(gateway: MakeGateway, header: str, value: str) -> None:
+    response = await gateway().post("/v1/completions", {header: value}, prompt="hi")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, header)
+
+
+async def test_a_request_id_that_cannot_be_echoed_is_refused(gateway: MakeGateway) -> None:
+    response = await gateway().post("/v1/completions", {"x-request-id": "x" * 200}, prompt="hi")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "x-request-id")
+
+
+async def test_unknown_paths_and_methods_answer_in_the_error_shape(gateway: MakeGateway) -> None:
+    client = gateway().client
+    missing, wrong = await client.get("/v1/nothing"), await client.get("/v1/completions")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
+
+
+async def test_while_draining_new_requests_get_503(gateway: MakeGateway) -> None:
+    one = gateway()
+    one.app.state.admission.close()
+    refused = await one.chat()
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert (await one.client.get("/health")).status_code == 503
+    assert (await one.client.get("/-/healthz")).status_code == 200
+
+
+async def test_the_backend_deadline_is_the_configured_timeout(gateway: MakeGateway) -> None:
+    one = gateway(request_timeout_s=50)
+    await one.complete()
+    assert one.backend.requests[0].deadline == pytest.approx(time.time() + 50, abs=5)
+
+
+async def test_a_backend_that_never_ends_is_cut_off(gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.completions.DEADLINE_MARGIN_S", 0.0)
+    one = gateway(hangs(after=[]), request_timeout_s=0.05)
+    response = await one.complete()
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("error", [Overloaded("full", retry_after=3.2), Unavailable("no worker", retry_after=3.2)])
+async def test_refusals_of_the_cluster_reach_the_client(gateway: MakeGateway, error: Overloaded | Unavailable) -> None:
+    for stream in (False, True):
+        response = await gateway(fails(error, after=[])).complete(stream=stream)
+        assert (response.status_code, response.headers["retry-after"]) == (error.http_status, "4")
+        assert response.json()["error"]["message"] == error.message
