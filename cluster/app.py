@@ -57,7 +57,9 @@ class Controller:
 class Worker:
     """One group of devices with one model on it. The replica is rank 0 of its group."""
 
-    async def __init__(self, config: SlipstreamConfig, folder: str, threads: int, controller: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: SlipstreamConfig, folder: str, threads: int, controller: DeploymentHandle
+    ) -> None:
         from cluster.worker import load_runner, make_node  # torch is not needed to deploy
 
         self._controller = controller
@@ -91,17 +93,18 @@ class Worker:
 class Gateway:
     """The HTTP API on a port of its own, and the sessions to the workers."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: SlipstreamConfig, folder: str, controller: DeploymentHandle, _workers: DeploymentHandle
     ) -> None:
         from cluster.front import Front
 
         async def list_members() -> list[Member]:
             try:
-                return await controller.members.remote()
+                members: list[Member] = await controller.members.remote()
             except (RayError, RayServeException) as error:
                 logger.warning("the controller does not answer, keeping the workers known: %s", error)
                 return []
+            return members
 
         backend = ClusterBackend(
             list_members,

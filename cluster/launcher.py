@@ -66,7 +66,7 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
 
     check_port(config.gateway.host, config.gateway.port)
     with Bars() as progress:
-        folder = resolve(config.model, revision=config.revision, progress=progress)
+        folder = resolve(config.model, revision=config.revision, progress=progress, check_config=ModelConfig.from_dict)
     with checklist.step("model") as line:
         model = ModelConfig.from_folder(folder)  # an unsupported model is refused before any process starts
         line.note = f"{model.architecture}, up to {max_model_len(model, config.engine)} tokens, {folder}"

@@ -8,9 +8,11 @@ from core.errors import ConfigError
 from engine.model_config import ModelConfig
 
 
-def max_model_len(config: ModelConfig, engine: EngineSection) -> int:
-    """Longest prompt plus output, in tokens. Raises ConfigError when more was asked for than fits."""
-    token_bytes = config.kv_token_bytes(engine.dtype)
+def max_model_len(config: ModelConfig, engine: EngineSection, dtype: str | None = None) -> int:
+    """Longest prompt plus output, in tokens. Raises ConfigError when more was asked for than fits. `dtype` is what a
+    worker serves in; without it `auto` is taken for bfloat16, and a worker that has to use float32 has the last word
+    on a request that would only fit in bfloat16."""
+    token_bytes = config.kv_token_bytes(dtype or ("bfloat16" if engine.dtype == "auto" else engine.dtype))
     cache = parse_bytes(engine.kv_cache_memory) // token_bytes // engine.block_size * engine.block_size
     limit = min(config.max_position_embeddings, cache)
     wanted = engine.max_model_len

@@ -155,7 +155,7 @@ class WorkerNode:
         if owned.prefilling:
             self._prefill.on_update(update)
         if update.finish is not None:
-            del self._owned[request_id]
+            self._owned.pop(request_id, None)
             if not owned.prefilling:
                 self._decode.rejected(request_id)
 

@@ -1,7 +1,4 @@
-"""What the engine needs to know of a model, read from its Hugging Face config.json.
-
-Only json is read: nothing here imports Transformers, whose import costs a worker seconds.
-"""
+"""What a model is, read from a Hugging Face folder and checked once. Neither torch nor Transformers is imported."""
 
 from __future__ import annotations
 
@@ -9,132 +6,189 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from core.errors import ModelError
+from engine.models.registry import SUPPORTED
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-"""What engine.models has layers for."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+"""The kinds of rotary embedding we run, and the parameters each must have. `dynamic` and `longrope` are not among them:
+their frequencies depend on how long the sequence will get, so cached keys would be wrong once it has grown."""
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_Count = Annotated[int, Meta(ge=1)]
+
+
+class _Fields(msgspec.Struct, frozen=True, kw_only=True):
+    """config.json as its authors write it; what may be left out has the default of the Transformers class."""
+
+    architectures: list[str]
+    vocab_size: _Count
+    hidden_size: _Count
+    intermediate_size: _Count
+    num_hidden_layers: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count | None = None
+    head_dim: _Count | None = None
+    max_position_embeddings: _Count
+    sliding_window: _Count | None = None
+    rms_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_id: int | list[int] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_theta: float | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """`parameters` are those of Transformers' `rope_parameters`: rope_theta, and what the type asks for."""
+
+    rope_type: str
+    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     architecture: str
-    num_layers: int
+    vocab_size: int
     hidden_size: int
     intermediate_size: int
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_size: int
-    vocab_size: int
     max_position_embeddings: int
+    """Longest sequence that the model computes as its authors meant: no more than its sliding window, if it has one."""
     rms_norm_eps: float
-    rope: Mapping[str, Any]
-    """rope_type, rope_theta and what the type needs, as in Transformers' `rope_parameters`."""
+    rope: RopeConfig
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
-    dtype: str
-    """The checkpoint's own."""
+    """Of generation_config.json and config.json together."""
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Raises ModelError, naming the field, for what is missing, malformed or unsupported."""
-        raw = _read(folder / "config.json")
-        generation = _read(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
-        return cls.from_dict(raw, eos=generation.get("eos_token_id", raw.get("eos_token_id")))
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Raises ModelError that names the file and the field at fault."""
+        folder = Path(folder)
+        generation = folder / "generation_config.json"
+        return cls.from_dict(
+            _read_json(folder / "config.json"),
+            _read_json(generation) if generation.is_file() else {},
+            source=str(folder / "config.json"),
+        )
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], eos: int | list[int] | None = None) -> ModelConfig:
-        architecture = check_architecture(raw)
-        heads = _positive(raw, "num_attention_heads")
-        kv_heads = _positive(raw, "num_key_value_heads", heads)
-        hidden = _positive(raw, "hidden_size")
+    def from_dict(
+        cls, config: dict[str, Any], generation_config: dict[str, Any] | None = None, *, source: str = "config.json"
+    ) -> ModelConfig:
+        """From the contents of config.json and generation_config.json; `source` is named in errors."""
+        architecture = _architecture(config, source)
+        try:
+            fields = msgspec.convert(config, _Fields)
+        except msgspec.ValidationError as error:
+            raise ModelError(f"{source}: {error}; this field must be right for {architecture} to run") from error
+        heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads or fields.num_attention_heads
+        head_size = fields.head_dim or fields.hidden_size // heads
         if heads % kv_heads:
-            raise ModelError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ModelError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only silu")
-        if raw.get("sliding_window") is not None:
-            raise ModelError(f"config.json: sliding_window {raw['sliding_window']!r} is not supported, only null")
-        max_positions = _positive(raw, "max_position_embeddings")
+            raise ModelError(f"{source}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        if head_size < 2 or head_size % 2:
+            raise ModelError(f"{source}: head_dim {head_size} is odd, and rotary embeddings need an even one")
+        if fields.quantization_config is not None:
+            method = fields.quantization_config.get("quant_method", "unknown")
+            raise ModelError(
+                f"{source}: quantization_config says {method}; quantized weights are not supported, "
+                "use the model's bfloat16, float16 or float32 weights"
+            )
         return cls(
             architecture=architecture,
-            num_layers=_positive(raw, "num_hidden_layers"),
-            hidden_size=hidden,
-            intermediate_size=_positive(raw, "intermediate_size"),
+            vocab_size=fields.vocab_size,
+            hidden_size=fields.hidden_size,
+            intermediate_size=fields.intermediate_size,
+            num_layers=fields.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=_positive(raw, "head_dim", hidden // heads),
-            vocab_size=_positive(raw, "vocab_size"),
-            max_position_embeddings=max_positions,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_rope(raw, max_positions),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            dtype=_dtype(raw),
+            head_size=head_size,
+            max_position_embeddings=min(
+                fields.max_position_embeddings, fields.sliding_window or fields.max_position_embeddings
+            ),
+            rms_norm_eps=fields.rms_norm_eps,
+            rope=_rope(fields, source),
+            tie_word_embeddings=fields.tie_word_embeddings,
+            attention_bias=fields.attention_bias,
+            mlp_bias=fields.mlp_bias,
+            eos_token_ids=_eos_token_ids(generation_config or {}, fields),
         )
 
     def kv_token_bytes(self, dtype: str) -> int:
-        """Bytes of KV cache per token when served in `dtype`, a name engine.device.serving_dtype has resolved."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * DTYPE_BYTES[dtype]
+        """Bytes of KV cache per token; `dtype` as on the command line, "auto" included."""
+        if dtype == "auto":
+            from engine.device import resolve_device, resolve_dtype  # loads torch
+
+            dtype = resolve_dtype(dtype, resolve_device("auto"))
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * _ITEM_BYTES[dtype]
 
 
-def check_architecture(raw: Mapping[str, Any]) -> str:
-    """The architecture, if there are layers for it. Raises ModelError naming it otherwise."""
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names:
-        raise ModelError("config.json names no architectures; it must be a causal language model's configuration")
-    if names[0] not in ARCHITECTURES:
-        raise ModelError(f"architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    return str(names[0])
+def check_config(config: dict[str, Any]) -> None:
+    """Raise ModelError for a config.json that can't be run."""
+    ModelConfig.from_dict(config)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+        raise ModelError(f"can't read {path} ({error.strerror}): name a folder in Hugging Face form") from error
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} must be a JSON object")
-    return raw
-
-
-def _positive(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = raw.get(name)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"config.json: {name} must be a positive integer, not {value!r}")
+        raise ModelError(f"{path} is not JSON ({error}): fetch the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object: fetch the model again")
     return value
 
 
-def _rope(raw: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    """Transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = {
-        "rope_type": given.get("rope_type", given.get("type", "default")),
-        "rope_theta": float(given.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-        "max_position_embeddings": max_positions,
-        **{k: v for k, v in given.items() if k not in ("type", "rope_type", "rope_theta")},
-    }
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ModelError(
-            f"config.json: rope_type {rope['rope_type']!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError("config.json: partial_rotary_factor other than 1 is not supported")
-    return rope
+def _architecture(config: dict[str, Any], source: str) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ModelError(f"{source}: architectures is missing; it must name one of {', '.join(SUPPORTED)}")
+    if names[0] not in SUPPORTED:
+        raise ModelError(f"{source}: architecture {names[0]} is not supported; supported are {', '.join(SUPPORTED)}")
+    return str(names[0])
 
 
-def _dtype(raw: Mapping[str, Any]) -> str:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    if name not in DTYPE_BYTES:
-        raise ModelError(f"config.json: dtype {name!r} is not supported; supported are {', '.join(DTYPE_BYTES)}")
-    return name
+def _rope(fields: _Fields, source: str) -> RopeConfig:
+    """Transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling."""
+    parameters = dict(fields.rope_parameters or fields.rope_scaling or {})
+    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"{source}: rope_type {rope_type} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    parameters.setdefault("rope_theta", fields.rope_theta or 10000.0)
+    if rope_type in ("llama3", "yarn"):
+        parameters.setdefault("original_max_position_embeddings", fields.max_position_embeddings)
+    for name in ("rope_theta", *ROPE_TYPES[rope_type]):
+        if not isinstance(parameters.get(name), int | float) or not parameters[name] > 0:
+            raise ModelError(f"{source}: {name} of rope_type {rope_type} must be a number above 0")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    return RopeConfig(rope_type, parameters)
+
+
+def _eos_token_ids(generation_config: dict[str, Any], fields: _Fields) -> tuple[int, ...]:
+    ids: dict[int, None] = {}
+    for value in (generation_config.get("eos_token_id"), fields.eos_token_id):
+        ids |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(ids)

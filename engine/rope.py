@@ -1,48 +1,56 @@
-"""Rotary position embeddings (Su et al., arXiv:2104.09864), in the half-rotated form of Llama checkpoints."""
+"""Rotary position embeddings, arXiv:2104.09864, in the half-split form that Llama checkpoints use."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
-from torch import Tensor
 
 from engine.model_config import ModelConfig
 
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""cos and signed sin of a step's positions, each [tokens, 1, head_size]."""
 
-def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """([head_size / 2] float32, factor on cos and sin). Scaled types are computed by Transformers' own functions."""
-    if config.rope["rope_type"] == "default":
-        exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
-        return 1.0 / (config.rope["rope_theta"] ** exponents), 1.0
-    from transformers import LlamaConfig
+
+class Rope:
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        inv_freq, self._scale = inverse_frequencies(config)
+        self._inv_freq = torch.cat((inv_freq, inv_freq)).to(device)  # [head_size]
+        half = torch.ones(config.head_size // 2, device=device)
+        self._sign = torch.cat((-half, half))
+        self._half = config.head_size // 2
+        self._dtype = dtype
+
+    def angles(self, positions: torch.Tensor) -> Angles:
+        """Computed in float32 once per step, for all layers. `positions`: [tokens]."""
+        theta = (positions.to(torch.float32)[:, None] * self._inv_freq)[:, None]
+        cos, sin = theta.cos(), theta.sin().mul_(self._sign)
+        if self._scale != 1.0:
+            cos, sin = cos.mul_(self._scale), sin.mul_(self._scale)
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+    def rotate_(self, heads: torch.Tensor, angles: Angles) -> None:
+        """In place, on [tokens, heads, head_size]: (a, b) becomes (a cos - b sin, b cos + a sin)."""
+        cos, sin = angles
+        swapped = heads.roll(self._half, -1)
+        heads.mul_(cos).addcmul_(swapped, sin)
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """[head_size / 2] float32, and the factor on cos and sin. Scaled types are computed by Transformers."""
+    rope = config.rope
+    if rope.rope_type == "default":
+        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+        return 1.0 / rope.parameters["rope_theta"] ** exponents, 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    reference = LlamaConfig(
+    fields = SimpleNamespace(
+        rope_parameters={"rope_type": rope.rope_type, **rope.parameters},
+        head_dim=config.head_size,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
-        head_dim=config.head_size,
         max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope),
+        standardize_rope_params=lambda: None,
     )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope["rope_type"]](reference, torch.device("cpu"))
-    return frequencies, float(factor)
-
-
-class RotaryTable:
-    """cos and sin of every position, so that a step only gathers rows."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        frequencies, factor = inverse_frequencies(config)
-        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        self._half = config.head_size // 2
-        self._cos = torch.cat((cos, cos), -1).to(device, dtype)  # [positions, head_size]
-        # The sign of the rotation is folded into the table: rotated = x * cos + swap(x) * sin.
-        self._sin = torch.cat((-sin, sin), -1).to(device, dtype)
-
-    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin, each [tokens, 1, head_size]."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [tokens, heads, head_size]"""
-        return torch.addcmul(x * cos, torch.roll(x, self._half, -1), sin)
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[rope.rope_type](fields)
+    return inv_freq.float(), float(scale)

@@ -1,8 +1,12 @@
-"""From logits to tokens, in float32 on the device.
+"""Drawing tokens from logits.
 
-Order: penalties, bias and forbidden tokens, temperature, min_p, top_k, top_p, draw. The uniform number of a draw is a
-hash of (seed, position): a token depends on nothing else in the batch, on no generator's state, and a sequence that
-moves to another worker goes on as if it had stayed.
+The law of a row: logit_bias and the penalties change the logits, forbidden ids get none; then temperature; then the
+tokens kept by min_p, top_k and top_p, in this order, each over what the one before it left. A token as likely as the
+last one kept is kept too, so the law doesn't depend on how a sort breaks ties. Below GREEDY_TEMPERATURE the most likely
+token is taken, the lowest id among equals. Everything is float32.
+
+One uniform number per token, from a hash of (seed, position), inverts the cumulative law in the order of ids. So a draw
+depends on nothing but the row's logits, its parameters and its position.
 """
 
 from __future__ import annotations
@@ -12,149 +16,203 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from core.errors import InternalError
 from core.types import SamplingParams, TokenLogprobs
 from engine.step import SamplingRow
 
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them overflows."""
+GREEDY_TEMPERATURE = 1e-5
+_CANDIDATES = 1024
+"""A nucleus is looked for among this many tokens before the whole vocabulary is sorted."""
 
 
-def uniforms(seeds: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, position): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) of the two, mixed one
-    after the other so that neighbouring seeds and positions have nothing in common. 53 bits."""
-    with np.errstate(over="ignore"):
-        mixed = _split_mix(_split_mix(seeds.astype(np.uint64)) + positions.astype(np.uint64))
+def sample(
+    logits: torch.Tensor, rows: Sequence[SamplingRow | None]
+) -> tuple[NDArray[np.int64], tuple[TokenLogprobs | None, ...]]:
+    """logits: [rows, vocab] float32, left as they are. Returns the ids (-1 for None) and, if any row asked, a
+    TokenLogprobs or None for each. Raises InternalError for logits that are not numbers."""
+    tokens = np.full(logits.shape[0], -1, np.int64)
+    wanted = [index for index, row in enumerate(rows) if row is not None]
+    if not wanted:
+        return tokens, ()
+    asked = [rows[index] for index in wanted]
+    chosen = logits if len(wanted) == logits.shape[0] else logits[wanted]
+    tokens[wanted] = _draw(chosen, [row for row in asked if row is not None])
+    return tokens, _logprobs(logits, rows, tokens)
+
+
+def sampling_law(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """[rows, vocab] float32 probabilities that `sample` draws by; for a greedy row all of it on one token."""
+    adjusted = _adjust(logits, rows)
+    law = _truncate(_soften(adjusted, rows), rows)
+    greedy = [index for index, row in enumerate(rows) if _is_greedy(row.params)]
+    if greedy:
+        law[greedy] = torch.zeros_like(law[greedy]).scatter_(1, adjusted[greedy].argmax(-1, keepdim=True), 1.0)
+    return law
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1), independent over seeds and positions: two rounds of the SplitMix64 finalizer (Steele, Lea and
+    Flood, OOPSLA 2014) over the seed and then the position. Vectorized; the same on every machine."""
+    seed = np.array([value & 0xFFFFFFFFFFFFFFFF for value in seeds], np.uint64)
+    mixed = _splitmix64(_splitmix64(seed) + np.array(positions, np.uint64))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _split_mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow | None]) -> NDArray[np.int64]:
-    """A token per row of logits [rows, vocab] float32; -1 where the row is None. `logits` is not changed."""
-    tokens = np.full(len(rows), -1, dtype=np.int64)
-    wanted = [(index, row) for index, row in enumerate(rows) if row is not None]
-    if any(_adjusts(row) for _, row in wanted):
-        logits = adjust(logits, rows)
-    greedy = [index for index, row in wanted if is_greedy(row.params)]
-    if greedy:
-        best = logits.argmax(-1) if len(greedy) == len(rows) else logits[greedy].argmax(-1)
-        tokens[greedy] = best.cpu().numpy()
-    drawn = [(index, row) for index, row in wanted if not is_greedy(row.params)]
-    if drawn:
-        indices = [index for index, _ in drawn]
-        tokens[indices] = _draw(logits[indices], [row for _, row in drawn])
+# --- draws ---------------------------------------------------------------------------------------------------------
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
+    """[rows] ids."""
+    adjusted = _adjust(logits, rows)
+    random = [index for index, row in enumerate(rows) if not _is_greedy(row.params)]
+    if not random:
+        return _most_likely(adjusted)
+    if len(random) == len(rows):
+        return _invert(adjusted, rows)
+    tokens = _most_likely(adjusted)
+    tokens[random] = _invert(adjusted[random], [rows[index] for index in random])
     return tokens
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_TEMPERATURE
 
 
-def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The law tokens are drawn from, [rows, vocab] float32, after temperature and truncation."""
-    temperature = _column(logits, [p.temperature for p in params])
-    p = torch.softmax(logits / temperature, -1)
-    if any(q.min_p > 0 for q in params):
-        floor = p.amax(-1, keepdim=True) * _column(logits, [q.min_p for q in params])
-        p = p.masked_fill(p < floor, 0.0)
-    if any(q.top_k > 0 or q.top_p < 1 for q in params):
-        p = _truncate(p, params)
-    return p / p.sum(-1, keepdim=True)
+def _most_likely(logits: torch.Tensor) -> NDArray[np.int64]:
+    values, tokens = logits.max(-1)
+    if values.isnan().any():
+        raise InternalError("the model computed logits that are not numbers; check its weights")
+    return tokens.cpu().numpy()
 
 
-def _truncate(p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Keep the top_k most likely tokens, and of those the fewest whose mass reaches top_p of what top_k and min_p left.
-    Ties at the boundary are broken by the sort, as elsewhere."""
-    ordered, order = p.sort(-1, descending=True, stable=True)
-    vocab = p.shape[-1]
-    ranks = torch.arange(vocab, device=p.device)
-    top_k = torch.tensor([q.top_k or vocab for q in params], device=p.device).unsqueeze(1)
-    ordered = ordered.masked_fill(ranks >= top_k, 0.0)
-    total = ordered.sum(-1, keepdim=True)
-    before = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= _column(p, [q.top_p for q in params]) * total, 0.0)
-    return torch.zeros_like(p).scatter_(-1, order, ordered)
+def _invert(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
+    """The first id at which the cumulative law is above the row's uniform number."""
+    law = _truncate(_soften(logits, rows), rows)
+    cumulative = law.cumsum(-1)
+    total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise InternalError("the model computed logits that are not numbers; check its weights")
+    uniform = uniforms([row.params.seed for row in rows], [row.position for row in rows])
+    # Rounding must not push the target to the total: the first id past it would then be none.
+    target = torch.minimum(
+        torch.from_numpy(uniform).to(logits.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
+    )
+    tokens = torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True)
+    return tokens[:, 0].cpu().numpy()
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
-    """Inverse transform: the first token at which the cumulative law exceeds the row's uniform number."""
-    cumulative = probabilities(logits, [row.params for row in rows]).double().cumsum(-1)
-    seeds = np.array([row.params.seed for row in rows], dtype=np.int64)
-    u = torch.from_numpy(uniforms(seeds, np.array([row.position for row in rows], dtype=np.int64)))
-    # Scaling by the total, which rounding keeps from being 1, makes every token past the last possible one unreachable.
-    u = u.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u, right=True).squeeze(1).cpu().numpy()
+# --- the law -------------------------------------------------------------------------------------------------------
 
 
-# --- penalties, bias, forbidden tokens -----------------------------------------------------------------------------
-
-
-def _adjusts(row: SamplingRow) -> bool:
-    return bool(has_penalty(row.params) or row.params.logit_bias or row.forbidden)
-
-
-def has_penalty(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-
-
-def adjust(logits: Tensor, rows: Sequence[SamplingRow | None]) -> Tensor:
-    """A copy of the logits with each row's penalties, bias and forbidden tokens applied."""
+def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Bias, penalties and forbidden ids; the same tensor if no row has any."""
+    changed = [index for index, row in enumerate(rows) if row.forbidden or row.params.logit_bias or _penalizes(row)]
+    if not changed:
+        return logits
     logits = logits.clone()
-    for scores, row in zip(logits, rows, strict=True):
-        if row is None:
-            continue
-        if has_penalty(row.params):
-            _penalise(scores, row)
-        if row.params.logit_bias:
-            ids = torch.tensor(list(row.params.logit_bias), device=scores.device)
-            scores[ids] += torch.tensor(list(row.params.logit_bias.values()), device=scores.device)
-        if row.forbidden:
-            scores[list(row.forbidden)] = -torch.inf
+    for index in changed:
+        _adjust_row_(logits[index], rows[index])
     return logits
 
 
-def _penalise(scores: Tensor, row: SamplingRow) -> None:
-    """Repetition divides positive and multiplies negative scores of every token seen (arXiv:1909.05858); frequency and
-    presence subtract from tokens of the output, as in OpenAI's API."""
+def _penalizes(row: SamplingRow) -> bool:
     params = row.params
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _adjust_row_(logits: torch.Tensor, row: SamplingRow) -> None:
+    params, device = row.params, logits.device
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=device)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt_token_ids, *row.output_token_ids}), device=scores.device)
-        if len(seen):
-            old = scores[seen]
-            scores[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    if len(row.output_token_ids):
-        ids, counts = np.unique(np.asarray(row.output_token_ids, dtype=np.int64), return_counts=True)
-        subtract = params.frequency_penalty * counts + params.presence_penalty
-        scores[torch.from_numpy(ids).to(scores.device)] -= torch.from_numpy(subtract).to(scores.device, scores.dtype)
+        ids = torch.tensor([*row.prompt_token_ids, *row.output_token_ids], dtype=torch.int64, device=device)
+        seen, penalty = logits[ids], params.repetition_penalty
+        logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    if (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0) and row.output_token_ids:
+        output = torch.tensor(list(row.output_token_ids), dtype=torch.int64, device=device)
+        ids, counts = output.unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.forbidden:
+        logits[torch.tensor(row.forbidden, device=device)] = float("-inf")
+
+
+def _soften(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """[rows, vocab] probabilities at each row's temperature (greedy rows: at 1)."""
+    temperatures = [1.0 if _is_greedy(row.params) else row.params.temperature for row in rows]
+    if any(temperature != 1.0 for temperature in temperatures):
+        logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None]
+    return logits.softmax(-1)
+
+
+def _truncate(law: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Zero what min_p, top_k and top_p cut off. Rows are not scaled back to a sum of one unless something was cut."""
+    cut = [index for index, row in enumerate(rows) if _truncates(row.params, law.shape[-1])]
+    if not cut:
+        return law
+    part = law if len(cut) == len(rows) else law[cut]
+    part = part.where(part >= _least_kept(part, [rows[index].params for index in cut]), 0.0)
+    part /= part.sum(-1, keepdim=True)
+    if len(cut) == len(rows):
+        return part
+    law[cut] = part
+    return law
+
+
+def _truncates(params: SamplingParams, vocab: int) -> bool:
+    return params.min_p > 0.0 or params.top_p < 1.0 or 0 < params.top_k < vocab
+
+
+def _least_kept(law: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """[rows, 1]: the probability of the least likely token that is kept."""
+    vocab, device = law.shape[-1], law.device
+    top_k = torch.tensor([[p.top_k if 0 < p.top_k < vocab else vocab] for p in params], device=device)
+    top_p = torch.tensor([[p.top_p] for p in params], dtype=law.dtype, device=device)
+    min_p = torch.tensor([[p.min_p] for p in params], dtype=law.dtype, device=device)
+    needed = max((p.top_k for p in params if 0 < p.top_k < vocab), default=1)
+    kept = law.amax(-1, keepdim=True) * min_p
+    survivors = law.where(law >= kept, 0.0)
+    total = survivors.sum(-1, keepdim=True)
+    count = min(vocab, max(needed, _CANDIDATES))
+    while True:
+        ranked = survivors.topk(count, -1).values  # descending; only values matter, so ties are no matter
+        in_reach = ranked.gather(1, (top_k - 1).clamp(max=count - 1))
+        ranked_kept = ranked.where(ranked >= in_reach, 0.0)
+        mass = torch.where(top_k < vocab, ranked_kept.sum(-1, keepdim=True), total)
+        inside = ranked_kept.cumsum(-1)
+        enough = inside >= top_p * mass
+        if count == vocab or bool((enough[:, -1:] | (top_p >= 1.0)).all()):
+            break
+        count = vocab
+    nucleus = ranked.gather(1, enough.to(torch.uint8).argmax(-1, keepdim=True))
+    nucleus = torch.where((top_p < 1.0) & enough[:, -1:], nucleus, 0.0)
+    by_rank = torch.where(top_k < vocab, in_reach, 0.0)
+    return torch.maximum(kept, torch.maximum(by_rank, nucleus))
 
 
 # --- logprobs ------------------------------------------------------------------------------------------------------
 
 
-def logprobs(
-    logits: Tensor, rows: Sequence[SamplingRow | None], tokens: NDArray[np.int64]
+def _logprobs(
+    logits: torch.Tensor, rows: Sequence[SamplingRow | None], tokens: NDArray[np.int64]
 ) -> tuple[TokenLogprobs | None, ...]:
-    """What the rows that ask for them report, from the model's own law; empty if none asks."""
-    asking = [i for i, row in enumerate(rows) if row is not None and row.params.logprobs is not None]
-    if not asking:
+    asked = {index: row.params.logprobs for index, row in enumerate(rows) if row and row.params.logprobs is not None}
+    if not asked:
         return ()
-    result: list[TokenLogprobs | None] = [None] * len(rows)
-    law = torch.log_softmax(logits[asking], -1)
-    for index, scores in zip(asking, law, strict=True):
-        row = rows[index]
-        count = (row.params.logprobs or 0) if row is not None else 0
-        top = scores.topk(count)
-        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        result[index] = TokenLogprobs(float(scores[int(tokens[index])]), pairs)
-    return tuple(result)
-
-
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    indices = list(asked)
+    scores = logits[indices].log_softmax(-1)
+    drawn = scores.gather(1, torch.from_numpy(tokens[indices]).to(scores.device)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(max(asked.values()), scores.shape[-1]), -1)
+    found: list[TokenLogprobs | None] = [None] * len(rows)
+    for index, logprob, top_ids, top_values in zip(indices, drawn, ids.tolist(), values.tolist(), strict=True):
+        count = asked[index]
+        found[index] = TokenLogprobs(logprob, list(zip(top_ids[:count], top_values[:count], strict=True)))
+    return tuple(found)

@@ -1,112 +1,137 @@
-"""Reading checkpoints: safetensors only, every tensor accounted for before the first is loaded."""
+"""Reading weights from safetensors files: every tensor by name, exactly once, none left over. Pickles are refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from core.errors import ModelError
+from engine.model_config import ModelConfig
 
-Shapes = dict[str, tuple[int, ...]]
-
-SAMPLE_BYTES = 1 << 16
-DERIVED = ("rotary_emb.inv_freq",)
-"""Tensors that old checkpoints carry and that follow from the configuration."""
+_FLOATS = ("F32", "F16", "BF16")
+_DERIVED = ".rotary_emb.inv_freq"
+"""Old checkpoints store these buffers, which follow from the configuration."""
+_INDEX = "model.safetensors.index.json"
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class Weights:
-    """The tensors of a folder, by name, each read once, converted to the serving type on its device."""
+    """The tensors of a folder, as a context manager. Raises ModelError for anything that is not as asked for."""
 
-    def __init__(self, files: dict[str, Any], where: dict[str, str], dtype: torch.dtype, device: torch.device) -> None:
-        self._files = files
-        self._where = where
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, folder: str | Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._folder = Path(folder)
+        self._open = ExitStack()
+        self._files: dict[str, Any] = {}
+        try:
+            for path in weight_files(self._folder):
+                self._add(path)
+        except BaseException:
+            self._open.close()
+            raise
 
-    @classmethod
-    def open(
-        cls, folder: Path, expected: Shapes, dtype: torch.dtype, device: torch.device, *, tied_head: bool = False
-    ) -> Weights:
-        """Raises ModelError, naming the tensor, unless the folder has exactly the expected ones. A copy of the tied
-        output head is let pass."""
-        files: dict[str, Any] = {}
-        where: dict[str, str] = {}
-        shapes: Shapes = {}
-        for path in weight_files(folder):
-            try:
-                file = safe_open(path, framework="pt", device="cpu").__enter__()
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {path}: {error}; fetch the model again") from error
-            files[path.name] = file
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                where[name] = path.name
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-        _compare(folder, shapes, expected, tied_head)
-        return cls(files, where, dtype, device)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for file in self._files.values():
-            file.__exit__(None, None, None)
+    def _add(self, path: Path) -> None:
+        try:
+            file = self._open.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if name in self._files:
+                raise ModelError(f"{path}: tensor {name} is in another file too; fetch the model again")
+            self._files[name] = file
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._files
 
-    def take(self, name: str) -> Tensor:
-        # A copy: the tensor must not keep the whole file mapped.
-        return self._files[self._where[name]].get_tensor(name).to(self._device, self._dtype, copy=True)
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor, in memory of its own. It can't be taken again."""
+        return self._read(name, shape).to(self.device, self.dtype, copy=True)
 
-    def fuse(self, names: Sequence[str]) -> Tensor:
-        """The tensors stacked along their first axis."""
-        return self.take(names[0]) if len(names) == 1 else torch.cat([self.take(name) for name in names])
+    def take_stacked(self, names: Sequence[str], *shapes: tuple[int, ...]) -> torch.Tensor:
+        """Several tensors in one, along the first axis."""
+        parts = [self._read(name, shape).to(self.dtype) for name, shape in zip(names, shapes, strict=True)]
+        return torch.cat(parts).to(self.device)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        file = self._files.pop(name, None)
+        if file is None:
+            raise ModelError(f"{self._folder}: tensor {name} is missing from the weights; fetch the model again")
+        entry = file.get_slice(name)
+        if tuple(entry.get_shape()) != shape:
+            raise ModelError(
+                f"{self._folder}: tensor {name} has shape {list(entry.get_shape())}, "
+                f"but config.json makes it {list(shape)}; config and weights must be of the same model"
+            )
+        if entry.get_dtype() not in _FLOATS:
+            raise ModelError(
+                f"{self._folder}: tensor {name} is stored as {entry.get_dtype()}; "
+                "use the model's bfloat16, float16 or float32 weights"
+            )
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def check_all_taken(self) -> None:
+        """Raise ModelError if the files hold a tensor that the model has no place for."""
+        extra = [name for name in self._files if not name.endswith(_DERIVED)]
+        if extra:
+            raise ModelError(
+                f"{self._folder}: the model has no place for tensor {min(extra)} ({len(extra)} such in all); "
+                "config and weights must be of the same model"
+            )
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+        self._open.close()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Raises ModelError if there are none, saying so when there is a pickle instead."""
+    """The safetensors files that make up the model: those the index names, or all there are."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} has no weight_map: fetch the model again") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"{folder} lacks {missing[0]}, which its index names: fetch the model again")
+        return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    if pickles := sorted(folder.glob("*.bin")):
-        raise ModelError(
-            f"{pickles[0]} is a pickle and is never loaded: it could run code; save the model as safetensors"
-        )
-    raise ModelError(f"{folder} has no *.safetensors files")
+    if not files and any(folder.glob("*.bin")):
+        raise ModelError(f"{folder} has pickled weights only, which can run code: convert them to safetensors")
+    if not files:
+        raise ModelError(f"{folder} has no *.safetensors weights: put them beside its config.json")
+    return files
 
 
-def _compare(folder: Path, found: Shapes, expected: Shapes, tied_head: bool) -> None:
-    for name, shape in expected.items():
-        if name not in found:
-            raise ModelError(f"{folder}: tensor {name} is missing; the checkpoint is incomplete or of another model")
-        if found[name] != shape:
-            raise ModelError(f"{folder}: tensor {name} has shape {found[name]}, config.json says {shape}")
-    allowed = {"lm_head.weight"} if tied_head else set()
-    for name in found:
-        if name not in expected and name not in allowed and not name.endswith(DERIVED):
-            raise ModelError(f"{folder}: tensor {name} is not part of this architecture; config.json may be another's")
-
-
-def fingerprint(folder: Path) -> str:
-    """Identifies the weights: configuration, tensor tables, and samples of the bytes at both ends of each file."""
-    digest = xxhash.xxh3_128()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in weight_files(folder):
+def fingerprint(folder: str | Path, config: ModelConfig) -> str:
+    """Identifies model and weights without reading all of them: configuration, safetensors headers (names, shapes,
+    offsets) and evenly spaced samples of the bytes. Equal on every machine that has the same files."""
+    numbers = asdict(config)
+    del numbers["eos_token_ids"]  # changes no KV
+    digest = hashlib.blake2b(json.dumps(numbers, sort_keys=True).encode(), digest_size=16)
+    for path in weight_files(Path(folder)):
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            digest.update(file.read(length + SAMPLE_BYTES))
-            file.seek(-min(SAMPLE_BYTES, path.stat().st_size), 2)
-            digest.update(file.read())
+            size = file.seek(0, 2)
+            file.seek(0)
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, size)))
+            for sample in range(_SAMPLES):
+                file.seek(8 + header + max(0, size - header - 8 - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

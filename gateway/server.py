@@ -72,6 +72,10 @@ class HttpServer:
             await self._task
         return self._host, int(bound.getsockname()[1])
 
+    @property
+    def listening(self) -> bool:
+        return self._task is not None and not self._task.done()
+
     async def stop(self, grace_s: float = 30.0) -> None:
         """Refuse new requests with 503, let running ones end within `grace_s`, end the others with an error, close."""
         if self._task is None:

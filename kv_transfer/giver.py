@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from core.links import Link
 from engine.kv_cache import KVPool
 from kv_transfer import states
+from kv_transfer.alarm import Alarm
 from kv_transfer.counters import TransferCounters
 from kv_transfer.messages import (
     Cancel,
@@ -172,6 +172,7 @@ class Giver:
         """Keep only what is needed to answer for it."""
         if self._live.pop(giving.transfer_id, None) is not None:
             self._ended[giving.transfer_id] = giving
+        giving.manifest = giving.slots = None
         while len(self._ended) > MAX_REMEMBERED:
             self._ended.popitem(last=False)
 
@@ -202,13 +203,13 @@ class _Giving:
         self.over = asyncio.Event()
         self._giver = giver
         self._machine = GiverTransfer(lease_s)
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(lambda: self.feed(states.Tick()))
         self._sealing: asyncio.Task[Manifest] | None = None
 
     def feed(self, event: states.Event) -> None:
         for instruction in self._machine.handle(event, time.monotonic()):
             self._carry_out(instruction)
-        self._set_timer()
+        self._alarm.set(self._machine.wake_at)
         if self._machine.phase is Phase.RELEASED:
             self.over.set()
             self._giver.ended(self)
@@ -257,11 +258,3 @@ class _Giving:
     def _send(self, message: FromGiver) -> None:
         assert self.link is not None
         self.link.send(message)
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        wake_at = self._machine.wake_at
-        if math.isfinite(wake_at):
-            delay = max(0.0, wake_at - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(delay, self.feed, states.Tick())

@@ -114,17 +114,14 @@ def checksum(rows: Rows, slots: Slots) -> int:
         for plane in layer:
             for start, stop in spans:
                 part = plane[start:stop]
-                digest.update(part.cpu().numpy() if isinstance(part, torch.Tensor) else part)
+                digest.update(part.cpu().numpy().data if isinstance(part, torch.Tensor) else part.data)
     return int(digest.intdigest())
 
 
 def seal(rows: Rows, slots: Slots, extents: Sequence[Extent]) -> list[Piece]:
     """Pieces with their checksums. `slots` are those of the tokens from the first extent's token on."""
     base = extents[0].token if extents else 0
-    return [
-        Piece(*extent, checksum(layers_of(rows, extent), tokens_of(slots, extent, base)))
-        for extent in extents
-    ]
+    return [Piece(*extent, checksum(layers_of(rows, extent), tokens_of(slots, extent, base))) for extent in extents]
 
 
 def layers_of(rows: Rows, piece: Piece | Extent) -> Rows:

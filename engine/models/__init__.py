@@ -1,1 +1,1 @@
-"""Our own layers, one file per family; registry.py says which architecture is which."""
+"""Our own lean models, one file per family; registry.py says which architectures they cover."""

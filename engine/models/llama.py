@@ -1,122 +1,106 @@
-"""The Llama family: RMSNorm, rotary attention with grouped KV heads, SwiGLU. Plain objects, not modules: at small batches
-on a CPU the time goes into dispatch, so nothing is called that does not compute."""
+"""Llama, and Mistral, which differs by its configuration only. Equal to Transformers' LlamaForCausalLM in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-import torch.nn.functional as F  # noqa: N812  the usual name
-from torch import Tensor
+import torch
+import torch.nn.functional as F  # noqa: N812
 
-from engine.attention import AttentionPlan
-from engine.linear import Linear
+from core.errors import ModelError
+from engine.attention import PagedAttention
+from engine.layers import RMSNorm, SwiGLU
+from engine.linear import Linear, make_linear
 from engine.model_config import ModelConfig
-from engine.rope import RotaryTable
-from engine.weights import Shapes, Weights
-
-OnLayer = Callable[[int], None]
+from engine.rope import Angles, Rope
+from engine.weights import Weights
 
 
-def expected_tensors(config: ModelConfig) -> Shapes:
-    """Every tensor a checkpoint of this family must have, and its shape."""
-    hidden, head, inner = config.hidden_size, config.head_size, config.intermediate_size
-    rows = {"q": config.num_heads * head, "k": config.num_kv_heads * head, "v": config.num_kv_heads * head}
-    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for index in range(config.num_layers):
-        at = f"model.layers.{index}."
-        shapes |= {f"{at}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-        shapes |= {f"{at}self_attn.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
-        shapes[f"{at}self_attn.o_proj.weight"] = (hidden, config.num_heads * head)
-        shapes |= {f"{at}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        shapes[f"{at}mlp.down_proj.weight"] = (hidden, inner)
-        if config.attention_bias:
-            shapes |= {f"{at}self_attn.{name}_proj.bias": (size,) for name, size in rows.items()}
-            shapes[f"{at}self_attn.o_proj.bias"] = (hidden,)
-        if config.mlp_bias:
-            shapes |= {f"{at}mlp.{name}_proj.bias": (inner,) for name in ("gate", "up")}
-            shapes[f"{at}mlp.down_proj.bias"] = (hidden,)
-    return shapes
+class LlamaLayer:
+    __slots__ = ("_attention_norm", "_heads", "_index", "_mlp", "_mlp_norm", "_out", "_qkv", "_rope", "_split")
 
+    def __init__(self, index: int, config: ModelConfig, rope: Rope, weights: Weights) -> None:
+        prefix, hidden = f"model.layers.{index}.", config.hidden_size
+        queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        inner = config.intermediate_size
+        self._index = index
+        self._rope = rope
+        self._heads = (config.num_heads, config.num_kv_heads, config.head_size)
+        self._split = (queries, queries + keys)
+        self._attention_norm = RMSNorm(weights.take(prefix + "input_layernorm.weight", hidden), config.rms_norm_eps)
+        self._mlp_norm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight", hidden), config.rms_norm_eps)
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        self._qkv = _linear(weights, attention, sizes, hidden, config.attention_bias)
+        self._out = _linear(weights, attention, {"o_proj": hidden}, queries, config.attention_bias)
+        self._mlp = SwiGLU(
+            _linear(weights, mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
+            _linear(weights, mlp, {"down_proj": hidden}, inner, config.mlp_bias),
+            inner,
+        )
 
-@dataclass(slots=True)
-class Layer:
-    input_norm: Tensor
-    qkv: Linear
-    out: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    def __call__(self, hidden: torch.Tensor, angles: Angles, attention: PagedAttention) -> torch.Tensor:
+        heads, kv_heads, head_size = self._heads
+        queries, rotated = self._split
+        qkv = self._qkv(self._attention_norm(hidden))  # [tokens, (heads + 2 kv_heads) * head_size]
+        self._rope.rotate_(qkv[:, :rotated].unflatten(1, (heads + kv_heads, head_size)), angles)
+        mixed = attention(
+            self._index,
+            qkv[:, :queries].unflatten(1, (heads, head_size)),
+            qkv[:, queries:].unflatten(1, (2, kv_heads, head_size)),
+        )
+        hidden = self._out.add(mixed, hidden)
+        return self._mlp.add(self._mlp_norm(hidden), hidden)
 
 
 class Llama:
-    """`forward` runs one step; `logits` turns its rows into scores."""
+    """Implements engine.models.registry.Model."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config = config
-        self._embedding = weights.take("model.embed_tokens.weight")
-        self._layers = [self._layer(weights, f"model.layers.{i}.") for i in range(config.num_layers)]
-        self._norm = weights.take("model.norm.weight")
-        self._head = Linear(self._embedding if config.tie_word_embeddings else weights.take("lm_head.weight"))
-        self._rope = RotaryTable(config, self._embedding.dtype, self._embedding.device)
+        shape = (config.vocab_size, config.hidden_size)
+        self._embedding = weights.take("model.embed_tokens.weight", *shape)
+        self._rope = Rope(config, weights.device, weights.dtype)
+        self._layers = [LlamaLayer(index, config, self._rope, weights) for index in range(config.num_layers)]
+        self._norm = RMSNorm(weights.take("model.norm.weight", config.hidden_size), config.rms_norm_eps)
+        self._head = make_linear(self._head_weight(config, weights))
 
-    @staticmethod
-    def _layer(weights: Weights, at: str) -> Layer:
-        def fused(*names: str) -> Linear:
-            bias = weights.fuse([f"{at}{n}.bias" for n in names]) if f"{at}{names[0]}.bias" in weights else None
-            return Linear(weights.fuse([f"{at}{n}.weight" for n in names]), bias)
+    def _head_weight(self, config: ModelConfig, weights: Weights) -> torch.Tensor:
+        name = "lm_head.weight"
+        if config.tie_word_embeddings and name not in weights:
+            return self._embedding
+        head = weights.take(name, config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings and not torch.equal(head, self._embedding):
+            raise ModelError(f"config.json says tie_word_embeddings, but {name} differs from the embeddings")
+        return head
 
-        return Layer(
-            input_norm=weights.take(f"{at}input_layernorm.weight"),
-            qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            out=fused("self_attn.o_proj"),
-            post_norm=weights.take(f"{at}post_attention_layernorm.weight"),
-            gate_up=fused("mlp.gate_proj", "mlp.up_proj"),
-            down=fused("mlp.down_proj"),
-        )
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self._embedding)
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        attention: AttentionPlan,
-        cache: list[tuple[Tensor, Tensor]],
-        taps: dict[int, Tensor],
-        on_layer: OnLayer | None,
-    ) -> Tensor:
-        """token_ids, positions [tokens]; cache: (keys, values) per layer, each [blocks, block_size, kv_heads,
-        head_size]. Fills the `taps` whose layers are keys; calls `on_layer` once a layer's KV is written. Returns the
-        hidden states before the final norm, [tokens, hidden]."""
-        x = F.embedding(token_ids, self._embedding)
-        cos, sin = self._rope.rows(positions)
+    def run_layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor, attention: PagedAttention, taps: Iterable[int] = ()
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        angles = self._rope.angles(positions)
+        wanted, tapped = frozenset(taps), {}
         for index, layer in enumerate(self._layers):
-            if index in taps:
-                taps[index] = x.clone()
-            x = x + layer.out(self._attend(layer, x, cos, sin, attention, cache[index]))
-            if on_layer is not None:
-                on_layer(index)
-            gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
-        if len(self._layers) in taps:
-            taps[len(self._layers)] = x
-        return x
+            if index in wanted:
+                tapped[index] = hidden
+            hidden = layer(hidden, angles, attention)
+        if len(self._layers) in wanted:
+            tapped[len(self._layers)] = hidden
+        return hidden, tapped
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocab] float32"""
-        return self._head(self._normed(hidden, self._norm)).float()
-
-    def _attend(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionPlan, cache: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        config = self.config
-        rotated = config.num_heads + config.num_kv_heads
-        qkv = layer.qkv(self._normed(x, layer.input_norm)).view(x.shape[0], -1, config.head_size)
-        qk = self._rope.rotate(qkv[:, :rotated], cos, sin)
-        return attention.run(qk[:, : config.num_heads], qk[:, config.num_heads :], qkv[:, rotated:], *cache)
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._head(self._norm(hidden))
 
 
+def build(config: ModelConfig, weights: Weights) -> Llama:
+    model = Llama(config, weights)
+    weights.check_all_taken()
+    return model
+
+
+def _linear(weights: Weights, prefix: str, sizes: dict[str, int], inputs: int, bias: bool) -> Linear:
+    """Projections of the same input as one layer."""
+    weight = weights.take_stacked([f"{prefix}{name}.weight" for name in sizes], *[(n, inputs) for n in sizes.values()])
+    stacked = [f"{prefix}{name}.bias" for name in sizes]
+    return make_linear(weight, weights.take_stacked(stacked, *[(n,) for n in sizes.values()]) if bias else None)

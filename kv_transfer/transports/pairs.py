@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore, Work
 
 from core.errors import TransferError
 
@@ -111,19 +111,19 @@ def wait(work: Work, device: torch.device) -> None:
 
 
 def _gloo(store: PrefixStore, rank: int, own_host: str, timeout: timedelta) -> Group:
-    options = ProcessGroupGloo._Options()  # noqa: SLF001 - the only way to choose the interface
-    options._timeout = timeout  # noqa: SLF001
-    options._threads = 1  # noqa: SLF001
-    options._devices = [ProcessGroupGloo.create_device(hostname=own_host)]  # noqa: SLF001
-    return ProcessGroupGloo(store, rank, 2, options)
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._threads = 1
+    options._devices = [ProcessGroupGloo.create_device(hostname=own_host)]
+    return cast("Group", ProcessGroupGloo(store, rank, 2, options))
 
 
 def _nccl(store: PrefixStore, rank: int, _own_host: str, timeout: timedelta) -> Group:
-    from torch.distributed import ProcessGroupNCCL  # absent from CPU builds of torch
+    from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from CPU builds of torch
 
     options = ProcessGroupNCCL.Options()
-    options._timeout = timeout  # noqa: SLF001
-    return ProcessGroupNCCL(store, rank, 2, options)
+    options._timeout = timeout
+    return cast("Group", ProcessGroupNCCL(store, rank, 2, options))
 
 
 def _first_line(error: Exception) -> str:

@@ -16,12 +16,11 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.distributed import Work
+from torch._C._distributed_c10d import Work
 
 from core.errors import TransferError
 from engine.kv_cache import KVLayout, KVPool
@@ -37,7 +36,7 @@ from kv_transfer.messages import (
     Pull,
     ToGiver,
 )
-from kv_transfer.pieces import Rows, Run, Slots, as_rows, copy, layers_of, piece_bytes, runs, tokens_of
+from kv_transfer.pieces import Rows, Slots, copy, layers_of, piece_bytes, runs, tokens_of
 from kv_transfer.transports.base import PullJob, Unusable, settled
 from kv_transfer.transports.pairs import GIVER_RANK, OP_TIMEOUT_S, TAKER_RANK, Group, PairEnd, Rendezvous, wait
 
@@ -218,7 +217,7 @@ class TorchDistributed:
 
     async def pull(self, job: PullJob) -> None:
         pair = self._idle.pop() if self._idle else await self._open()
-        puller = _Puller(job, pair, partial(self._loop.call_soon_threadsafe, self._send))
+        puller = _Puller(job, pair, self._send_from_thread)
         try:
             await _unless_failed(pair, asyncio.wrap_future(pair.end.submit(puller.run)))
         except BaseException:
@@ -237,6 +236,9 @@ class TorchDistributed:
     def close(self) -> None:
         for pair_id in list(self._pairs):
             self._fail(pair_id, "the link to the giver has ended")
+
+    def _send_from_thread(self, message: ToGiver) -> None:
+        self._loop.call_soon_threadsafe(self._send, message)
 
     async def _open(self) -> _TakerPair:
         pair = _TakerPair(self._backend, self._device)
@@ -274,7 +276,7 @@ class TorchDistributed:
 class _Puller:
     """One job on one pair; `run` is the pair's thread."""
 
-    def __init__(self, job: PullJob, pair: _TakerPair, send: Callable[[ToGiver], object]) -> None:
+    def __init__(self, job: PullJob, pair: _TakerPair, send: Callable[[ToGiver], None]) -> None:
         self._job = job
         self._pair = pair
         self._send = send
@@ -332,7 +334,8 @@ class _Puller:
 async def _unless_failed(pair: _TakerPair, work: asyncio.Future[T]) -> T:
     """The result of `work`, or TransferError as soon as the giver says that the pair has failed."""
     try:
-        await asyncio.wait({work, pair.failed}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {work, pair.failed}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     finally:
         if not work.done():
             work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it

@@ -1,0 +1,99 @@
+"""A taker's links to givers: opened when first needed, one per giver, thrown away when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from core.errors import InternalError, TransferError, Unavailable
+from core.links import Link, LinkClient
+from kv_transfer.messages import SERVICE, FromGiver, Hello, Offer, PairFailed, PairStore, Renewed, ToGiver, Withdrawn
+from kv_transfer.transports.base import Transport
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+
+TakerLink = Link[FromGiver, ToGiver]
+ChooseTransport = Callable[[Hello, str, TakerLink], Transport]
+"""From the giver's Hello, its address and the link; raises TransferError if the two can't be joined."""
+
+
+class Recipient(Protocol):
+    """One transfer, as its link sees it."""
+
+    def on_message(self, message: Offer | Renewed | Withdrawn) -> None: ...
+
+    def on_link_lost(self, reason: str) -> None: ...
+
+
+class Peer:
+    """An open link to a giver. `recipients` get what arrives under their transfer id, and the end of the link."""
+
+    def __init__(self, address: str, client: LinkClient, link: TakerLink, giver: Hello, transport: Transport) -> None:
+        self.address = address
+        self.link = link
+        self.giver = giver
+        self.transport = transport
+        self.recipients: dict[str, Recipient] = {}
+        self._client = client
+        self._reader: asyncio.Task[None] | None = None
+
+    @staticmethod
+    async def connect(address: str, hello: Hello, choose: ChooseTransport, on_end: Callable[[Peer], None]) -> Peer:
+        """Raises TransferError if nobody answers there or the two can't be joined. `on_end` is called once, when the
+        link has ended and before its recipients are told."""
+        client = LinkClient(address)
+        try:
+            link: TakerLink = await client.open(SERVICE, FromGiver, ToGiver)  # type: ignore[arg-type]
+            link.send(hello)
+            messages = aiter(link)
+            giver = await asyncio.wait_for(anext(messages, None), HELLO_TIMEOUT_S)
+            if not isinstance(giver, Hello):
+                raise TransferError(f"{address} does not answer as a prefill worker: {link.error or giver}")
+            peer = Peer(address, client, link, giver, choose(giver, address, link))
+        except BaseException as error:
+            await client.close()
+            if isinstance(error, (Unavailable, TimeoutError)):
+                raise TransferError(f"the prefill worker at {address} does not answer") from error
+            raise
+        peer._reader = asyncio.create_task(peer._read(messages, on_end))
+        return peer
+
+    async def close(self) -> None:
+        """Say goodbye, then end the link whether the giver answers or not."""
+        self.link.close()
+        assert self._reader is not None
+        await asyncio.wait({self._reader}, timeout=CLOSE_TIMEOUT_S)
+        await self._client.close()
+        await self._reader
+
+    async def _read(self, messages: AsyncIterator[FromGiver], on_end: Callable[[Peer], None]) -> None:
+        reason = f"the prefill worker at {self.address} is gone"
+        try:
+            async for message in messages:
+                self._dispatch(message)
+        except InternalError as error:
+            reason = error.message
+        on_end(self)
+        self.transport.close()
+        for recipient in list(self.recipients.values()):
+            recipient.on_link_lost(self.link.error or reason)
+        await self._client.close()
+
+    def _dispatch(self, message: FromGiver) -> None:
+        match message:
+            case Offer(manifest=manifest):
+                transfer_id = manifest.transfer_id
+            case Renewed(transfer_id=transfer_id) | Withdrawn(transfer_id=transfer_id):
+                pass
+            case PairStore() | PairFailed():
+                self.transport.on_message(message)
+                return
+            case Hello():
+                return
+        if (recipient := self.recipients.get(transfer_id)) is not None:  # else it has ended on this side
+            recipient.on_message(message)

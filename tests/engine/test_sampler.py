@@ -1,0 +1,160 @@
+"""Tokens follow the law their parameters state, and nothing else in the batch matters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from core.types import SamplingParams
+from engine.sampler import adjust, logprobs, probabilities, sample, uniforms
+from engine.step import SamplingRow
+
+P_VALUE = 1e-6
+"""Seeds are fixed, so this is no rate of false alarms: the tests pass or fail always."""
+
+
+def params(**settings: Any) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 1, "temperature": 1.0} | settings))
+
+
+def row(position: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **settings: Any) -> SamplingRow:
+    forbidden = settings.pop("forbidden", ())
+    return SamplingRow(params(**settings), position, prompt, output, forbidden)
+
+
+def law(logits: list[float], **settings: Any) -> list[float]:
+    """The law stated in plain Python, one rule after the other."""
+    p = params(**settings)
+    scaled = [math.exp(x / p.temperature) for x in logits]
+    probs = [x / sum(scaled) for x in scaled]
+    probs = [x if x >= p.min_p * max(probs) else 0.0 for x in probs]
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    if p.top_k:
+        for i in order[p.top_k :]:
+            probs[i] = 0.0
+    total, mass = sum(probs), 0.0
+    for i in order:
+        if mass >= p.top_p * total:
+            probs[i] = 0.0
+        mass += probs[i]
+    return [x / sum(probs) for x in probs]
+
+
+LOGITS = [1.2, 0.3, -0.5, 2.0, 0.0, -3.0]
+
+
+def p_value(counts: np.ndarray, expected: list[float]) -> float:
+    """Chi-square upper tail by the Wilson-Hilferty approximation."""
+    n, probs = counts.sum(), np.array(expected)
+    assert counts[probs == 0].sum() == 0, "an impossible token was drawn"
+    counts, probs = counts[probs > 0], probs[probs > 0]
+    statistic, k = ((counts - n * probs) ** 2 / (n * probs)).sum(), len(probs) - 1
+    if k == 0:
+        return 1.0
+    z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 3},
+    {"top_p": 0.8},
+    {"min_p": 0.2},
+    {"top_k": 4, "top_p": 0.7, "temperature": 1.5},
+    {"min_p": 0.1, "top_p": 0.9, "top_k": 5},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_follow_the_stated_law(settings: dict[str, Any]) -> None:
+    n = 20_000
+    tokens = sample(torch.tensor([LOGITS] * n), [row(position=i, seed=7, **settings) for i in range(n)])
+    assert p_value(np.bincount(tokens, minlength=len(LOGITS)), law(LOGITS, **settings)) > P_VALUE
+
+
+def test_the_chi_square_notices_a_slightly_wrong_law() -> None:
+    n = 20_000
+    tokens = sample(torch.tensor([LOGITS] * n), [row(position=i, seed=7, temperature=1.1) for i in range(n)])
+    assert p_value(np.bincount(tokens, minlength=len(LOGITS)), law(LOGITS)) < P_VALUE
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_law_is_the_one_stated_to_float_precision(settings: dict[str, Any]) -> None:
+    got = probabilities(torch.tensor([LOGITS]), [params(**settings)])[0].tolist()
+    assert got == pytest.approx(law(LOGITS, **settings), abs=1e-6)
+
+
+@given(st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12), st.integers(0, 12), st.floats(0.01, 1.0))
+def test_truncation_always_leaves_the_most_likely_token(logits: list[float], top_k: int, top_p: float) -> None:
+    p = probabilities(torch.tensor([logits]), [params(top_k=top_k, top_p=top_p, min_p=0.3)])[0]
+    assert p.sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert p[int(torch.tensor(logits).argmax())] > 0
+
+
+def test_a_token_depends_on_seed_and_position_and_on_nothing_else_in_the_batch() -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    rows = [row(position=i, seed=i // 2, temperature=0.9, top_p=0.95) for i in range(8)]
+    together = sample(logits, rows).tolist()
+    assert together == [int(sample(logits[i : i + 1], [rows[i]])[0]) for i in range(8)]
+    mixed = [rows[0], row(temperature=0.0), None, rows[3]]
+    got = sample(logits[[0, 1, 2, 3]], mixed).tolist()
+    assert got == [together[0], int(logits[1].argmax()), -1, together[3]]
+
+
+def test_neighbouring_seeds_and_positions_have_nothing_in_common() -> None:
+    seeds, positions = np.meshgrid(np.arange(200), np.arange(200))
+    u = uniforms(seeds.ravel(), positions.ravel()).reshape(200, 200)
+    assert p_value(np.histogram(u, 20, (0, 1))[0], [1 / 20] * 20) > P_VALUE
+    for shifted in (u[1:] - u[:-1], u[:, 1:] - u[:, :-1]):
+        assert p_value(np.histogram(shifted % 1.0, 20, (0, 1))[0], [1 / 20] * 20) > P_VALUE
+
+
+def test_seeds_may_be_negative_and_large() -> None:
+    u = uniforms(np.array([-1, 2**63 - 1, -(2**63)]), np.array([0, 1, 2]))
+    assert ((u >= 0) & (u < 1)).all()
+
+
+def test_greedy_takes_the_best_and_ignores_the_seed() -> None:
+    logits = torch.tensor([LOGITS, LOGITS[::-1]])
+    assert sample(logits, [row(temperature=0.0, seed=1), row(temperature=0.0, seed=2)]).tolist() == [3, 2]
+
+
+def test_penalties_and_bias_change_scores_as_stated() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
+    seen = row(prompt=(0,), output=(1, 1), repetition_penalty=2.0)
+    assert adjust(logits, [seen])[0].tolist() == [1.0, -4.0, 1.0, 0.5]
+    counted = row(output=(1, 1, 2), frequency_penalty=0.5, presence_penalty=0.25)
+    assert adjust(logits, [counted])[0].tolist() == [2.0, -3.25, 0.25, 0.5]
+    biased = row(logit_bias={3: 10.0}, forbidden=(0,))
+    assert adjust(logits, [biased])[0].tolist() == [-math.inf, -2.0, 1.0, 10.5]
+    assert logits[0].tolist() == [2.0, -2.0, 1.0, 0.5]
+
+
+def test_the_prompt_does_not_count_for_presence_and_frequency() -> None:
+    logits = torch.tensor([[1.0, 1.0]])
+    assert adjust(logits, [row(prompt=(0, 0), presence_penalty=1.0, frequency_penalty=1.0)])[0].tolist() == [1.0, 1.0]
+
+
+def test_logprobs_are_of_the_models_own_law() -> None:
+    logits = torch.tensor([LOGITS, LOGITS])
+    rows = [row(temperature=0.0, logprobs=2, logit_bias={4: 100.0}), row()]
+    tokens = sample(logits, rows)
+    assert tokens[0] == 4
+    first, second = logprobs(logits, rows, tokens)
+    assert second is None
+    assert first is not None
+    own = [math.log(p) for p in law(LOGITS)]
+    assert first.logprob == pytest.approx(own[4], abs=1e-5)
+    assert [token for token, _ in first.top] == [3, 0]
+    assert [value for _, value in first.top] == pytest.approx([own[3], own[0]], abs=1e-5)
+
+
+def test_no_logprobs_are_computed_unless_asked_for() -> None:
+    assert logprobs(torch.tensor([LOGITS]), [row()], np.array([0])) == ()

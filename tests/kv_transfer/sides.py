@@ -1,0 +1,89 @@
+"""Both sides of a hand-off for tests: pools with known bytes, a giver behind a link server, a taker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.links import LinkServer
+from engine.kv_cache import KVLayout, KVPool
+from kv_transfer.giver import Giver
+from kv_transfer.messages import SERVICE, SequenceState, ToGiver
+from kv_transfer.pieces import Rows, rows_of, slots_of
+from kv_transfer.taker import Taker
+
+STATE = SequenceState(token_ids=[42], num_cached_tokens=3)
+
+
+def layout(block_size: int = 16, **changes: Any) -> KVLayout:
+    fields = {
+        "num_layers": 3,
+        "num_kv_heads": 2,
+        "head_size": 8,
+        "dtype": "bfloat16",
+        "block_size": block_size,
+        "fingerprint": "tiny",
+    }
+    return KVLayout(**(fields | changes))
+
+
+def pool_of_noise(of: KVLayout, num_blocks: int = 64, seed: int = 0) -> KVPool:
+    pool = KVPool(of, num_blocks)
+    raw = pool.data.view(torch.uint8)
+    raw.copy_(torch.from_numpy(np.random.default_rng(seed).integers(0, 256, raw.shape, dtype=np.uint8)))
+    return pool
+
+
+def tokens(pool: KVPool, block_ids: Sequence[int], start: int, stop: int) -> Rows:
+    """A copy of the KV of some tokens: [layers, 2, tokens, row bytes]."""
+    return rows_of(pool)[:, :, slots_of(block_ids, pool.layout.block_size, start, stop)].copy()
+
+
+@dataclass
+class Sides:
+    giver_pool: KVPool
+    taker_pool: KVPool
+    giver: Giver
+    taker: Taker
+    address: str
+    server: LinkServer
+    released: list[tuple[str, str]] = field(default_factory=list)
+
+    async def take(self, transfer_id: str, block_ids: Sequence[int], stop: int, start: int = 0, wait_s: float = 20.0):
+        return await self.taker.take(
+            transfer_id, self.address, block_ids, start_token=start, num_tokens=stop, deadline=time.time() + wait_s
+        )
+
+
+@asynccontextmanager
+async def connected(
+    giver_layout: KVLayout | None = None,
+    taker_layout: KVLayout | None = None,
+    *,
+    lease_s: float = 10.0,
+    num_blocks: int = 64,
+    **taker_options: Any,
+) -> AsyncIterator[Sides]:
+    giver_pool = pool_of_noise(giver_layout or layout(), num_blocks, seed=1)
+    taker_pool = pool_of_noise(taker_layout or layout(), num_blocks, seed=2)
+    released: list[tuple[str, str]] = []
+    giver = Giver(giver_pool, lease_s=lease_s, on_released=lambda *end: released.append(end))
+    taker = Taker(taker_pool, **taker_options)
+    server = LinkServer()
+    server.add_service(SERVICE, ToGiver, giver.on_link)
+    address = await server.start("127.0.0.1")
+    sides = Sides(giver_pool, taker_pool, giver, taker, address, server, released)
+    try:
+        yield sides
+    finally:
+        await taker.close()
+        await server.stop()
+        await giver.close()
+        giver_pool.close()
+        taker_pool.close()
