@@ -25,7 +25,7 @@ from cluster.client import ClusterBackend
 from cluster.config import ClusterSection, SlipstreamConfig
 from cluster.membership import ANNOUNCE_PERIOD_S, Member, Membership
 from core.types import Role
-from engine.kv_cache import KVLayout
+from engine.kv_layout import KVLayout
 
 logger = logging.getLogger(__name__)
 
@@ -188,4 +188,3 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
     config = SlipstreamConfig.model_validate(args)
     folder = resolve(config.model, revision=config.revision, progress=Silent())
     return build(config, str(folder), float(os.cpu_count() or 1))
-

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from cluster.dispatch import Deliver, Dispatch, Instruction, Reroute, Send
 from cluster.membership import Member
-from cluster.node import WORKER_SERVICE
 from cluster.router import Candidate, choose
 from core.errors import SlipstreamError, Unavailable
 from core.links import Link, LinkClient
@@ -21,6 +20,7 @@ from core.types import Request, TokenDelta
 from core.wire import (
     STATUS_PERIOD_S,
     STATUS_TIMEOUT_S,
+    WORKER_SERVICE,
     FromWorker,
     HandoffFailed,
     Step,
@@ -104,6 +104,7 @@ class ClusterBackend:
         self._attempts: dict[str, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._complete_once = False
+        self._news = asyncio.Event()
 
     async def start(self) -> None:
         self._spawn(self._follow_members())
@@ -146,6 +147,12 @@ class ClusterBackend:
             reason = f"{len(workers)} of {self._expected_workers} workers are up"
             return BackendStatus(ready=False, reason=reason, workers=workers)
         return BackendStatus(ready=True, reason="", workers=workers)
+
+    async def wait_ready(self) -> None:
+        """Return once a request would be served."""
+        while not self.status().ready:
+            self._news.clear()
+            await self._news.wait()
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -234,6 +241,7 @@ class ClusterBackend:
                     self._carry_out(flight, flight.dispatch.on_handoff_failed(request_id))
             case WorkerStatus():
                 session.heard(message)
+                self._news.set()
 
     def _lose(self, worker_id: str) -> None:
         logger.warning("worker %s is gone", worker_id)

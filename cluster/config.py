@@ -1,8 +1,8 @@
 """The configuration: one tree, one YAML file, the same names as flags.
 
 Sections group what belongs together in the file; leaf names are unique over the tree, so that `--kv-cache-memory` and
-`engine: {kv_cache_memory: …}` are one setting. Everything has a default that works on a laptop. Unknown keys are refused
-with the nearest known name.
+`engine: {kv_cache_memory: …}` are one setting. Everything has a default that works on a laptop. Unknown keys are
+refused with the nearest known name.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def _read(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(tree.get(s, {}), dict) for s in SECTIONS):
-        raise ConfigError(f"{path}: the file and its sections {', '.join(SECTIONS)} must be mappings of names to values")
+        raise ConfigError(
+            f"{path}: the file and its sections {', '.join(SECTIONS)} must be mappings of names to values"
+        )
     return tree
 
 

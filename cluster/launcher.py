@@ -45,7 +45,7 @@ def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set. A second signal interrupts at once."""
     stop = threading.Event()
 
-    def handler(signum: int, _frame: object) -> None:
+    def handler(_signum: int, _frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()

@@ -1,9 +1,8 @@
-"""A cluster in one process, without Ray: real workers, links, hand-offs and dispatch. For tests, benchmarks and machines
-that have no Ray."""
+"""A cluster in one process, without Ray: real workers, links, hand-offs and dispatch. For tests, benchmarks and
+machines that have no Ray."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,8 +32,7 @@ class LocalCluster:
             for index in range(count):
                 await self.add_worker(f"{role}-{index}", role)
         await self.backend.start()
-        while not self.backend.status().ready:
-            await asyncio.sleep(0.01)
+        await self.backend.wait_ready()
 
     async def add_worker(self, worker_id: str, role: Role) -> WorkerNode:
         runner = load_runner(self._folder, self._config.engine, self._threads)

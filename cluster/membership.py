@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from core.errors import LayoutMismatch
 from core.types import Role
-from engine.kv_cache import KVLayout
+from engine.kv_layout import KVLayout
 
 ANNOUNCE_PERIOD_S = 1.0
 MEMBER_TIMEOUT_S = 5.0
@@ -45,7 +44,7 @@ class Membership:
         return role
 
     def announce(self, member: Member, now: float) -> None:
-        """A worker is up and serves under `member.address`. Its word on its role stands: this may be a new controller."""
+        """A worker is up and serves under `member.address`. Its word on its role stands: we may be a new controller."""
         self._roles[member.worker_id] = (member.role, member.layout, now)
         self._members[member.worker_id] = member
 

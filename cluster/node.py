@@ -15,6 +15,7 @@ from core.links import Link, LinkServer
 from core.types import Role, TokenDelta
 from core.wire import (
     STATUS_PERIOD_S,
+    WORKER_SERVICE,
     Abort,
     FromWorker,
     Generate,
@@ -31,14 +32,12 @@ from engine.engine import Engine, Report
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SequenceUpdate
 from kv_transfer.giver import Giver
-from kv_transfer.messages import FromGiver, ToGiver
+from kv_transfer.messages import SERVICE as TRANSFER_SERVICE
+from kv_transfer.messages import ToGiver
 from kv_transfer.taker import Taker
 from prefill_workers.worker import PrefillWorker
 
 logger = logging.getLogger(__name__)
-
-WORKER_SERVICE = "Worker"
-TRANSFER_SERVICE = "KvTransfer"
 
 Session = Link[ToWorker, FromWorker]
 
@@ -94,6 +93,11 @@ class WorkerNode:
         """Raises InternalError when the engine can't serve any more."""
         if not self._engine.alive:
             raise self._engine.failure or InternalError("the engine thread has ended")
+
+    @property
+    def num_owned(self) -> int:
+        """Requests that some gateway has under way here."""
+        return len(self._owned)
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
@@ -218,4 +222,3 @@ def to_delta(update: SequenceUpdate) -> TokenDelta:
         num_cached_tokens=update.num_cached_tokens,
         finish=update.finish,
     )
-

@@ -98,6 +98,9 @@ class WorkerStatus(Struct, frozen=True, kw_only=True, tag=True):
 
 FromWorker = Step | HandoffFailed | WorkerStatus
 
+WORKER_SERVICE = "Worker"
+"""The links (core.links) that carry ToWorker and FromWorker."""
+
 STATUS_PERIOD_S = 0.25
 STATUS_TIMEOUT_S = 5.0
 

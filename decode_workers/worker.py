@@ -17,8 +17,8 @@ OnHandoffFailed = Callable[[str, str], None]
 
 
 class DecodeWorker:
-    """Runs on an event loop. A transfer in flight is a task; whoever ends a request early cancels it, and the task frees
-    the blocks only when the transport can no longer write to them."""
+    """Runs on an event loop. A transfer in flight is a task; whoever ends a request early cancels it, and the task
+    frees the blocks only when the transport can no longer write to them."""
 
     def __init__(self, engine: Engine, taker: Taker, on_handoff_failed: OnHandoffFailed) -> None:
         self._engine = engine

@@ -83,7 +83,7 @@ class _Chunk:
         self._mask = mask  # [1, 1, rows, keys]
 
     def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        keys, values = cache.index_select(0, self._blocks).unflatten(0, (2, -1)).flatten(1, 2)
+        keys, values = cache.index_select(0, self._blocks).view(2, -1, *cache.shape[2:])
         length = self._mask.shape[-1]
         return _attend_grouped(query[self.rows], keys[:length], values[:length], self._mask)
 
@@ -127,7 +127,7 @@ def _attend_grouped(
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     mixed = F.scaled_dot_product_attention(
-        query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3),
+        query.view(rows, kv_heads, group, head_size).permute(1, 2, 0, 3),
         keys.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1),
         values.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1),
         mask,

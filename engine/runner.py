@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from core.errors import ConfigError
-from core.types import SamplingParams
+from core.types import SamplingParams, TokenLogprobs
 from engine.attention import PagedAttention
 from engine.device import resolve_device, resolve_dtype
-from engine.kv_cache import DTYPES, KVLayout, KVPool
+from engine.kv_cache import DTYPES, KVPool
+from engine.kv_layout import KVLayout
 from engine.model_config import ModelConfig
 from engine.models.registry import Model, build
 from engine.sampler import sample
@@ -114,7 +115,8 @@ class ModelRunner:
         attention = PagedAttention(batch, self.pool.data, sink)
         hidden = self._model.embed(self._tensor(batch.token_ids))
         hidden, taps = self._model.run_layers(hidden, self._tensor(batch.positions), attention, batch.taps)
-        tokens, logprobs, logits = np.empty(0, np.int64), (), None
+        tokens, logits = np.empty(0, np.int64), None
+        logprobs: tuple[TokenLogprobs | None, ...] = ()
         if len(batch.logit_rows):
             logits = self._model.logits(hidden[self._tensor(batch.logit_rows)]).float()
             tokens, logprobs = sample(logits, batch.sampling or (None,) * len(batch.logit_rows))

@@ -3,7 +3,8 @@
 The law of a row: logit_bias and the penalties change the logits, forbidden ids get none; then temperature; then the
 tokens kept by min_p, top_k and top_p, in this order, each over what the one before it left. A token as likely as the
 last one kept is kept too, so the law doesn't depend on how a sort breaks ties. Below GREEDY_TEMPERATURE the most likely
-token is taken, the lowest id among equals. Everything is float32.
+token is taken, the lowest id among equals. Everything is float32, but for the
+cumulative sum, which is float64.
 
 One uniform number per token, from a hash of (seed, position), inverts the cumulative law in the order of ids. So a draw
 depends on nothing but the row's logits, its parameters and its position.
@@ -22,8 +23,8 @@ from core.types import SamplingParams, TokenLogprobs
 from engine.step import SamplingRow
 
 GREEDY_TEMPERATURE = 1e-5
-_CANDIDATES = 1024
-"""A nucleus is looked for among this many tokens before the whole vocabulary is sorted."""
+_CANDIDATES = (64, 1024)
+"""A nucleus is looked for among this many of the most likely tokens before the whole vocabulary is sorted."""
 
 
 def sample(
@@ -96,16 +97,14 @@ def _most_likely(logits: torch.Tensor) -> NDArray[np.int64]:
 def _invert(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
     """The first id at which the cumulative law is above the row's uniform number."""
     law = _truncate(_soften(logits, rows), rows)
-    cumulative = law.cumsum(-1)
+    cumulative = law.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     if not total.isfinite().all():
         raise InternalError("the model computed logits that are not numbers; check its weights")
     uniform = uniforms([row.params.seed for row in rows], [row.position for row in rows])
-    # Rounding must not push the target to the total: the first id past it would then be none.
-    target = torch.minimum(
-        torch.from_numpy(uniform).to(logits.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
-    )
-    tokens = torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True)
+    # Rounding must not push the target to the total: no id would be past it.
+    target = torch.minimum(_column(uniform, total) * total, total.nextafter(torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, target, right=True)
     return tokens[:, 0].cpu().numpy()
 
 
@@ -139,8 +138,8 @@ def _adjust_row_(logits: torch.Tensor, row: SamplingRow) -> None:
         logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
     if (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0) and row.output_token_ids:
         output = torch.tensor(list(row.output_token_ids), dtype=torch.int64, device=device)
-        ids, counts = output.unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = output.bincount(minlength=len(logits))
+        logits -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
     if row.forbidden:
         logits[torch.tensor(row.forbidden, device=device)] = float("-inf")
 
@@ -149,7 +148,7 @@ def _soften(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """[rows, vocab] probabilities at each row's temperature (greedy rows: at 1)."""
     temperatures = [1.0 if _is_greedy(row.params) else row.params.temperature for row in rows]
     if any(temperature != 1.0 for temperature in temperatures):
-        logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None]
+        logits = logits / _column(temperatures, logits)
     return logits.softmax(-1)
 
 
@@ -173,29 +172,37 @@ def _truncates(params: SamplingParams, vocab: int) -> bool:
 
 def _least_kept(law: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """[rows, 1]: the probability of the least likely token that is kept."""
-    vocab, device = law.shape[-1], law.device
-    top_k = torch.tensor([[p.top_k if 0 < p.top_k < vocab else vocab] for p in params], device=device)
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=law.dtype, device=device)
-    min_p = torch.tensor([[p.min_p] for p in params], dtype=law.dtype, device=device)
-    needed = max((p.top_k for p in params if 0 < p.top_k < vocab), default=1)
-    kept = law.amax(-1, keepdim=True) * min_p
-    survivors = law.where(law >= kept, 0.0)
-    total = survivors.sum(-1, keepdim=True)
-    count = min(vocab, max(needed, _CANDIDATES))
-    while True:
-        ranked = survivors.topk(count, -1).values  # descending; only values matter, so ties are no matter
-        in_reach = ranked.gather(1, (top_k - 1).clamp(max=count - 1))
-        ranked_kept = ranked.where(ranked >= in_reach, 0.0)
-        mass = torch.where(top_k < vocab, ranked_kept.sum(-1, keepdim=True), total)
-        inside = ranked_kept.cumsum(-1)
-        enough = inside >= top_p * mass
-        if count == vocab or bool((enough[:, -1:] | (top_p >= 1.0)).all()):
+    vocab = law.shape[-1]
+    least = law.amax(-1, keepdim=True) * _column([p.min_p for p in params], law)
+    top_k = [p.top_k if 0 < p.top_k < vocab else 0 for p in params]
+    if any(top_k):
+        ranks = torch.tensor(top_k, device=law.device)[:, None]
+        ranked = law.topk(max(top_k), -1).values
+        by_rank = ranked.gather(1, (ranks - 1).clamp(min=0))
+        least = torch.maximum(least, by_rank.where(ranks > 0, 0.0))
+    if any(p.top_p < 1.0 for p in params):
+        top_p = _column([p.top_p for p in params], law)
+        least = torch.maximum(least, _nucleus_edge(law.where(law >= least, 0.0), top_p))
+    return least
+
+
+def _nucleus_edge(law: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """arXiv:1904.09751. [rows, 1]: the last probability, from the highest down, at which their sum reaches the share
+    top_p of the whole; 0 where top_p is 1 or rounding keeps the sum below it."""
+    vocab = law.shape[-1]
+    target = top_p * law.sum(-1, keepdim=True)
+    ranked, reached = law, law >= target
+    for count in (*(count for count in _CANDIDATES if count < vocab), vocab):
+        ranked = law.topk(count, -1).values  # only values matter from here on, so ties don't
+        reached = ranked.cumsum(-1) >= target
+        if bool((reached[:, -1:] | (top_p >= 1.0)).all()):
             break
-        count = vocab
-    nucleus = ranked.gather(1, enough.to(torch.uint8).argmax(-1, keepdim=True))
-    nucleus = torch.where((top_p < 1.0) & enough[:, -1:], nucleus, 0.0)
-    by_rank = torch.where(top_k < vocab, in_reach, 0.0)
-    return torch.maximum(kept, torch.maximum(by_rank, nucleus))
+    edge = ranked.gather(1, reached.to(torch.uint8).argmax(-1, keepdim=True))
+    return edge.where((top_p < 1.0) & reached[:, -1:], 0.0)
+
+
+def _column(values: Sequence[float] | NDArray[np.float64], like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
 # --- logprobs ------------------------------------------------------------------------------------------------------

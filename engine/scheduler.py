@@ -149,11 +149,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step. Every schedule with chunks must come back through `update`."""
         schedule = Schedule(self.blocks.block_size)
-        ready, short_of_blocks = self._make_room(schedule)
+        ready = self._make_room(schedule)
         for sequence in sorted(ready, key=lambda ready: ready.num_pending_tokens > 1):  # decodes first
             self._schedule_chunk(schedule, sequence)
-        if not short_of_blocks:  # else those that run have the first claim to what becomes free
-            self._admit(schedule)
+        self._admit(schedule)
         return schedule
 
     def update(
@@ -183,18 +182,13 @@ class Scheduler:
 
     # --- choosing --------------------------------------------------------------------------------------------------
 
-    def _make_room(self, schedule: Schedule) -> tuple[list[Sequence], bool]:
-        """The running sequences that can go on, in order, and whether blocks ran short."""
+    def _make_room(self, schedule: Schedule) -> list[Sequence]:
+        """The running sequences that have blocks for all their tokens, or can get them, in order."""
         ready: list[Sequence] = []
-        short = False
-        for sequence in list(self._running):
-            if sequence.in_flight or sequence.status is not Status.RUNNING:  # preempted further up in this loop
-                continue
-            if self._extend(schedule, sequence):
+        for sequence in list(self._running):  # preemption takes away sequences that this loop has yet to come to
+            if sequence.status is Status.RUNNING and not sequence.in_flight and self._extend(schedule, sequence):
                 ready.append(sequence)
-            else:
-                short = True
-        return ready, short or bool(schedule.preempted)
+        return ready
 
     def _extend(self, schedule: Schedule, sequence: Sequence) -> bool:
         while not self.blocks.extend(sequence, len(sequence.token_ids)):

@@ -81,20 +81,18 @@ class CompletionsEndpoint:
     async def _serve(self, exchange: Exchange) -> None:
         service = self._service
         exchange.check_request_id()
-        body = parse(self._kind, await exchange.read_body(service.config.max_body_bytes))
-        name = service.model.check_name(body.model)
-        num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
-        check_limits(body, num_prompts, service.model, service.config)
-        with (
-            Guard(service.config.request_timeout_s + DEADLINE_MARGIN_S) as guard,
-            service.admission.admit(num_prompts * body.n, guard.end),
-        ):
-            guard.watch(exchange.receive)
-            base_id = uuid.uuid4().hex
-            requests = await self._requests(body, exchange, base_id)
-            choices = [Choice(i, request, body, service.model) for i, request in enumerate(requests)]
-            renderer = renderer_for(body, service.model, name, base_id, choices)
-            await (self._stream if body.stream else self._answer)(exchange, choices, renderer)
+        with Guard(service.config.request_timeout_s + DEADLINE_MARGIN_S) as guard:
+            body = parse(self._kind, await exchange.read_body(service.config.max_body_bytes))
+            name = service.model.check_name(body.model)
+            num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
+            check_limits(body, num_prompts, service.model, service.config)
+            with service.admission.admit(num_prompts * body.n, guard.end):
+                guard.watch(exchange.receive)
+                base_id = uuid.uuid4().hex
+                requests = await self._requests(body, exchange, base_id)
+                choices = [Choice(i, request, body, service.model) for i, request in enumerate(requests)]
+                renderer = renderer_for(body, service.model, name, base_id, choices)
+                await (self._stream if body.stream else self._answer)(exchange, choices, renderer)
 
     async def _requests(self, body: GenerationRequest, exchange: Exchange, base_id: str) -> list[Request]:
         config = self._service.config

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from engine.kv_cache import KVLayout
+from engine.kv_layout import KVLayout
 
 SERVICE = "KvTransfer"
 

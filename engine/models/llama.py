@@ -43,11 +43,11 @@ class LlamaLayer:
         heads, kv_heads, head_size = self._heads
         queries, rotated = self._split
         qkv = self._qkv(self._attention_norm(hidden))  # [tokens, (heads + 2 kv_heads) * head_size]
-        self._rope.rotate_(qkv[:, :rotated].unflatten(1, (heads + kv_heads, head_size)), angles)
+        self._rope.rotate_(qkv[:, :rotated].view(-1, heads + kv_heads, head_size), angles)
         mixed = attention(
             self._index,
-            qkv[:, :queries].unflatten(1, (heads, head_size)),
-            qkv[:, queries:].unflatten(1, (2, kv_heads, head_size)),
+            qkv[:, :queries].view(-1, heads, head_size),
+            qkv[:, queries:].view(-1, 2, kv_heads, head_size),
         )
         hidden = self._out.add(mixed, hidden)
         return self._mlp.add(self._mlp_norm(hidden), hidden)

@@ -23,7 +23,8 @@ import torch
 from torch._C._distributed_c10d import Work
 
 from core.errors import TransferError
-from engine.kv_cache import KVLayout, KVPool
+from engine.kv_cache import KVPool
+from engine.kv_layout import KVLayout
 from kv_transfer.messages import (
     ClosePair,
     FromGiver,

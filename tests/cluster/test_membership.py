@@ -6,7 +6,7 @@ import pytest
 from cluster.membership import MEMBER_TIMEOUT_S, Member, Membership
 from core.errors import LayoutMismatch
 from core.types import Role
-from engine.kv_cache import KVLayout
+from engine.kv_layout import KVLayout
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", block_size=16, fingerprint="a")
 

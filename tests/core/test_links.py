@@ -18,7 +18,6 @@ from msgspec import Struct
 from core.errors import ConfigError, InternalError, Unavailable
 from core.links import Link, LinkClient, LinkServer
 
-
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
 

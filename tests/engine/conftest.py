@@ -1,47 +1,158 @@
-"""Tiny random models, made with Transformers and saved as checkpoints."""
+"""Tiny random models, and a driver that feeds token chunks to a runner the way a scheduler would."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
+from engine.runner import ModelRunner
+from engine.step import StepBatch, StepOutput
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-    "tie_word_embeddings": True,
 }
+BLOCK_SIZE = 4
 
-MakeModel = Callable[..., tuple[LlamaForCausalLM, Path]]
+
+@dataclass
+class Stream:
+    """A sequence under test: its blocks, scattered over the pool, and how many tokens it has cached."""
+
+    blocks: np.ndarray
+    context: int = 0
+
+    def slots(self, count: int) -> np.ndarray:
+        index = np.arange(self.context, self.context + count)
+        return self.blocks[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
+
+
+@dataclass
+class Driver:
+    runner: ModelRunner
+    free: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free = np.random.default_rng(0).permutation(self.runner.pool.num_blocks).tolist()
+
+    def new(self, max_tokens: int) -> Stream:
+        return Stream(np.array([self.free.pop() for _ in range(-(-max_tokens // BLOCK_SIZE))]))
+
+    def batch(
+        self,
+        chunks: Sequence[tuple[Stream, Sequence[int]]],
+        *,
+        parents: Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> StepBatch:
+        counts = [len(tokens) for _, tokens in chunks]
+        positions = [stream.context + np.arange(len(tokens)) for stream, tokens in chunks]
+        if parents is not None:
+            positions = [s.context + depths(tree) for (s, _), tree in zip(chunks, parents, strict=True)]
+            options["tree_parents"] = np.concatenate([np.array(tree) for tree in parents])
+        options.setdefault("logit_rows", np.arange(sum(counts)))
+        options.setdefault("return_logits", True)
+        return StepBatch(
+            token_ids=np.concatenate([np.array(tokens) for _, tokens in chunks]),
+            positions=np.concatenate(positions),
+            slots=np.concatenate([stream.slots(len(tokens)) for stream, tokens in chunks]),
+            query_starts=np.cumsum([0, *counts]),
+            context_lens=np.array([stream.context for stream, _ in chunks]),
+            block_tables=tuple(stream.blocks for stream, _ in chunks),
+            **options,
+        )
+
+    def run(self, chunks: Sequence[tuple[Stream, Sequence[int]]], **options: Any) -> StepOutput:
+        output = self.runner.submit(self.batch(chunks, **options)).result()
+        for stream, tokens in chunks:
+            stream.context += len(tokens)
+        return output
+
+    def logits(self, chunks: Sequence[tuple[Stream, Sequence[int]]], **options: Any) -> list[torch.Tensor]:
+        """One step; the logits of every row, by sequence."""
+        output = self.run(chunks, **options)
+        assert output.logits is not None
+        return list(output.logits.split([len(tokens) for _, tokens in chunks]))
+
+
+def depths(parents: Sequence[int]) -> np.ndarray:
+    found: list[int] = []
+    for parent in parents:
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return np.array(found)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Within 1e-4 of the largest expected magnitude."""
+    return bool((got - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, TINY["vocab_size"], count).tolist()
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """(reference model, its folder) for a tiny Llama with these settings; biases and norms are random too."""
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a random model of the TINY shape, with changes, and returns its folder. The same changes, the same folder."""
+    made: dict[str, Path] = {}
 
-    def make(**settings: Any) -> tuple[LlamaForCausalLM, Path]:
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(TINY | settings))).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(0.0, 0.1)
-        folder = tmp_path_factory.mktemp("model")
-        model.save_pretrained(folder)
-        return model, folder
+    def make(architecture: str = "Llama", **changes: Any) -> Path:
+        import transformers
+
+        key = f"{architecture} {sorted(changes.items())}"
+        if key not in made:
+            config = getattr(transformers, f"{architecture}Config")(**(TINY | changes))
+            torch.manual_seed(1)
+            model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+            for parameter in model.parameters():  # biases and norms would be 0 and 1
+                torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.3)
+            made[key] = tmp_path_factory.mktemp("checkpoint")
+            model.save_pretrained(made[key])
+        return made[key]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny(make_model: MakeModel) -> tuple[LlamaForCausalLM, Path]:
-    return make_model()
+def reference() -> Callable[[Path, Sequence[int]], torch.Tensor]:
+    """Logits of every position by Transformers in float32."""
+    models: dict[Path, Any] = {}
+
+    def logits(folder: Path, token_ids: Sequence[int]) -> torch.Tensor:
+        from transformers import AutoModelForCausalLM
+
+        if folder not in models:
+            models[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            return models[folder](torch.tensor([token_ids])).logits[0]
+
+    return logits
+
+
+@pytest.fixture
+def load_driver() -> Callable[..., Driver]:
+    def load(folder: Path, **options: Any) -> Driver:
+        options = {"dtype": "float32", "device": "cpu", "num_blocks": 400, "block_size": BLOCK_SIZE} | options
+        return Driver(ModelRunner.load(folder, **options))
+
+    return load
+
+
+@pytest.fixture
+def driver(make_checkpoint: Callable[..., Path], load_driver: Callable[..., Driver]) -> Driver:
+    """Over the plain tiny model."""
+    return load_driver(make_checkpoint())

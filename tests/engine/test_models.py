@@ -1,196 +1,172 @@
-"""Logits against Transformers in float32, however the tokens are cut into steps."""
+"""Logits equal those of Transformers, however the tokens are cut into steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from conftest import close, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from engine.runner import ModelRunner
-from engine.step import StepBatch, StepOutput
-from tests.engine.conftest import MakeModel
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "grouped": {},
+    "multi-head": {"num_key_value_heads": 6},
+    "multi-query": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 16},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}},
+    "llama3": {"rope_parameters": LLAMA3},
+    "yarn": {"rope_parameters": YARN},
+    "epsilon": {"rms_norm_eps": 0.1},
+    "mistral": {"architecture": "Mistral", "sliding_window": None},
+}
 
-BLOCK = 16
-TOLERANCE = 1e-4
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_prefill_chunks_and_decoding_give_the_logits_of_transformers(changes, make_checkpoint, load_driver, reference):
+    folder = make_checkpoint(**changes)
+    driver, ids = load_driver(folder), tokens(120)
+    expected = reference(folder, ids)
+
+    [whole] = driver.logits([(driver.new(120), ids)])
+    assert close(whole, expected)
+
+    stream, got = driver.new(120), []
+    for start, end in ((0, 40), (40, 45), (45, 46), (46, 100), (100, 101), (101, 120)):
+        got += driver.logits([(stream, ids[start:end])])
+    assert close(torch.cat(got), expected)
 
 
-def load(folder: Path) -> ModelRunner:
-    return ModelRunner.load(folder, dtype="float32", device="cpu", block_size=BLOCK, kv_cache_bytes=2**21, threads=1)
+def test_a_batch_may_mix_prompts_chunks_and_decoding_of_all_lengths(driver, make_checkpoint, reference):
+    prompts = [tokens(n, seed=n) for n in (300, 90, 40, 5, 2, 8)]
+    streams = [driver.new(300) for _ in prompts]
+    cached = (299, 50, 0, 4, 1, 3)
+    driver.run([(s, p[:n]) for s, p, n in zip(streams, prompts, cached, strict=True) if n])
+
+    mixed = driver.logits([(s, p[n:]) for s, p, n in zip(streams, prompts, cached, strict=True)])
+
+    for prompt, count, got in zip(prompts, cached, mixed, strict=True):
+        assert close(got, reference(make_checkpoint(), prompt)[count:])
 
 
-def batch(*parts: tuple[list[int], int, list[int]], **extra: Any) -> StepBatch:
-    """A step of (new token ids, tokens in the cache before, block table) per sequence; logits for every row."""
-    slots, positions, starts = [], [], [0]
-    for tokens, context, table in parts:
-        logical = np.arange(context, context + len(tokens))
-        slots.append(np.asarray(table)[logical // BLOCK] * BLOCK + logical % BLOCK)
-        positions.append(logical)
-        starts.append(starts[-1] + len(tokens))
-    return StepBatch(
-        token_ids=np.array([t for tokens, _, _ in parts for t in tokens], np.int64),
-        positions=extra.pop("positions", np.concatenate(positions)),
-        slots=np.concatenate(slots),
-        query_starts=np.array(starts, np.int64),
-        context_lens=np.array([context for _, context, _ in parts], np.int64),
-        block_tables=tuple(np.array(table, np.int64) for _, _, table in parts),
-        logit_rows=np.arange(starts[-1]),
-        return_logits=True,
-        **extra,
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_schedule_changes_the_logits(data, driver, make_checkpoint, reference):
+    driver.__post_init__()
+    prompts = [tokens(data.draw(st.integers(1, 60)), seed) for seed in range(data.draw(st.integers(1, 5)))]
+    streams = [driver.new(60) for _ in prompts]
+    got: list[list[torch.Tensor]] = [[] for _ in prompts]
+    while left := [i for i, p in enumerate(prompts) if streams[i].context < len(p)]:
+        chosen = data.draw(
+            st.permutations(left).flatmap(lambda order: st.integers(1, len(order)).map(lambda n, o=order: o[:n]))
+        )
+        chunks = []
+        for i in chosen:
+            start = streams[i].context
+            chunks.append((streams[i], prompts[i][start : start + data.draw(st.integers(1, len(prompts[i]) - start))]))
+        for i, logits in zip(chosen, driver.logits(chunks), strict=True):
+            got[i].append(logits)
+    for prompt, logits in zip(prompts, got, strict=True):
+        assert close(torch.cat(logits), reference(make_checkpoint(), prompt))
+
+
+TREE = [-1, 0, 0, 1, 1, 2, -1, 6, 5]
+"""Two roots; the path to row 8 is 0, 2, 5, 8."""
+
+
+def paths(parents):
+    found = []
+    for row, parent in enumerate(parents):
+        found.append(([] if parent < 0 else found[parent]) + [row])
+    return found
+
+
+@pytest.mark.parametrize("context", [0, 1, 21])
+def test_every_path_of_a_tree_has_the_logits_of_its_chain(context, driver, make_checkpoint, reference):
+    prefix, nodes = tokens(context, seed=1), tokens(len(TREE), seed=2)
+    stream = driver.new(64)
+    if prefix:
+        driver.run([(stream, prefix)])
+
+    [got] = driver.logits([(stream, nodes)], parents=[TREE])
+
+    for row, path in enumerate(paths(TREE)):
+        chain = reference(make_checkpoint(), prefix + [nodes[node] for node in path])
+        assert close(got[row], chain[-1])
+
+
+def test_trees_of_a_batch_are_apart_from_each_other_and_from_prompts_and_decoding(driver, make_checkpoint, reference):
+    prefixes, nodes = [tokens(n, seed=n) for n in (17, 30, 9, 1)], tokens(len(TREE), seed=5)
+    streams = [driver.new(80) for _ in prefixes]
+    driver.run(list(zip(streams, prefixes, strict=True)))
+    fresh, prompt = driver.new(80), tokens(50, seed=6)
+    other = [-1, -1, -1, 0, 1, 2, 3, 4, 5]
+
+    got = driver.logits(
+        [(streams[0], nodes), (fresh, prompt), (streams[1], nodes), (streams[2], nodes[:1]), (streams[3], nodes)],
+        parents=[TREE, range(-1, 49), other, [-1], range(-1, 8)],
     )
 
-
-def run(runner: ModelRunner, step: StepBatch) -> StepOutput:
-    return runner.submit(step).result()
-
-
-def logits_of(runner: ModelRunner, step: StepBatch) -> torch.Tensor:
-    logits = run(runner, step).logits
-    assert logits is not None
-    return logits
+    for logits, prefix, tree in ((got[0], prefixes[0], TREE), (got[2], prefixes[1], other)):
+        for row, path in enumerate(paths(tree)):
+            assert close(logits[row], reference(make_checkpoint(), prefix + [nodes[node] for node in path])[-1])
+    assert close(got[1], reference(make_checkpoint(), prompt))
+    assert close(got[3], reference(make_checkpoint(), prefixes[2] + nodes[:1])[-1:])
+    assert close(got[4], reference(make_checkpoint(), prefixes[3] + nodes)[1:])
 
 
-def reference(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
+def test_a_tree_of_many_rows_is_right_too(driver, make_checkpoint, reference):
+    parents = [-1, *(row // 2 for row in range(49))]
+    prefix, nodes = tokens(33, seed=3), tokens(50, seed=4)
+    stream = driver.new(100)
+    driver.run([(stream, prefix)])
+
+    [got] = driver.logits([(stream, nodes)], parents=[parents])
+
+    for row in (0, 13, 31, 49):
+        chain = prefix + [nodes[node] for node in paths(parents)[row]]
+        assert close(got[row], reference(make_checkpoint(), chain)[-1])
+
+
+def test_after_its_path_is_moved_together_a_tree_goes_on_as_a_chain(driver, make_checkpoint, reference):
+    prefix, nodes = tokens(14, seed=1), tokens(len(TREE), seed=2)
+    path, following = paths(TREE)[8], tokens(3, seed=9)
+    stream = driver.new(64)
+    driver.run([(stream, prefix)])
+    slots = stream.slots(len(TREE))
+    driver.logits([(stream, nodes)], parents=[TREE])
+    stream.context = len(prefix) + len(path)
+
+    # 2 -> 1, 5 -> 2, 8 -> 3: slot 2 is read and written
+    moves = torch.stack((torch.tensor(slots[path]), torch.tensor(slots[: len(path)])), 1)[1:].numpy()
+    [got] = driver.logits([(stream, following)], kv_moves=moves)
+
+    chain = prefix + [nodes[node] for node in path] + following
+    assert close(got, reference(make_checkpoint(), chain)[-3:])
+
+
+def test_taps_are_the_hidden_states_of_transformers(driver, make_checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    ids = tokens(20)
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(), dtype=torch.float32)
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0]
+        expected = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
 
+        taps = driver.run([(driver.new(20), ids)], taps=(0, 2, 3)).taps
 
-def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    error = ((got - want).abs().max() / want.abs().max()).item()
-    assert error < TOLERANCE, f"relative error {error:.2e}"
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 128, count).tolist()
-
-
-ROPES: list[dict[str, Any]] = [
-    {"rope_type": "default", "rope_theta": 10_000.0},
-    {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
-    {
-        "rope_type": "llama3",
-        "rope_theta": 10_000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
-]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 1},
-        {"head_dim": 32},
-        {"tie_word_embeddings": False},
-        {"attention_bias": True, "mlp_bias": True},
-        *({"rope_parameters": rope} for rope in ROPES),
-    ],
-    ids=lambda settings: ",".join(f"{k}={v['rope_type'] if isinstance(v, dict) else v}" for k, v in settings.items()),
-)
-def test_a_prompt_gives_the_logits_of_transformers(make_model: MakeModel, settings: dict[str, Any]) -> None:
-    model, folder = make_model(**settings)
-    prompt = tokens(37)
-    assert_close(logits_of(load(folder), batch((prompt, 0, [3, 0, 5]))), reference(model, prompt))
-
-
-@pytest.mark.parametrize("cuts", [[16], [1], [5, 6, 30], [36], list(range(1, 37))])
-def test_a_prompt_in_chunks_gives_the_same_logits(tiny: tuple[LlamaForCausalLM, Path], cuts: list[int]) -> None:
-    model, folder = tiny
-    runner, prompt = load(folder), tokens(37)
-    edges = [0, *cuts, 37]
-    parts = [logits_of(runner, batch((prompt[a:b], a, [7, 1, 4]))) for a, b in zip(edges, edges[1:], strict=False)]
-    assert_close(torch.cat(parts), reference(model, prompt))
-
-
-def test_prompts_chunks_and_decodes_share_a_step(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    model, folder = tiny
-    runner = load(folder)
-    a, b, c, d = tokens(50, 1), tokens(20, 2), tokens(9, 3), tokens(3, 4)
-    run(runner, batch((a[:49], 0, [0, 1, 2, 3]), (b[:8], 0, [4, 5]), (d[:2], 0, [6])))
-    step = batch((a[49:], 49, [0, 1, 2, 3]), (b[8:], 8, [4, 5]), (c, 0, [7]), (d[2:], 2, [6]))
-    want = [reference(model, s)[cut:] for s, cut in ((a, 49), (b, 8), (c, 0), (d, 2))]
-    assert_close(logits_of(runner, step), torch.cat(want))
-
-
-def test_decodes_of_very_different_lengths_share_a_step(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    model, folder = tiny
-    runner = load(folder)
-    sequences = [tokens(n, n) for n in (200, 2, 3, 40, 5)]
-    tables, free = [], iter(range(100))
-    for s in sequences:
-        tables.append([next(free) for _ in range(-(-len(s) // BLOCK))])
-        run(runner, batch((s[:-1], 0, tables[-1])))
-    step = batch(*((s[-1:], len(s) - 1, table) for s, table in zip(sequences, tables, strict=True)))
-    assert_close(logits_of(runner, step), torch.stack([reference(model, s)[-1] for s in sequences]))
-
-
-def test_every_path_of_a_token_tree_gives_the_logits_of_that_path_alone(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    model, folder = tiny
-    runner, prompt = load(folder), tokens(21)
-    run(runner, batch((prompt, 0, [2, 9])))
-    tree, parents = tokens(6, 5), np.array([-1, 0, 0, 1, 2, 4])
-    depths = np.array([0, 1, 1, 2, 2, 3])
-    got = logits_of(runner, batch((tree, 21, [2, 9]), tree_parents=parents, positions=21 + depths))
-    for node in range(6):
-        path, at = [], node
-        while at >= 0:
-            path.insert(0, tree[at])
-            at = int(parents[at])
-        assert_close(got[node], reference(model, prompt + path)[-1])
-
-
-def test_moved_kv_serves_as_if_it_had_been_computed_there(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    """A tree of two roots; the second is accepted, so its KV moves to the first slot after the context."""
-    model, folder = tiny
-    runner, prompt, (wrong, right, after) = load(folder), tokens(17), tokens(3, 8)
-    run(runner, batch((prompt, 0, [4, 6])))
-    fork = batch((([wrong, right]), 17, [4, 6]), tree_parents=np.array([-1, -1]), positions=np.array([17, 17]))
-    run(runner, fork)
-    moves = np.array([[fork.slots[1], fork.slots[0]]])
-    got = logits_of(runner, batch(([after], 18, [4, 6]), kv_moves=moves))
-    assert_close(got[0], reference(model, [*prompt, right, after])[-1])
-
-
-def test_moves_are_all_read_before_any_is_written(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    runner = load(tiny[1])
-    run(runner, batch((tokens(4), 0, [0])))
-    before = runner.pool.data[:, :, 0, :2].clone()
-    run(runner, batch(([5], 0, [1]), kv_moves=np.array([[0, 1], [1, 0]])))
-    assert torch.equal(runner.pool.data[:, :, 0, :2], before.flip(2))
-
-
-def test_taps_are_the_hidden_states_of_transformers(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    model, folder = tiny
-    prompt = tokens(11)
-    with torch.inference_mode():
-        states = model.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-    got = run(load(folder), batch((prompt, 0, [1]), taps=(0, 2))).taps
-    assert set(got) == {0, 2}
-    assert_close(got[0], states[0][0])
-    assert_close(got[2], states[2][0])
-
-
-def test_a_layer_is_published_once_its_kv_is_written(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    runner = load(tiny[1])
-    seen: list[tuple[int, bool]] = []
-    runner.kv_sink = lambda layer, step: seen.append((layer, bool(runner.pool.data[layer, :, 3, :2].any())))
-    run(runner, batch((tokens(2), 0, [3]), publish=True))
-    assert seen == [(0, True), (1, True), (2, True)]
-    run(runner, batch((tokens(2), 0, [3])))
-    assert len(seen) == 3
-
-
-def test_a_step_that_cannot_run_fails_its_future(tiny: tuple[LlamaForCausalLM, Path]) -> None:
-    future = load(tiny[1]).submit(batch(([5], 0, [10**6])))
-    assert future.exception() is not None
-
-
+        assert set(taps) == {0, 2, 3}
+        assert close(taps[0], expected[0][0])
+        assert close(taps[2], expected[2][0])
+        assert close(model.model.norm(taps[3]), expected[3][0])  # the last of Transformers' is after the norm

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.types import SamplingParams
 from engine.sampler import adjust, logprobs, probabilities, sample, uniforms

@@ -164,6 +164,15 @@ def test_decodes_go_first_and_prefills_share_what_is_left() -> None:
     assert plan(step(scheduler)[0]) == [("a", 11, 1, True), ("b", 31, 9, True), ("c", 0, 22, False)]
 
 
+def test_a_decode_goes_before_an_older_prompt() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make("long", 200))
+    scheduler.reserve(make("kv", 20))
+    step(scheduler)
+    scheduler.join("kv", [7])
+    assert plan(step(scheduler)[0]) == [("kv", 20, 1, True), ("long", 32, 31, False)]
+
+
 def test_no_more_than_max_num_seqs_run() -> None:
     scheduler = make_scheduler()
     for name in "abcdef":
@@ -267,6 +276,42 @@ def test_a_less_urgent_sequence_is_preempted_before_a_later_one() -> None:
     while scheduler.has_work:
         preempted += [s.request_id for s in step(scheduler)[0].preempted]
     assert set(preempted) == {"low"}
+
+
+def test_a_sequence_in_flight_is_no_victim() -> None:
+    scheduler = joined("a", "b", num_blocks=2, first_tokens=[7])
+    a, b = scheduler._live.values()
+    both = scheduler.schedule()
+    assert plan(both) == [("a", 15, 1, True), ("b", 15, 1, True)]
+    scheduler.update(both, [7, 7])
+    a.in_flight = True  # as if in another stage of a pipeline: b comes later and finds no victim
+    assert not scheduler.schedule().chunks
+    a.in_flight, b.in_flight = False, True
+    schedule = scheduler.schedule()
+    assert (schedule.chunks, schedule.preempted) == ([], [])
+    b.in_flight = False
+    assert scheduler.schedule().preempted == [b]
+
+
+def test_a_sequence_whose_blocks_are_all_shared_is_no_victim() -> None:
+    prompt = list(range(100, 116))
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make("a", 16, max_tokens=20))
+    scheduler.reserve(make("b", prompt, max_tokens=20))
+    step(scheduler)
+    scheduler.join("b", [7])  # one block, and it is full
+    scheduler.add(make("held", [*prompt, 5, 6], hold=True))
+    schedule = scheduler.schedule()
+    assert [c.sequence.request_id for c in schedule.chunks] == ["a", "b"]
+
+
+def test_cached_tokens_are_counted_once_however_often_a_sequence_is_preempted() -> None:
+    scheduler = joined("a", "b", num_blocks=4, first_tokens=[7])
+    b = scheduler._live["b"]
+    run_out(scheduler)
+    assert b.num_preemptions > 0
+    assert b.num_cached_tokens == 0
+    assert (scheduler.blocks.num_queried_tokens, scheduler.blocks.num_hit_tokens) == (30, 0)
 
 
 def test_blocks_of_held_sequences_are_never_taken() -> None:
@@ -377,8 +422,7 @@ def test_a_reservation_needs_only_what_the_prefix_cache_lacks_and_feeds_it() -> 
         scheduler.reserve(sequence)
         scheduler.schedule()
         assert sequence.num_computed_tokens == cached
-        scheduler.join(name, [7])
-        run_out(scheduler)
+        scheduler.join(name, [7])  # known from here on
 
 
 def test_a_resumed_request_is_reserved_with_what_was_emitted() -> None:
@@ -397,6 +441,7 @@ def test_reservations_hold_a_seat() -> None:
     for name in "abc":
         scheduler.reserve(make(name))
     assert [s.request_id for s in scheduler.schedule().granted] == ["a", "b"]
+    assert not scheduler.schedule().granted
     scheduler.abort("a")
     assert [s.request_id for s in scheduler.schedule().granted] == ["c"]
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from core.links import LinkServer
-from engine.kv_cache import KVLayout, KVPool
+from engine.kv_cache import KVPool
+from engine.kv_layout import KVLayout
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, SequenceState, ToGiver
 from kv_transfer.pieces import Rows, rows_of, slots_of

@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from sides import STATE, connected, layout, tokens
+from sides import STATE, connected, tokens
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 

@@ -1,0 +1,49 @@
+"""The layout of a KV cache, as other processes must know it. Free of torch: the controller compares layouts."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from core.errors import LayoutMismatch
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class KVLayout(Struct, frozen=True, kw_only=True):
+    """Everything another group must know to use KV computed here.
+
+    `num_layers` and `num_kv_heads` are the model's; a rank holds the share that its TP and PP coordinates give it.
+    `fingerprint` identifies the weights: KV of one model means nothing to another.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: str
+    block_size: int
+    fingerprint: str
+    tp_size: int = 1
+    tp_rank: int = 0
+    pp_size: int = 1
+    pp_rank: int = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV per token over all layers and heads."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_size
+
+    def check_same_cache(self, other: KVLayout) -> None:
+        """Raise LayoutMismatch, naming the field, unless KV can move between the two unchanged. Block size, TP and PP
+        may differ; what the numbers mean may not."""
+        for name in ("fingerprint", "dtype", "num_layers", "num_kv_heads", "head_size"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise LayoutMismatch(
+                    f"KV caches differ in {name}: {ours} here, {theirs} there; "
+                    "serve both groups from the same model and dtype",
+                    field=name,
+                )

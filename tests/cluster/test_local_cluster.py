@@ -1,0 +1,208 @@
+"""Real workers over links in one process: what a client sees, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from cluster.config import SlipstreamConfig, load
+from cluster.local import LocalCluster, local_cluster
+from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
+
+TIMEOUT_S = 60.0
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "disaggregated": {},
+    "colocated": {"colocated": True},
+    "chunked": {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+    "two-by-two": {"prefill_replicas": 2, "decode_replicas": 2},
+}
+
+
+def config(**settings: Any) -> SlipstreamConfig:
+    return load(None, {"dtype": "float32", "kv_cache_memory": "4MiB"} | settings)
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 8, **sampling: Any) -> Request:
+    params = SamplingParams(**({"max_tokens": max_tokens, "temperature": 0.0} | sampling))
+    return Request(request_id=name, prompt_token_ids=prompt, sampling=params, deadline=time.time() + TIMEOUT_S)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(3, 128), k=length)
+
+
+async def collect(deltas: AsyncIterator[TokenDelta]) -> tuple[list[int], Finish | None]:
+    tokens, finish = [], None
+    async for delta in deltas:
+        assert finish is None, "something came after the end"
+        assert delta.index == len(tokens)
+        tokens += delta.token_ids
+        finish = delta.finish
+    return tokens, finish
+
+
+async def run(cluster: LocalCluster, job: Request) -> tuple[list[int], Finish | None]:
+    return await asyncio.wait_for(collect(cluster.backend.generate(job)), TIMEOUT_S)
+
+
+def expected(model: LlamaForCausalLM, ids: list[int], count: int) -> list[int]:
+    model.generation_config.eos_token_id = None
+    with torch.inference_mode():
+        return model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)[0, len(ids) :].tolist()
+
+
+async def all_free(cluster: LocalCluster) -> None:
+    """Wait until every block of every worker is free."""
+
+    def busy() -> bool:
+        return any(n.status().num_free_blocks != n.status().num_blocks for n in cluster.nodes.values())
+
+    async with asyncio.timeout(TIMEOUT_S):
+        while busy():  # the engines report between two steps
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_greedy_output_is_that_of_transformers_in_every_layout(
+    tiny: tuple[LlamaForCausalLM, Path], layout: str
+) -> None:
+    model, folder = tiny
+    prompts = [prompt(5 + 9 * i, i) for i in range(12)]
+    async with local_cluster(config(**LAYOUTS[layout]), folder) as cluster:
+        alone = [(await run(cluster, request("a", prompts[0])))[0]]
+        results = await asyncio.gather(*(run(cluster, request(f"r{i}", p)) for i, p in enumerate(prompts)))
+        await all_free(cluster)
+    want = [expected(model, p, 8) for p in prompts]
+    assert alone == want[:1]
+    assert [tokens for tokens, _ in results] == want
+    assert {finish.reason for _, finish in results if finish} == {FinishReason.LENGTH}
+
+
+async def test_the_same_seed_gives_the_same_text_wherever_it_runs(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    job = request("s", prompt(30), max_tokens=20, temperature=1.0, seed=5, top_p=0.9)
+    texts = []
+    for layout in ("disaggregated", "colocated"):
+        async with local_cluster(config(**LAYOUTS[layout]), tiny[1]) as cluster:
+            others = [request(f"o{i}", prompt(9, i), temperature=1.0, seed=i) for i in range(5)]
+            results = await asyncio.gather(*(run(cluster, r) for r in [job, *others]))
+            texts.append(results[0][0])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 20
+
+
+async def test_a_request_that_ends_with_its_first_token_never_reaches_the_decode_worker(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    async with local_cluster(config(), tiny[1]) as cluster:
+        tokens, finish = await run(cluster, request("one", prompt(20), max_tokens=1))
+        await all_free(cluster)
+        assert cluster.nodes["decode-0"].status().counters.generated_tokens == 0
+    assert len(tokens) == 1
+    assert finish is not None
+    assert finish.reason is FinishReason.LENGTH
+
+
+async def test_stop_tokens_end_the_output_on_either_side(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    model, folder = tiny
+    want = expected(model, prompt(20), 8)
+    async with local_cluster(config(), folder) as cluster:
+        for position in (0, 4):
+            stop = want[position]
+            tokens, finish = await run(cluster, request(f"s{position}", prompt(20), stop_token_ids=(stop,)))
+            assert tokens == want[: want.index(stop) + 1]
+            assert finish == Finish(reason=FinishReason.STOP, stop_token_id=stop)
+
+
+async def test_a_repeated_prompt_comes_from_the_prefix_caches_of_both_sides(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    async with local_cluster(config(), tiny[1]) as cluster:
+        first = await run(cluster, request("a", prompt(100)))
+        deltas = [d async for d in cluster.backend.generate(request("b", prompt(100)))]
+        moved = cluster.nodes["decode-0"].status().counters.transfer_bytes
+    assert [t for d in deltas for t in d.token_ids] == first[0]
+    assert deltas[0].num_cached_tokens == 96
+    per_token = 3 * 2 * 2 * 16 * 4
+    assert moved == (100 + 4) * per_token
+
+
+async def test_a_lost_decode_worker_costs_time_and_no_token(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    model, folder = tiny
+    async with local_cluster(config(), folder) as cluster:
+        stream = cluster.backend.generate(request("r", prompt(20), max_tokens=100))
+        tokens = [t for _ in range(5) for t in (await anext(stream)).token_ids]
+        await cluster.remove_worker("decode-0")
+        rest, finish = [], None
+        async for delta in stream:
+            rest += delta.token_ids
+            finish = delta.finish
+        await all_free(cluster)
+    assert tokens + rest == expected(model, prompt(20), 100)
+    assert finish is not None
+    assert finish.reason is FinishReason.LENGTH
+
+
+async def test_without_its_prefill_worker_the_decode_worker_does_it_all(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    model, folder = tiny
+    async with local_cluster(config(), folder) as cluster:
+        await cluster.remove_worker("prefill-0")
+        tokens, _ = await run(cluster, request("r", prompt(20)))
+    assert tokens == expected(model, prompt(20), 8)
+
+
+async def test_a_prompt_no_worker_can_hold_ends_with_the_callers_error(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    async with local_cluster(config(), tiny[1]) as cluster:
+        tokens, finish = await run(cluster, request("big", prompt(300)))
+    assert tokens == []
+    assert finish is not None
+    assert finish.error == "InvalidRequest"
+
+
+async def test_the_deadline_ends_a_request_and_frees_it(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    async with local_cluster(config(), tiny[1]) as cluster:
+        late = request("late", prompt(20), max_tokens=200)
+        late = Request(**{f: getattr(late, f) for f in late.__struct_fields__} | {"deadline": time.time() + 0.05})
+        _, finish = await run(cluster, late)
+        await all_free(cluster)
+    assert finish is not None
+    assert finish.error == "DeadlineExceeded"
+
+
+async def test_requests_cancelled_at_random_moments_leave_nothing_behind(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    """200 requests, most of them dropped by the client at some point: every block is free at the end."""
+    rng = random.Random(1)
+    ends: list[str] = []
+    async with local_cluster(config(), tiny[1]) as cluster:
+
+        async def one(index: int) -> None:
+            job = request(f"c{index}", prompt(rng.randrange(1, 120), index % 7), max_tokens=rng.randrange(1, 40))
+            patience = rng.choice([None, 0.0, rng.random() * 0.2, rng.random() * 2])
+            try:
+                async with asyncio.timeout(patience):
+                    _, finish = await collect(cluster.backend.generate(job))
+                    assert finish is not None
+                    ends.append(finish.reason)
+            except TimeoutError:
+                ends.append("cancelled")
+
+        limit = asyncio.Semaphore(24)
+
+        async def bounded(index: int) -> None:
+            async with limit:
+                await one(index)
+
+        await asyncio.wait_for(asyncio.gather(*(bounded(i) for i in range(200))), TIMEOUT_S)
+        await all_free(cluster)
+        for node in cluster.nodes.values():
+            assert node.num_owned == 0
+    assert len(ends) == 200
+    assert ends.count("cancelled") > 40
+    assert ends.count(FinishReason.LENGTH) > 40
