@@ -80,6 +80,7 @@ def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[float]:
     """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields its CPU count."""
     import ray
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = None if config.cluster.ray_address else Path(tempfile.mkdtemp(prefix="slipstream-"))
     options: dict[str, Any] = {"namespace": "slipstream", "log_to_driver": False, "logging_level": logging.ERROR}
     if own is None:
@@ -197,11 +198,13 @@ def _drain(config: SlipstreamConfig, handle: Any, console: Console) -> None:
     from ray import serve as ray_serve
     from ray.exceptions import RayError
 
+    from cluster.app import APP_NAME
+
     console.print(f"Draining, at most {config.gateway.drain_timeout_s:g} s …", highlight=False)
     started = time.monotonic()
     try:
         handle.drain.remote().result(timeout_s=config.gateway.drain_timeout_s + 1.0)
     except (RayError, TimeoutError) as error:
         console.print(f"the gateway did not drain: {str(error).splitlines()[0]}", highlight=False)
-    ray_serve.shutdown()
+    ray_serve.delete(APP_NAME)  # Serve itself goes with the cluster, or stays if the cluster is not ours
     console.print(f"Stopped after {time.monotonic() - started:.1f} s.", highlight=False)

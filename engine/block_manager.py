@@ -137,10 +137,6 @@ class BlockManager:
         sequence.num_computed_tokens = 0
         sequence.num_cacheable_blocks = 0
 
-    def would_free(self, sequence: Sequence) -> bool:
-        """Whether freeing the sequence makes num_free grow: not if it shares all its blocks."""
-        return any(self._references[block] == 1 for block in reversed(sequence.block_table))
-
     def _key_of(self, sequence: Sequence, index: int) -> bytes:
         """Name of block `index`: the digest of the unit it ends with or, if smaller, of the unit it is in with its
         place there."""

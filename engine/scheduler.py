@@ -184,11 +184,11 @@ class Scheduler:
 
     def _make_room(self, schedule: Schedule) -> list[Sequence]:
         """The running sequences that have blocks for all their tokens, or can get them, in order."""
-        ready: list[Sequence] = []
-        for sequence in list(self._running):  # preemption takes away sequences that this loop has yet to come to
-            if sequence.status is Status.RUNNING and not sequence.in_flight and self._extend(schedule, sequence):
-                ready.append(sequence)
-        return ready
+        return [
+            sequence
+            for sequence in list(self._running)  # extending one may preempt others that are yet to come here
+            if sequence.status is Status.RUNNING and not sequence.in_flight and self._extend(schedule, sequence)
+        ]
 
     def _extend(self, schedule: Schedule, sequence: Sequence) -> bool:
         while not self.blocks.extend(sequence, len(sequence.token_ids)):
@@ -200,11 +200,13 @@ class Scheduler:
         return True
 
     def _victim_for(self, sequence: Sequence) -> Sequence | None:
-        """The last running sequence after this one whose blocks help. One in flight is left to finish its step."""
+        """The last running sequence after this one. One in flight is left to finish its step. Freeing it helps: its
+        last block is its own, because others share a block only once it is full, and a sequence whose last block is
+        full gets its next one before anything is admitted that could share it."""
         for victim in reversed(self._running):
             if victim is sequence:
                 break
-            if not victim.in_flight and self.blocks.would_free(victim):
+            if not victim.in_flight:
                 return victim
         return None
 

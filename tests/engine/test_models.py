@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import close, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.engine.driver import close, tokens
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -50,7 +51,7 @@ def test_prefill_chunks_and_decoding_give_the_logits_of_transformers(changes, ma
 
 def test_a_batch_may_mix_prompts_chunks_and_decoding_of_all_lengths(driver, make_checkpoint, reference):
     prompts = [tokens(n, seed=n) for n in (300, 90, 40, 5, 2, 8)]
-    streams = [driver.new(300) for _ in prompts]
+    streams = [driver.new(len(prompt)) for prompt in prompts]
     cached = (299, 50, 0, 4, 1, 3)
     driver.run([(s, p[:n]) for s, p, n in zip(streams, prompts, cached, strict=True) if n])
 

@@ -279,30 +279,20 @@ def test_a_less_urgent_sequence_is_preempted_before_a_later_one() -> None:
 
 
 def test_a_sequence_in_flight_is_no_victim() -> None:
-    scheduler = joined("a", "b", num_blocks=2, first_tokens=[7])
-    a, b = scheduler._live.values()
-    both = scheduler.schedule()
-    assert plan(both) == [("a", 15, 1, True), ("b", 15, 1, True)]
-    scheduler.update(both, [7, 7])
-    a.in_flight = True  # as if in another stage of a pipeline: b comes later and finds no victim
+    scheduler = make_scheduler(num_blocks=2)
+    for name in "ab":
+        scheduler.reserve(make(name, 15, max_tokens=10))
+    scheduler.schedule()
+    scheduler.join("a", [7])
+    step_of_a = scheduler.schedule()
+    scheduler.join("b", [7])
+    step_of_b = scheduler.schedule()
+    scheduler.update(step_of_a, [7])  # its block is full
     assert not scheduler.schedule().chunks
-    a.in_flight, b.in_flight = False, True
+    scheduler.update(step_of_b, [7])
     schedule = scheduler.schedule()
-    assert (schedule.chunks, schedule.preempted) == ([], [])
-    b.in_flight = False
-    assert scheduler.schedule().preempted == [b]
-
-
-def test_a_sequence_whose_blocks_are_all_shared_is_no_victim() -> None:
-    prompt = list(range(100, 116))
-    scheduler = make_scheduler(num_blocks=4)
-    scheduler.add(make("a", 16, max_tokens=20))
-    scheduler.reserve(make("b", prompt, max_tokens=20))
-    step(scheduler)
-    scheduler.join("b", [7])  # one block, and it is full
-    scheduler.add(make("held", [*prompt, 5, 6], hold=True))
-    schedule = scheduler.schedule()
-    assert [c.sequence.request_id for c in schedule.chunks] == ["a", "b"]
+    assert plan(schedule) == [("a", 16, 1, True)]
+    assert [s.request_id for s in schedule.preempted] == ["b"]
 
 
 def test_cached_tokens_are_counted_once_however_often_a_sequence_is_preempted() -> None:
@@ -578,6 +568,7 @@ class World:
         self.sequences.append(sequence)
 
     def schedule(self) -> Schedule:
+        own = {s: self.num_own_blocks(s) for s in self.sequences}
         schedule = self.scheduler.schedule()
         config = self.scheduler.config
         assert schedule.num_tokens == sum(c.num_tokens for c in schedule.chunks) <= config.max_num_batched_tokens
@@ -586,6 +577,7 @@ class World:
         assert busy.isdisjoint(c.sequence for c in schedule.chunks)
         assert busy.isdisjoint(schedule.preempted)
         assert all(c.num_tokens > 0 for c in schedule.chunks)
+        assert all(own[victim] for victim in schedule.preempted)  # nobody is preempted for nothing
         if schedule.chunks:
             self.in_flight.append(schedule)
         return schedule
@@ -639,6 +631,10 @@ class World:
         for slot, content in self.slots(sequence, start, end):
             self.device[slot] = content
 
+    def num_own_blocks(self, sequence: Sequence) -> int:
+        others = {block for other in self.sequences if other is not sequence for block in other.block_table}
+        return len(set(sequence.block_table) - others)
+
     # laws
 
     def check(self) -> None:
@@ -684,7 +680,7 @@ EVENTS = ["add", "hold", "reserve", "schedule", "update", "join", "release", "ab
 
 
 def play(world: World, event: str, number: int) -> None:
-    prompt = [1] * 5 + [number % 2] * 12
+    prompt = [1] * 5 + [number % 2] * 10
     live = [s for s in world.sequences if s not in world.ended]
     if event in ("add", "hold", "reserve"):
         world.admit(make(str(number), prompt, max_tokens=4, hold=event == "hold"), reserve=event == "reserve")
@@ -705,7 +701,7 @@ def test_every_short_history_keeps_the_laws_and_drains(opening: str) -> None:
     """All histories of four events after a sequence has come and a step was scheduled."""
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
     for events in product(EVENTS, repeat=4):
-        world = World(num_blocks=3, block_size=8, config=config)
+        world = World(num_blocks=5, block_size=8, config=config)
         for number, event in enumerate([opening, "schedule", *events]):
             play(world, event, number)
             world.check()

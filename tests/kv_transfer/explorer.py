@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,8 +243,8 @@ class World:
             assert self.arrived == frozenset(range(PIECES)), "committed from pieces that were not verified"
         if self.giver.outcome is Outcome.COMMITTED:
             assert self.taker_released == (Outcome.COMMITTED,), "the giver believes in a commit that was not"
-        if self.giver.outcome is Outcome.EXPIRED and self.giver.offer_sent and self.taker.phase is Phase.TRANSFERRING:
-            assert not self.taker_alive or self.taker.lease_until <= self.now, "the giver's lease ended first"
+        if self.taker.phase is self.giver.phase is Phase.TRANSFERRING and self.giver_alive and self.taker_alive:
+            assert self.taker.lease_until <= self.giver.lease_until, "the giver's lease ends first"
         if self.giver.phase is Phase.RELEASED and self.offered:
             assert self.giver_released, "the giver's blocks leaked"
         if self.taker.phase is Phase.RELEASED:
@@ -254,7 +254,8 @@ class World:
         """Nobody hears anybody any more; threads end, time passes."""
         world = self._do("", lambda _: None)[1]
         world.linked, world.to_giver, world.to_taker = False, (), ()
-        for _ in range(40):
+        while world.sealing or world.reads or world.stopping or world.wake_at < math.inf:
+            assert world.now < 10 * DEADLINE, "it goes on for ever"
             if world.sealing:
                 world.sealed(None)
             if world.reads:
@@ -263,44 +264,55 @@ class World:
                 world.pull_ends("stopped")
             if world.wake_at < math.inf:
                 world.tick()
-            world.check()
+        world.check()
         if world.giver_alive and world.offered:
             assert world.giver_released, "the giver's side never ended"
         if world.taker_alive and world.taker.phase is not Phase.NEW:
             assert world.taker_released, "the taker's side never ended"
 
 
-def explore(start: World, depth: int, limit: int = 10**9) -> int:
-    """Visit every state within `depth` moves, nearest first; returns how many there were. An AssertionError carries the
-    moves that led to it."""
-    seen = {start.key()}
-    frontier: list[tuple[World, tuple[str, ...]]] = [(start, ())]
+def walk(start: World, *names: str) -> list[World]:
+    """The worlds passed on the way of these moves, `start` included."""
+    worlds = [start]
+    for name in names:
+        worlds.append(next(after for move, after in worlds[-1].moves() if move.startswith(name)))
+    return worlds
+
+
+def explore(starts: Iterable[World], depth: int) -> int:
+    """Visit every state within `depth` moves of `starts`, nearest first; returns how many there were. An AssertionError
+    carries the moves that led to it."""
+    frontier: list[tuple[World, tuple[str, ...]]] = [(start, ()) for start in starts]
+    seen = {start.key() for start, _ in frontier}
     for _ in range(depth):
         following: list[tuple[World, tuple[str, ...]]] = []
         for world, path in frontier:
-            for name, after in _moves(world, path):
-                key = after.key()
-                if key not in seen:
+            for after, trace in judged(world, path):
+                if (key := after.key()) not in seen:
                     seen.add(key)
-                    trace = (*path, name)
-                    _judge(after, trace)
                     following.append((after, trace))
-            if len(seen) > limit:
-                return len(seen)
         frontier = following
     return len(seen)
 
 
-def _moves(world: World, path: tuple[str, ...]) -> Iterator[tuple[str, World]]:
-    try:
-        yield from world.moves()
-    except AssertionError as error:
-        raise AssertionError(f"{error} in a move after: " + "; ".join(path)) from error
+def wander(start: World, steps: int, choose: Callable[[list[World]], World]) -> None:
+    """One run, `choose` picking among the worlds that may follow."""
+    world = start
+    for _ in range(steps):
+        following = [after for after, _ in judged(world, ())]
+        if not following:
+            return
+        world = choose(following)
 
 
-def _judge(world: World, path: tuple[str, ...]) -> None:
+def judged(world: World, path: tuple[str, ...]) -> Iterator[tuple[World, tuple[str, ...]]]:
+    """Every world that one move leads to, its laws checked."""
+    trace = path
     try:
-        world.check()
-        world.wind_down()
+        for name, after in world.moves():
+            trace = (*path, name)
+            after.check()
+            after.wind_down()
+            yield after, trace
     except AssertionError as error:
-        raise AssertionError(f"{error} after: " + "; ".join(path)) from error
+        raise AssertionError(f"{error}, after: " + "; ".join(trace)) from error

@@ -26,6 +26,4 @@ async def test_the_kv_arrives_bit_for_bit_and_the_giver_is_free(transport: str, 
             await asyncio.sleep(0)
             sides.giver.offer("t", theirs, 50, STATE)
         assert await taking == STATE
-        np.testing.assert_array_equal(
-            tokens(sides.taker_pool, ours, 0, 50), tokens(sides.giver_pool, theirs, 0, 50)
-        )
+        np.testing.assert_array_equal(tokens(sides.taker_pool, ours, 0, 50), tokens(sides.giver_pool, theirs, 0, 50))

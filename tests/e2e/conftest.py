@@ -1,0 +1,100 @@
+"""A cluster as a user starts it: `slipstream serve FOLDER` in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.tiny import save_tiny_llama
+
+START_S = 120.0
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level BPE without merges: 128 tokens cannot hold all bytes, so the alphabet is that of the training text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,!?<>|'\n"
+    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([alphabet], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+    output: list[str]
+
+    @property
+    def tree(self) -> list[psutil.Process]:
+        """The launcher and everything below it."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        title = f"ServeReplica:slipstream:{deployment}"
+        return [p for p in self.tree if title in " ".join(p.cmdline())]
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        with self.process:  # closes its output
+            self.output.extend(self.process.stdout or [])
+            return self.process.wait(60)
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics").text
+
+
+def start(folder: Path, *flags: str) -> Server:
+    """Start and wait for the URLs on standard output."""
+    command = [sys.executable, "-m", "cluster", "serve", str(folder), "--port", "0", "--served-model-name", "tiny"]
+    process = subprocess.Popen(
+        [*command, "--kv-cache-memory", "16MiB", "--dtype", "float32", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"curl (http://\S+?)/v1", line):
+            return Server(process, found[1], lines)
+    with process:
+        process.wait(60)
+    raise AssertionError("the server did not start:\n" + "".join(lines))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    save_tiny_llama(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    server = start(folder)
+    yield server
+    if server.process.poll() is None:
+        server.stop()
