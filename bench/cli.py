@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import click
 
+from bench.cost import cost
+from bench.exactness import exactness
 from bench.serving.cli import serve
 
 
 @click.group()
 def bench() -> None:
-    """Measure a running server."""
+    """Measure a server, or compare output with Transformers'."""
 
 
-bench.add_command(serve)
+for command in (serve, cost, exactness):
+    bench.add_command(command)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from cluster.dispatch import Deliver, Dispatch, Instruction, Reroute, Send
 from cluster.membership import Member
 from cluster.router import Candidate, choose
-from core.errors import SlipstreamError, Unavailable
+from core.errors import InternalError, SlipstreamError, Unavailable
 from core.links import Link, LinkClient
 from core.types import Request, TokenDelta
 from core.wire import (
@@ -221,14 +221,17 @@ class ClusterBackend:
         self._spawn(self._listen(session))
 
     async def _listen(self, session: WorkerSession) -> None:
+        """Until the link ends; unless it is we who end it, its requests then go elsewhere."""
         try:
             async for message in session.link:
                 session.last_heard = time.monotonic()
                 self._hear(session, message)
+        except InternalError as error:
+            logger.error("worker %s: %s", session.member.worker_id, error.message)
         finally:
             self._sessions.pop(session.member.worker_id, None)
             await session.close()
-            self._lose(session.member.worker_id)
+        self._lose(session.member.worker_id)
 
     def _hear(self, session: WorkerSession, message: FromWorker) -> None:
         match message:

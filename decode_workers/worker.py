@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from core.errors import TransferError
@@ -10,7 +11,10 @@ from core.types import Request
 from core.wire import Receive
 from engine.engine import Engine
 from engine.sequence import Sequence
+from kv_transfer.messages import SequenceState
 from kv_transfer.taker import Taker, Withdrawn
+
+logger = logging.getLogger(__name__)
 
 OnHandoffFailed = Callable[[str, str], None]
 """Called with request id and reason, after the blocks have been given back."""
@@ -25,7 +29,7 @@ class DecodeWorker:
         self._taker = taker
         self._on_handoff_failed = on_handoff_failed
         self._reserved: dict[str, Receive] = {}
-        self._transfers: dict[str, asyncio.Task[None]] = {}
+        self._transfers: dict[str, asyncio.Task[SequenceState]] = {}
 
     def generate(self, request: Request) -> None:
         """Prefill here, then decode."""
@@ -43,6 +47,8 @@ class DecodeWorker:
             return
         task = asyncio.get_running_loop().create_task(self._take(job, sequence))
         self._transfers[sequence.request_id] = task
+        # Not a finally in _take: a task that is cancelled before its first step never enters it.
+        task.add_done_callback(lambda done: self._ended(sequence.request_id, done))
 
     def abort(self, request_id: str) -> None:
         self._reserved.pop(request_id, None)
@@ -62,25 +68,26 @@ class DecodeWorker:
             transfer.cancel()
         await asyncio.gather(*transfers, return_exceptions=True)
 
-    async def _take(self, job: Receive, sequence: Sequence) -> None:
-        request_id = sequence.request_id
-        joined = False
-        try:
-            state = await self._taker.take(
-                job.transfer_id,
-                job.prefill_address,
-                list(sequence.block_table),
-                start_token=sequence.num_computed_tokens,
-                num_tokens=sequence.num_pending_tokens + sequence.num_computed_tokens,
-                deadline=job.request.deadline,
-            )
-            self._engine.join(request_id, state.token_ids)
-            joined = True
-        except Withdrawn:
-            pass  # the prefill side has ended the request, or the gateway has: nothing is left to say
-        except TransferError as error:
-            self._on_handoff_failed(request_id, error.message)
-        finally:
-            del self._transfers[request_id]
-            if not joined:
-                self._engine.abort(request_id)
+    async def _take(self, job: Receive, sequence: Sequence) -> SequenceState:
+        return await self._taker.take(
+            job.transfer_id,
+            job.prefill_address,
+            list(sequence.block_table),
+            start_token=sequence.num_computed_tokens,
+            num_tokens=len(sequence.token_ids),
+            deadline=job.request.deadline,
+        )
+
+    def _ended(self, request_id: str, transfer: asyncio.Task[SequenceState]) -> None:
+        """The KV is there, or the blocks go back; either way nothing writes to them any more."""
+        del self._transfers[request_id]
+        error = None if transfer.cancelled() else transfer.exception()
+        if not transfer.cancelled() and error is None:
+            self._engine.join(request_id, transfer.result().token_ids)
+            return
+        self._engine.abort(request_id)
+        if error is None or isinstance(error, Withdrawn):
+            return  # the gateway or the prefill side has ended the request: nothing is left to say
+        if not isinstance(error, TransferError):
+            logger.error("the transfer of %s failed", request_id, exc_info=error)
+        self._on_handoff_failed(request_id, str(error) or type(error).__name__)

@@ -69,6 +69,7 @@ class Scheduler:
         self._live: dict[str, Sequence] = {}
         self._waiting = _Ordered()
         self._running = _Ordered()
+        self._queued_tokens = 0  # of the waiting sequences, less those whose KV will arrive
         self._num_reserved = 0
         self._num_arrived = 0
 
@@ -87,8 +88,7 @@ class Scheduler:
     def num_waiting_tokens(self) -> int:
         """Tokens still to be prefilled here: those of waiting sequences, less any cached prefix that admission may
         find, and what is left of prompts that run in chunks."""
-        waiting = sum(sequence.num_pending_tokens for sequence in self._waiting if not sequence.awaits_kv)
-        return waiting + sum(s.num_pending_tokens for s in self._running if s.num_pending_tokens > 1)
+        return self._queued_tokens + sum(s.num_pending_tokens for s in self._running if s.num_pending_tokens > 1)
 
     @property
     def has_work(self) -> bool:
@@ -213,10 +213,9 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         self._running.remove(victim)
         self.blocks.free(victim)
-        victim.status = Status.WAITING
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.add(victim)
+        self._wait(victim)
 
     def _schedule_chunk(self, schedule: Schedule, sequence: Sequence) -> None:
         """Schedule as many of the sequence's pending tokens as the budget leaves room for."""
@@ -261,7 +260,7 @@ class Scheduler:
         schedule.granted.append(sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
-        self._waiting.remove(sequence)
+        self._unwait(sequence)
         if sequence.num_preemptions == 0:
             self.blocks.count_query(sequence)
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
@@ -271,11 +270,19 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         if sequence.request_id in self._live:
             raise InvalidRequest(f"request_id {sequence.request_id} is already being served", param="request_id")
-        sequence.status = Status.WAITING
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
         self._live[sequence.request_id] = sequence
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
         self._waiting.add(sequence)
+        self._queued_tokens += 0 if sequence.awaits_kv else len(sequence.token_ids)
+
+    def _unwait(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self._queued_tokens -= 0 if sequence.awaits_kv else len(sequence.token_ids)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
@@ -301,7 +308,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.status is Status.WAITING:
-            self._waiting.remove(sequence)
+            self._unwait(sequence)
         elif sequence.status is Status.RUNNING:
             self._running.remove(sequence)
         elif sequence.status is Status.RESERVED:

@@ -24,6 +24,7 @@ from kv_transfer.messages import (
     Offer,
     OpenPair,
     PairFailed,
+    PairKey,
     Pull,
     Renew,
     Renewed,
@@ -34,7 +35,6 @@ from kv_transfer.messages import (
 )
 from kv_transfer.pieces import Slots, cut, piece_bytes, rows_of, seal, slots_of
 from kv_transfer.states import GiverTransfer, Outcome, Phase
-from kv_transfer.transports.pairs import Rendezvous
 from kv_transfer.transports.shared_memory import PoolProbe
 from kv_transfer.transports.torch_distributed import PairServer, device_identity
 
@@ -61,7 +61,6 @@ class Giver:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="kv-seal")
         self._live: dict[str, _Giving] = {}
         self._ended: OrderedDict[str, _Giving] = OrderedDict()
-        self._rendezvous = Rendezvous()
         self._probe = PoolProbe(pool) if pool.fd is not None else None
 
     def offer(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int, state: SequenceState) -> None:
@@ -71,14 +70,15 @@ class Giver:
         giving.feed(states.Offered())
 
     def withdraw(self, transfer_id: str, reason: str) -> None:
-        """There will be no offer, or it no longer stands. Does nothing for a transfer that has ended."""
+        """Nobody wants the request any more: there will be no offer, or it no longer stands. Does nothing for a
+        transfer that has ended."""
         self._giving(transfer_id).feed(states.Withdraw(reason))
 
     async def on_link(self, link: GiverLink) -> None:
         """Serve one taker until its link ends; for LinkServer.add_service. Raises LayoutMismatch if its cache can't be
         joined with ours."""
         link.send(self._hello())
-        pairs = PairServer(self._rows, self._pool, self._rendezvous, link.send)
+        pairs = PairServer(self._rows, self._pool, link.send)
         try:
             async for message in link:
                 self._on_message(message, link, pairs)
@@ -89,13 +89,14 @@ class Giver:
             pairs.close()
 
     async def close(self) -> None:
-        """Withdraw everything and wait until nothing of ours reads the pool."""
+        """End everything, so that it is served in another way, and wait until nothing of ours reads the pool."""
         for giving in list(self._live.values()):
-            giving.feed(states.Withdraw("the prefill worker is stopping"))
+            giving.feed(states.Withdraw("the prefill worker is stopping", Outcome.FAILED))
         await asyncio.gather(*(giving.over.wait() for giving in self._live.values()))
         self._threads.shutdown()
         if self._probe is not None:
             self._probe.close()
+            self._probe = None
 
     def _hello(self) -> Hello:
         return Hello(
@@ -112,6 +113,8 @@ class Giver:
                 self._pool.layout.check_same_cache(layout)
             case OpenPair():
                 pairs.open(message)
+            case PairKey():
+                pairs.on_key(message)
             case ClosePair(pair_id):
                 pairs.close_pair(pair_id)
             case Want(transfer_id, start_token):
@@ -130,12 +133,12 @@ class Giver:
         if giving.link is link:
             giving.feed(states.Wanted(start_token))
         else:
-            link.send(Withdrawn(transfer_id, "another decode worker takes it"))
+            link.send(Withdrawn(transfer_id, "another decode worker takes it", Outcome.FAILED))
 
     def _on_unknown(self, message: Renew | Committed | Cancel | Pull, link: GiverLink) -> None:
         match message:
             case Renew(transfer_id):
-                link.send(Withdrawn(transfer_id, "the giver does not know this transfer"))
+                link.send(Withdrawn(transfer_id, "the giver does not know this transfer", Outcome.FAILED))
             case Pull(pair_id=pair_id):
                 link.send(PairFailed(pair_id, "the giver does not know this transfer"))
             case _:
@@ -242,8 +245,8 @@ class _Giving:
                 self._send(Offer(self.manifest, self.state))
             case states.SendRenewed(sent_at):
                 self._send(Renewed(self.transfer_id, sent_at))
-            case states.SendWithdrawn(reason):
-                self._send(Withdrawn(self.transfer_id, reason))
+            case states.SendWithdrawn(reason, outcome):
+                self._send(Withdrawn(self.transfer_id, reason, outcome))
             case states.Release(outcome, reason):
                 self._giver.released(self, outcome, reason)
 

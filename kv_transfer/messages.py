@@ -10,6 +10,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from engine.kv_layout import KVLayout
+from kv_transfer.states import Outcome
 
 SERVICE = "KvTransfer"
 
@@ -67,12 +68,20 @@ class Cancel(Struct, frozen=True, tag=True):
 
 
 class OpenPair(Struct, frozen=True, tag=True):
-    """Build a pair of process groups for torch.distributed, the giver as rank 0, under a prefix never used before.
-    `host` is the giver's address as the taker reaches it."""
+    """Build a pair of process groups for torch.distributed, the giver as rank 0. Pair ids are never used twice. `host`
+    is the giver's address as the taker reaches it."""
 
     pair_id: str
     backend: str
     host: str
+
+
+class PairKey(Struct, frozen=True, tag=True):
+    """Both ways: what one end has put into the store that the pair's rendezvous reads."""
+
+    pair_id: str
+    key: str
+    value: bytes
 
 
 class Pull(Struct, frozen=True, tag=True):
@@ -89,7 +98,7 @@ class ClosePair(Struct, frozen=True, tag=True):
     pair_id: str
 
 
-ToGiver = Hello | Want | Renew | Committed | Cancel | OpenPair | Pull | ClosePair
+ToGiver = Hello | Want | Renew | Committed | Cancel | OpenPair | PairKey | Pull | ClosePair
 
 
 # --- giver to taker --------------------------------------------------------------------------------------------------
@@ -138,17 +147,11 @@ class Renewed(Struct, frozen=True, tag=True):
 
 
 class Withdrawn(Struct, frozen=True, tag=True):
-    """There is nothing to take, or not any more."""
+    """There is nothing to take, or not any more. `outcome` ABORTED: nobody wants the request any more."""
 
     transfer_id: str
     reason: str
-
-
-class PairStore(Struct, frozen=True, tag=True):
-    """The rendezvous store of a pair listens on this port of the giver's host."""
-
-    pair_id: str
-    port: int
+    outcome: Outcome
 
 
 class PairFailed(Struct, frozen=True, tag=True):
@@ -158,4 +161,4 @@ class PairFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
-FromGiver = Hello | Offer | Renewed | Withdrawn | PairStore | PairFailed
+FromGiver = Hello | Offer | Renewed | Withdrawn | PairKey | PairFailed

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from core.errors import InternalError, TransferError, Unavailable
 from core.links import Link, LinkClient
-from kv_transfer.messages import SERVICE, FromGiver, Hello, Offer, PairFailed, PairStore, Renewed, ToGiver, Withdrawn
+from kv_transfer.messages import SERVICE, FromGiver, Hello, Offer, PairFailed, PairKey, Renewed, ToGiver, Withdrawn
 from kv_transfer.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Peer:
                 transfer_id = manifest.transfer_id
             case Renewed(transfer_id=transfer_id) | Withdrawn(transfer_id=transfer_id):
                 pass
-            case PairStore() | PairFailed():
+            case PairKey() | PairFailed():
                 self.transport.on_message(message)
                 return
             case Hello():

@@ -82,8 +82,10 @@ def runs(source: Slots, target: Slots) -> list[Run]:
     return [Run(*map(int, run)) for run in zip(source[starts], target[starts], lengths, strict=True)]
 
 
-def cut(layout: KVLayout, start: int, stop: int, max_bytes: int = PIECE_BYTES) -> Iterator[Extent]:
-    """Pieces that cover tokens start .. stop - 1 of all layers once: lower layers first, within them earlier tokens."""
+def cut(layout: KVLayout, start: int, stop: int, max_bytes: int | None = None) -> Iterator[Extent]:
+    """Pieces that cover tokens start .. stop - 1 of all layers once: lower layers first, within them earlier tokens.
+    `max_bytes` is PIECE_BYTES unless given."""
+    max_bytes = PIECE_BYTES if max_bytes is None else max_bytes
     token_bytes = 2 * row_bytes(layout)
     max_tokens = max(1, max_bytes // token_bytes)
     longest = min(max_tokens, max(1, stop - start))

@@ -94,9 +94,11 @@ class CancelReceived:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """The giver has nothing to offer (any more): said by its owner, or heard from it."""
+    """The giver has nothing to offer (any more): said by its owner, or heard from it. ABORTED when nobody wants the
+    request any more, anything else when it is to be served in another way."""
 
     reason: str
+    outcome: Outcome = Outcome.ABORTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,11 @@ class OfferUnusable:
     """Taker: what is offered is not what was asked for."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullBegan:
+    """Taker: the transfer has had its turn at the transport; from here on a stall is a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +152,7 @@ class Tick:
 
 Event: TypeAlias = (
     Offered | Wanted | Prepared | ReadStarted | ReadEnded | Renewal | CommitReceived | CancelReceived | Withdraw
-    | LinkLost | Begin | OfferReceived | OfferUnusable | PieceVerified | PullEnded | CancelRequested | Tick
+    | LinkLost | Begin | OfferReceived | OfferUnusable | PullBegan | PieceVerified | PullEnded | CancelRequested | Tick
 )  # fmt: skip
 
 # --- instructions ----------------------------------------------------------------------------------------------------
@@ -171,6 +178,7 @@ class SendRenewed:
 @dataclass(frozen=True, slots=True)
 class SendWithdrawn:
     reason: str
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +270,8 @@ class GiverTransfer:
                 return self._end(Outcome.COMMITTED, "") if self.offer_sent else []
             case CancelReceived(reason):
                 return self._end(Outcome.ABORTED, reason)
-            case Withdraw(reason):
-                return self._end(Outcome.ABORTED, reason, tell=True)
+            case Withdraw(reason, outcome):
+                return self._end(outcome, reason, tell=True)
             case LinkLost(reason):
                 return self._end(Outcome.FAILED, reason)
             case Tick() if now >= self.wake_at:
@@ -283,7 +291,7 @@ class GiverTransfer:
 
     def _on_wanted(self, start_token: int, now: float) -> list[Instruction]:
         if self.phase in _ENDED:
-            return [SendWithdrawn(self._epitaph())]
+            return [self._epitaph()]
         self._renew(now)
         if self.start_token is not None:
             return []
@@ -295,7 +303,7 @@ class GiverTransfer:
 
     def _on_renewal(self, sent_at: float, now: float) -> list[Instruction]:
         if self.phase in _ENDED:
-            return [SendWithdrawn(self._epitaph())]
+            return [self._epitaph()]
         self._renew(now)
         return [SendRenewed(sent_at)]
 
@@ -326,7 +334,7 @@ class GiverTransfer:
         if self.phase in _ENDED:
             return []
         self.outcome, self.reason = outcome, reason
-        said: list[Instruction] = [SendWithdrawn(reason)] if tell and self.start_token is not None else []
+        said: list[Instruction] = [SendWithdrawn(reason, outcome)] if tell and self.start_token is not None else []
         if self.readers:
             self.phase = Phase.DRAINING
             return said
@@ -337,8 +345,11 @@ class GiverTransfer:
         assert self.outcome is not None
         return [Release(self.outcome, self.reason)] if self.offered else []
 
-    def _epitaph(self) -> str:
-        return f"already {self.outcome}: {self.reason}" if self.reason else f"already {self.outcome}"
+    def _epitaph(self) -> SendWithdrawn:
+        """For who asks after the end. What was committed once can't be taken again."""
+        if self.outcome is None or self.outcome is Outcome.COMMITTED:
+            return SendWithdrawn("it was committed before", Outcome.FAILED)
+        return SendWithdrawn(f"already {self.outcome}: {self.reason}", self.outcome)
 
 
 # --- taker -----------------------------------------------------------------------------------------------------------
@@ -346,7 +357,8 @@ class GiverTransfer:
 
 @dataclass(slots=True)
 class TakerTransfer:
-    """`deadline` is on the clock of `now`. `stall_s` bounds the time between two verified pieces. Renewals go out four
+    """`deadline` is on the clock of `now`. `stall_s` bounds the time from PullBegan to the first
+    verified piece and between two of them. Renewals go out four
     times a lease."""
 
     lease_s: float
@@ -376,11 +388,12 @@ class TakerTransfer:
             case Begin():
                 return self._on_begin(now)
             case OfferReceived(num_pieces) if self.phase is Phase.RESERVED:
-                self.phase, self.pulling = Phase.TRANSFERRING, True
-                self.num_pieces, self.stalled_at = num_pieces, now + self.stall_s
+                self.phase, self.pulling, self.num_pieces = Phase.TRANSFERRING, True, num_pieces
                 return [StartPull()]
             case OfferUnusable(reason) if self.phase is Phase.RESERVED:
                 return self._end(Outcome.FAILED, reason)
+            case PullBegan():
+                self.stalled_at = now + self.stall_s
             case PieceVerified(index):
                 self.verified.add(index)
                 self.stalled_at = now + self.stall_s
@@ -388,8 +401,8 @@ class TakerTransfer:
                 return self._on_pull_ended(error)
             case Renewal(sent_at):
                 self.lease_until = max(self.lease_until, sent_at + self.lease_s)
-            case Withdraw(reason):
-                return self._end(Outcome.ABORTED, reason, tell=False)
+            case Withdraw(reason, outcome):
+                return self._end(outcome, reason, tell=False)
             case LinkLost(reason):
                 return self._end(Outcome.FAILED, reason, tell=False)
             case CancelRequested():

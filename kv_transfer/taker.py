@@ -28,7 +28,7 @@ TRANSPORTS = (SharedMemory.name, TorchDistributed.name)
 
 
 class Withdrawn(TransferError):
-    """The giver has nothing to take, or not any more."""
+    """Nobody wants the request any more, says the giver. Every other failure means: serve it in another way."""
 
 
 class Taker:
@@ -57,8 +57,8 @@ class Taker:
         """Fill the blocks with the KV of tokens start_token .. num_tokens - 1 of a transfer that the giver at `address`
         has offered or will offer. Tokens before `start_token` are not touched. `deadline` is Unix time.
 
-        Returns with every piece verified, or raises: Withdrawn, LayoutMismatch, ChecksumMismatch, LeaseExpired (the
-        giver fell silent, or the deadline passed) or another TransferError. In every case, cancellation included,
+        Returns with every piece verified, or raises: Withdrawn, LayoutMismatch, ChecksumMismatch, LeaseExpired (one side
+        was not heard of in time, or the deadline passed) or another TransferError. In every case, cancellation included,
         nothing writes to the blocks any more when this returns."""
         block_size = self._pool.layout.block_size
         if not 0 <= start_token <= num_tokens <= len(block_ids) * block_size:
@@ -183,8 +183,8 @@ class _Taking:
                 self._on_offer(message)
             case Renewed(sent_at=sent_at):
                 self._feed(states.Renewal(sent_at))
-            case messages.Withdrawn(reason=reason):
-                self._feed(states.Withdraw(reason))
+            case messages.Withdrawn(reason=reason, outcome=outcome):
+                self._feed(states.Withdraw(reason, outcome if outcome is not Outcome.COMMITTED else Outcome.FAILED))
 
     def on_link_lost(self, reason: str) -> None:
         self._feed(states.LinkLost(reason))
@@ -263,6 +263,9 @@ class _Taking:
         assert self._offer is not None
         loop = asyncio.get_running_loop()
 
+        def began() -> None:
+            loop.call_soon_threadsafe(self._feed, states.PullBegan())
+
         def verified(index: int) -> None:
             loop.call_soon_threadsafe(self._feed, states.PieceVerified(index))
 
@@ -270,6 +273,7 @@ class _Taking:
             manifest=self._offer.manifest,
             rows=self._taker.rows,
             slots=slots_of(self._block_ids, self._taker.pool.layout.block_size, self._start_token, self._num_tokens),
+            on_began=began,
             on_verified=verified,
         )
 

@@ -2,8 +2,9 @@
 
 Invariants that the hand-off rests on, for every implementation:
 
-1. `pull` writes to the slots of its job and nowhere else, and calls `job.arrived(i)` after the bytes of piece i are all
-   in their slots; `arrived` compares checksums over those slots, so no transport can vouch for bytes it did not bring.
+1. `pull` calls `job.on_began()` when it starts to work. It writes to the slots of its job and nowhere else, and calls
+   `job.arrived(i)` after the bytes of piece i are all in their slots; `arrived` compares checksums over those slots, so
+   no transport can vouch for bytes it did not bring.
 2. When `pull` has returned, raised or been cancelled, nothing of this transport will touch the slots again. Cancelling
    it asks it to be quiet; it may take as long as one copy within the machine, never as long as the peer likes.
 3. Any failure of transport or peer is a TransferError. A transport that can't work with this giver at all says so when
@@ -30,13 +31,15 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class PullJob:
-    """One transfer as a transport sees it. `arrived` may be called from any one thread."""
+    """One transfer as a transport sees it. Its methods and callbacks may be called from any thread."""
 
     manifest: Manifest
     rows: Rows
     """The taker's pool."""
     slots: Slots
     """The taker's slots of tokens start_token .. num_tokens - 1."""
+    on_began: Callable[[], None]
+    """To be called when the job's turn has come: transports limit how many they pull at a time."""
     on_verified: Callable[[int], None]
 
     @cached_property

@@ -2,8 +2,7 @@
 
 No default group is involved, so any two processes can form any number of pairs. What torch asks for, and what follows:
 
-- Rendezvous under a prefix never used before: pair ids are random. Each end has its own connection to the store, since
-  a thread that waits on a store blocks everybody else on it.
+- A rendezvous that was used before can crash the process: every pair has a store of its own, that is thrown away.
 - A pending receive can't be aborted, and an operation that timed out has spoilt the pair. So one thread owns the group,
   operations end by themselves within OP_TIMEOUT_S, and a pair that has seen any error is dropped in that thread.
 - A message longer than the receive posted for it kills the receiver: both ends compute lengths from the manifest and
@@ -12,13 +11,14 @@ No default group is involved, so any two processes can form any number of pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Protocol, TypeVar, cast
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
 
 from core.errors import TransferError
 
@@ -38,39 +38,73 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Work: ...
 
 
-class Rendezvous:
-    """The giver's store, where pairs meet. Listens from the first use on."""
+class LinkStore(Store):
+    """Where the two ends of one pair meet: each end's own copy, what the other end sets comes in over the link.
 
-    def __init__(self) -> None:
-        self._store: TCPStore | None = None
+    It lives and dies with its pair, so nothing of an earlier attempt can be in it, and nobody has to listen on a port:
+    torch's TCPStore loses connections when a few dozen pairs are built at once.
+    """
 
-    @property
-    def port(self) -> int:
-        if self._store is None:
-            self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        return self._store.port
+    def __init__(self, publish: Callable[[str, bytes], None]) -> None:
+        super().__init__()
+        self._publish = publish
+        self._values: dict[str, bytes] = {}
+        self._failure: str | None = None
+        self._changed = threading.Condition()
+
+    def put(self, key: str, value: bytes) -> None:
+        """The other end has set this."""
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def fail(self, reason: str) -> None:
+        """The other end is gone: whoever waits here stops waiting."""
+        with self._changed:
+            self._failure = self._failure or reason
+            self._changed.notify_all()
+
+    # --- what torch calls, from the pair's thread ------------------------------------------------------------------
+
+    def set(self, key: str, value: str | bytes) -> None:
+        value = value.encode() if isinstance(value, str) else value
+        self.put(key, value)
+        self._publish(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._values[key]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def wait(self, keys: Sequence[str], timeout: timedelta = timedelta(seconds=OP_TIMEOUT_S)) -> None:
+        with self._changed:
+            found = self._changed.wait_for(lambda: self._failure or self.check(keys), timeout.total_seconds())
+        if self._failure is not None:
+            raise TransferError(self._failure)
+        if not found:
+            raise TransferError(f"the other end did not join within {timeout.total_seconds():g} s")
 
 
 class PairEnd:
     """One end of a pair and the thread that owns it. Futures fail with TransferError; after the first failure every
-    later one fails at once."""
+    later one fails at once. `publish` sends a key to the other end's store and is called from that thread."""
 
-    def __init__(self, pair_id: str, backend: str, rank: int, device: torch.device) -> None:
-        self.pair_id = pair_id
+    def __init__(self, backend: str, rank: int, device: torch.device, publish: Callable[[str, bytes], None]) -> None:
         self.device = device
+        self.store = LinkStore(publish)
         self._backend = backend
         self._rank = rank
         self._group: Group | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-pair-{pair_id[:8]}")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-pair")
 
-    def build(self, store_host: str, port: int, own_host: str) -> Future[None]:
-        """Meet the other end at the store; returns once both are connected. `own_host` is the address to bind to."""
+    def build(self, own_host: str) -> Future[None]:
+        """Meet the other end; returns once both are connected. `own_host` is the address of this end to bind to."""
 
         def build() -> None:
-            timeout = timedelta(seconds=OP_TIMEOUT_S)
-            store = TCPStore(store_host, port, is_master=False, wait_for_workers=False, timeout=timeout)
             make = _nccl if self._backend == "nccl" else _gloo
-            self._group = make(PrefixStore(self.pair_id, store), self._rank, own_host, timeout)
+            self._group = make(self.store, self._rank, own_host, timedelta(seconds=OP_TIMEOUT_S))
 
         return self._thread.submit(self._guarded, build)
 
@@ -79,13 +113,14 @@ class PairEnd:
 
         def run() -> T:
             if self._group is None:
-                raise TransferError(f"pair {self.pair_id} has failed")
+                raise TransferError("the pair has failed before")
             return operation(self._group)
 
         return self._thread.submit(self._guarded, run)
 
     def close(self) -> None:
         """Drop the group once what was submitted has ended. Returns at once."""
+        self.store.fail("the pair was closed")
         self._thread.submit(self._drop)
         self._thread.shutdown(wait=False)
 
@@ -110,7 +145,7 @@ def wait(work: Work, device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _gloo(store: PrefixStore, rank: int, own_host: str, timeout: timedelta) -> Group:
+def _gloo(store: Store, rank: int, own_host: str, timeout: timedelta) -> Group:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._threads = 1
@@ -118,7 +153,7 @@ def _gloo(store: PrefixStore, rank: int, own_host: str, timeout: timedelta) -> G
     return cast("Group", ProcessGroupGloo(store, rank, 2, options))
 
 
-def _nccl(store: PrefixStore, rank: int, _own_host: str, timeout: timedelta) -> Group:
+def _nccl(store: Store, rank: int, _own_host: str, timeout: timedelta) -> Group:
     from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from CPU builds of torch
 
     options = ProcessGroupNCCL.Options()

@@ -72,6 +72,7 @@ class SharedMemory:
             raise
 
     def _copy(self, job: PullJob, stop: threading.Event) -> None:
+        job.on_began()
         pairs: dict[int, list[Run]] = {}  # by first token: pieces of one token range share their runs
         base = job.manifest.start_token
         for index, piece in enumerate(job.manifest.pieces):

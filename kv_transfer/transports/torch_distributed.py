@@ -32,19 +32,21 @@ from kv_transfer.messages import (
     Manifest,
     OpenPair,
     PairFailed,
-    PairStore,
+    PairKey,
     Piece,
     Pull,
     ToGiver,
 )
 from kv_transfer.pieces import Rows, Slots, copy, layers_of, piece_bytes, runs, tokens_of
 from kv_transfer.transports.base import PullJob, Unusable, settled
-from kv_transfer.transports.pairs import GIVER_RANK, OP_TIMEOUT_S, TAKER_RANK, Group, PairEnd, Rendezvous, wait
+from kv_transfer.transports.pairs import GIVER_RANK, TAKER_RANK, Group, PairEnd, wait
 
 T = TypeVar("T")
 
 BATCH_BYTES = 8 << 20
 """Gloo reaches its full rate from here on."""
+MAX_PAIRS = 2
+"""Jobs pulled at a time over one link. A pair costs each end a thread, and WINDOW buffers of BATCH_BYTES here."""
 WINDOW = 2
 """Batches asked for and not yet unpacked: one on the wire while one is unpacked."""
 
@@ -123,21 +125,26 @@ def _device(backend: str, pool: KVPool) -> torch.device:
 class PairServer:
     """The pairs of one link, at the giver. A Pull it can't honour breaks its pair: the taker's receive then ends."""
 
-    def __init__(self, rows: Rows, pool: KVPool, rendezvous: Rendezvous, send: Callable[[FromGiver], None]) -> None:
+    def __init__(self, rows: Rows, pool: KVPool, send: Callable[[FromGiver], None]) -> None:
         self._rows = rows
         self._pool = pool
-        self._rendezvous = rendezvous
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._pairs: dict[str, tuple[PairEnd, Staging]] = {}
 
     def open(self, ask: OpenPair) -> None:
         device = _device(ask.backend, self._pool)
-        pair = PairEnd(ask.pair_id, ask.backend, GIVER_RANK, device)
+
+        def publish(key: str, value: bytes) -> None:
+            self._loop.call_soon_threadsafe(self._send, PairKey(ask.pair_id, key, value))
+
+        pair = PairEnd(ask.backend, GIVER_RANK, device, publish)
         self._pairs[ask.pair_id] = (pair, Staging(device))
-        port = self._rendezvous.port
-        self._watch(ask.pair_id, pair.build("localhost", port, ask.host))
-        self._send(PairStore(ask.pair_id, port))
+        self._watch(ask.pair_id, pair.build(ask.host))
+
+    def on_key(self, told: PairKey) -> None:
+        if (known := self._pairs.get(told.pair_id)) is not None:
+            known[0].store.put(told.key, told.value)
 
     def pull(self, ask: Pull, manifest: Manifest, slots: Slots, on_read: Callable[[], None]) -> None:
         """Send what is asked for. `on_read` is called on the loop when the blocks are no longer read, in any case."""
@@ -192,10 +199,10 @@ class PairServer:
 class _TakerPair:
     """A pair with what the taker keeps beside it."""
 
-    def __init__(self, backend: str, device: torch.device) -> None:
-        self.end = PairEnd(uuid.uuid4().hex, backend, TAKER_RANK, device)
+    def __init__(self, backend: str, device: torch.device, send: Callable[[ToGiver], None]) -> None:
+        self.pair_id = uuid.uuid4().hex
+        self.end = PairEnd(backend, TAKER_RANK, device, lambda *pair: send(PairKey(self.pair_id, *pair)))
         self.staging = [Staging(device) for _ in range(WINDOW)]
-        self.store_port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
 
@@ -209,14 +216,22 @@ class TorchDistributed:
             raise Unusable("this build of torch has no torch.distributed")
         self._pool = pool
         self._send = send
-        self._host = giver_address.rsplit(":", 1)[0].strip("[]")
+        host, port = giver_address.rsplit(":", 1)
+        self._host = host.strip("[]")
+        self._own_host = _own_host(self._host, int(port))
         self._backend = _backend(giver, pool)
         self._device = _device(self._backend, pool)
         self._loop = asyncio.get_running_loop()
         self._pairs: dict[str, _TakerPair] = {}
         self._idle: list[_TakerPair] = []
+        self._turns = asyncio.Semaphore(MAX_PAIRS)
 
     async def pull(self, job: PullJob) -> None:
+        async with self._turns:
+            job.on_began()
+            await self._pull(job)
+
+    async def _pull(self, job: PullJob) -> None:
         pair = self._idle.pop() if self._idle else await self._open()
         puller = _Puller(job, pair, self._send_from_thread)
         try:
@@ -229,8 +244,8 @@ class TorchDistributed:
 
     def on_message(self, message: FromGiver) -> None:
         match message:
-            case PairStore(pair_id, port) if (pair := self._pairs.get(pair_id)) and not pair.store_port.done():
-                pair.store_port.set_result(port)
+            case PairKey(pair_id, key, value) if (pair := self._pairs.get(pair_id)) is not None:
+                pair.end.store.put(key, value)
             case PairFailed(pair_id, reason):
                 self._fail(pair_id, reason)
 
@@ -242,17 +257,11 @@ class TorchDistributed:
         self._loop.call_soon_threadsafe(self._send, message)
 
     async def _open(self) -> _TakerPair:
-        pair = _TakerPair(self._backend, self._device)
-        self._pairs[pair.end.pair_id] = pair
+        pair = _TakerPair(self._backend, self._device, self._send_from_thread)
+        self._pairs[pair.pair_id] = pair
         try:
-            self._send(OpenPair(pair.end.pair_id, self._backend, self._host))
-            async with asyncio.timeout(OP_TIMEOUT_S):
-                port = await _unless_failed(pair, pair.store_port)
-                built = pair.end.build(self._host, port, _own_host(self._host, port))
-                await _unless_failed(pair, asyncio.wrap_future(built))
-        except TimeoutError as error:
-            self._discard(pair)
-            raise TransferError(f"the giver opened no pair within {OP_TIMEOUT_S:g} s") from error
+            self._send(OpenPair(pair.pair_id, self._backend, self._host))
+            await _unless_failed(pair, asyncio.wrap_future(pair.end.build(self._own_host)))
         except BaseException:
             self._discard(pair)
             raise
@@ -269,8 +278,8 @@ class TorchDistributed:
             self._discard(pair)
 
     def _discard(self, pair: _TakerPair) -> None:
-        if self._pairs.pop(pair.end.pair_id, None) is not None:
-            self._send(ClosePair(pair.end.pair_id))
+        if self._pairs.pop(pair.pair_id, None) is not None:
+            self._send(ClosePair(pair.pair_id))
             pair.end.close()
 
 
@@ -314,7 +323,7 @@ class _Puller:
     def _post(self, group: Group, index: int, batch: Batch) -> tuple[Batch, torch.Tensor, Work]:
         buffer = self._pair.staging[index % WINDOW].take(batch.nbytes)
         work = group.recv([buffer], GIVER_RANK, 0)
-        self._send(Pull(self._job.manifest.transfer_id, self._pair.end.pair_id, *batch))
+        self._send(Pull(self._job.manifest.transfer_id, self._pair.pair_id, *batch))
         return batch, buffer, work
 
     def _unpack(self, batch: Batch, buffer: torch.Tensor) -> TransferError | None:

@@ -647,6 +647,9 @@ class World:
         assert scheduler.num_running <= scheduler.config.max_num_seqs
         assert set(by_status[Status.FINISHED]) == self.ended
         assert not any(s.block_table for s in by_status[Status.WAITING])
+        prefilling = [s for s in by_status[Status.RUNNING] if s.num_pending_tokens > 1]
+        to_prefill = prefilling + [s for s in by_status[Status.WAITING] if not s.awaits_kv]
+        assert scheduler.num_waiting_tokens == sum(s.num_pending_tokens for s in to_prefill)
 
     def having(self, status: Status) -> list[Sequence]:
         return [s for s in self.sequences if s.status is status]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 from core.errors import ConfigError, ModelError
-from engine.linear import Linear
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, RopeConfig
 from engine.runner import ModelRunner
 from engine.weights import fingerprint
+from tests.engine.driver import Driver, tokens
 
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def folder(tiny: tuple[LlamaForCausalLM, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny[1], tmp_path / "model"))
+def folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(make_checkpoint(tie_word_embeddings=True), tmp_path / "model"))
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
@@ -49,8 +50,10 @@ NORM = "model.layers.1.input_layernorm.weight"
     ("change", "named"),
     [
         (lambda t: t.pop(NORM), f"tensor {NORM} is missing"),
-        (lambda t: t.update({NORM: torch.zeros(7)}), f"tensor {NORM} has shape (7,)"),
-        (lambda t: t.update({"model.extra": torch.zeros(1)}), "tensor model.extra is not part"),
+        (lambda t: t.update({NORM: torch.zeros(7)}), f"tensor {NORM} has shape [7], but config.json makes it [48]"),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), "no place for tensor model.extra"),
+        (lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)}), f"tensor {NORM} is stored as I8"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)}), "lm_head.weight differs from the embeddings"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(folder: Path, change: Callable[[Tensors], object], named: str) -> None:
@@ -66,25 +69,66 @@ def test_a_copy_of_the_tied_head_and_derived_tensors_are_let_pass(folder: Path) 
     load(folder)
 
 
-def test_shards_are_read_as_one(folder: Path) -> None:
+def split(folder: Path) -> None:
+    """One file into two shards, with their index."""
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     (folder / "model.safetensors").unlink()
-    save_file({n: tensors[n] for n in names[::2]}, folder / "model-00001-of-00002.safetensors")
-    save_file({n: tensors[n] for n in names[1::2]}, folder / "model-00002-of-00002.safetensors")
-    load(folder)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({n: tensors[n] for n in held}, folder / shard)
+    index = {"weight_map": {n: shard for shard, held in shards.items() for n in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def logits(folder: Path, load_driver: Callable[..., Driver]) -> torch.Tensor:
+    driver = load_driver(folder)
+    return driver.logits([(driver.new(5), tokens(5))])[0]
+
+
+def test_shards_are_read_as_one(folder: Path, load_driver: Callable[..., Driver]) -> None:
+    whole = logits(folder, load_driver)
+    split(folder)
+    assert torch.equal(logits(folder, load_driver), whole)
+    (folder / "model.safetensors.index.json").unlink()
+    assert torch.equal(logits(folder, load_driver), whole)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    split(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors"):
+        load(folder)
+
+
+def test_a_tensor_in_two_files_is_named(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "more.safetensors")
+    with pytest.raises(ModelError, match=r"more\.safetensors: tensor .* is in another file too"):
+        load(folder)
+
+
+def test_an_index_that_is_none_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="has no weight_map"):
+        load(folder)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors"):
+        load(folder)
 
 
 def test_a_pickle_is_never_loaded(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickle"):
+    with pytest.raises(ModelError, match="pickled weights only"):
         load(folder)
 
 
 def test_a_truncated_file_is_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
         load(folder)
 
 
@@ -93,13 +137,20 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"architectures": None}, "architectures"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"hidden_size": "64"}, "hidden_size"),
+        ({"vocab_size": None}, "vocab_size"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"sliding_window": 128}, "sliding_window"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "rope_type"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type longrope"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor of rope_type linear"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor of rope_type llama3"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused_by_its_field(
@@ -117,29 +168,55 @@ def test_the_older_spelling_of_rope_is_understood(folder: Path) -> None:
     raw.pop("rope_parameters")
     scaling = {"type": "linear", "factor": 2.0}
     config = ModelConfig.from_dict({**raw, "rope_theta": 5e5, "rope_scaling": scaling})
-    assert (config.rope["rope_type"], config.rope["rope_theta"], config.rope["factor"]) == ("linear", 5e5, 2.0)
+    assert config.rope == RopeConfig("linear", {"rope_theta": 5e5, "factor": 2.0})
+    assert ModelConfig.from_dict(raw).rope == RopeConfig("default", {"rope_theta": 10000.0})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_configuration_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json is not"):
+        ModelConfig.from_folder(folder)
+
+
+def test_end_tokens_are_those_of_both_files(folder: Path) -> None:
+    configure(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7, 9]}')
+    assert ModelConfig.from_folder(folder).eos_token_ids == (5, 7, 9)
+    (folder / "generation_config.json").unlink()
+    assert ModelConfig.from_folder(folder).eos_token_ids == (7,)
+
+
+def test_a_sliding_window_bounds_the_length(folder: Path) -> None:
+    configure(folder, sliding_window=128)
+    assert ModelConfig.from_folder(folder).max_position_embeddings == 128
+
+
+def test_reading_a_configuration_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, engine.model_config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_the_size_of_kv_per_token_is_that_of_the_cache(folder: Path, dtype: str, width: int) -> None:
+    config = ModelConfig.from_folder(folder)
+    assert config.kv_token_bytes(dtype) == 2 * 3 * 2 * 8 * width
+    runner = ModelRunner.load(folder, dtype=dtype, device="cpu", num_blocks=1)
+    assert runner.layout.token_bytes == config.kv_token_bytes(dtype)
 
 
 def test_a_cache_too_small_for_one_block_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="does not hold one block"):
+    with pytest.raises(ConfigError, match="holds no block"):
         ModelRunner.load(folder, dtype="float32", device="cpu", kv_cache_bytes=10)
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_folder(folder: Path, tmp_path: Path) -> None:
-    before = fingerprint(folder)
+    before = fingerprint(folder, ModelConfig.from_folder(folder))
     elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     configure(elsewhere, transformers_version="9.9", _name_or_path="x")
-    assert fingerprint(elsewhere) == before
+    assert fingerprint(elsewhere, ModelConfig.from_folder(elsewhere)) == before
+    configure(elsewhere, rms_norm_eps=0.5)
+    assert fingerprint(elsewhere, ModelConfig.from_folder(elsewhere)) != before
+    configure(elsewhere, rms_norm_eps=1e-6)
     rewrite(elsewhere, lambda t: t[NORM].add_(1.0))
-    assert fingerprint(elsewhere) != before
-
-
-@pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_linears_equal_plain_ones(rows: int, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(48, 32, generator=generator, dtype=torch.bfloat16)
-    b = torch.randn(48, generator=generator, dtype=torch.bfloat16) if bias else None
-    x = torch.randn(rows, 32, generator=generator, dtype=torch.bfloat16)
-    with torch.inference_mode():
-        torch.testing.assert_close(Linear(weight, b)(x), torch.nn.functional.linear(x, weight, b))
+    assert fingerprint(elsewhere, ModelConfig.from_folder(elsewhere)) != before

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from kv_transfer import states
@@ -40,6 +41,7 @@ class World:
     sealing: bool = False
     reads: int = 0
     pulling: bool = False
+    began: bool = False
     stopping: bool = False
     arrived: frozenset[int] = frozenset()
     offered: bool = False
@@ -48,8 +50,8 @@ class World:
     spent: frozenset[str] = frozenset()
     """Faults and decisions that happen at most once in a run."""
 
-    def key(self) -> str:
-        return repr(self)
+    def key(self) -> tuple[object, ...]:
+        return (_TAKER(self.taker), frozenset(self.taker.verified), _GIVER(self.giver), _WORLD(self))
 
     @property
     def wake_at(self) -> float:
@@ -80,6 +82,7 @@ class World:
             yield self._do("offer", World.offer)
         if self.giver_alive:
             yield from self._once("withdraw", World.feed_giver, states.Withdraw("withdrawn"))
+            yield from self._once("shut down", World.feed_giver, states.Withdraw("stopping", Outcome.FAILED))
         if self.taker_alive and self.taker.phase is not Phase.NEW:
             yield from self._once("cancel", World.feed_taker, states.CancelRequested())
 
@@ -92,7 +95,9 @@ class World:
         if self.reads:
             yield self._do("read ends", World.read_ends)
         if self.pulling and self.taker_alive:
-            for index in set(range(PIECES)) - self.arrived:
+            if not self.began:
+                yield self._do("pull begins", World.begin_pull)
+            for index in set(range(PIECES)) - self.arrived if self.began else ():
                 yield self._do(f"piece {index}", World.arrive, index)
             if self.arrived == frozenset(range(PIECES)):
                 yield self._do("pull ends", World.pull_ends, None)
@@ -162,6 +167,10 @@ class World:
         self.reads -= 1
         self.feed_giver(states.ReadEnded())
 
+    def begin_pull(self) -> None:
+        self.began = True
+        self.feed_taker(states.PullBegan())
+
     def arrive(self, index: int) -> None:
         self.arrived |= {index}
         self.feed_taker(states.PieceVerified(index))
@@ -203,8 +212,8 @@ class World:
                     self._send("to_taker", states.OfferReceived(PIECES))
                 case states.SendRenewed(sent_at):
                     self._send("to_taker", states.Renewal(sent_at))
-                case states.SendWithdrawn(reason):
-                    self._send("to_taker", states.Withdraw(reason))
+                case states.SendWithdrawn(reason, outcome):
+                    self._send("to_taker", states.Withdraw(reason, outcome))
                 case Release(outcome):
                     self.giver_released += (outcome,)
 
@@ -269,6 +278,13 @@ class World:
             assert world.giver_released, "the giver's side never ended"
         if world.taker_alive and world.taker.phase is not Phase.NEW:
             assert world.taker_released, "the taker's side never ended"
+
+
+def _all_but(kind: type, *names: str) -> Callable[[object], tuple[object, ...]]:
+    return attrgetter(*(spec.name for spec in fields(kind) if spec.name not in names))
+
+
+_GIVER, _TAKER, _WORLD = _all_but(GiverTransfer), _all_but(TakerTransfer, "verified"), _all_but(World, "giver", "taker")
 
 
 def walk(start: World, *names: str) -> list[World]:

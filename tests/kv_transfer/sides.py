@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from core.links import LinkServer
@@ -46,6 +49,22 @@ def tokens(pool: KVPool, block_ids: Sequence[int], start: int, stop: int) -> Row
     return rows_of(pool)[:, :, slots_of(block_ids, pool.layout.block_size, start, stop)].copy()
 
 
+class Gate:
+    """Holds the threads that call a function until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+        self.reached = asyncio.Event()
+        self.opened = threading.Event()
+        loop, original = asyncio.get_running_loop(), getattr(module, name)
+
+        def gated(*arguments: Any) -> Any:
+            loop.call_soon_threadsafe(self.reached.set)
+            assert self.opened.wait(10)
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, gated)
+
+
 @dataclass
 class Sides:
     giver_pool: KVPool
@@ -54,7 +73,12 @@ class Sides:
     taker: Taker
     address: str
     server: LinkServer
-    released: list[tuple[str, str]] = field(default_factory=list)
+    ends: asyncio.Queue[tuple[str, str]]
+    """What on_released was called with."""
+
+    async def end(self) -> tuple[str, str]:
+        """The next release at the giver."""
+        return await asyncio.wait_for(self.ends.get(), 5)
 
     async def take(self, transfer_id: str, block_ids: Sequence[int], stop: int, start: int = 0, wait_s: float = 20.0):
         return await self.taker.take(
@@ -73,13 +97,13 @@ async def connected(
 ) -> AsyncIterator[Sides]:
     giver_pool = pool_of_noise(giver_layout or layout(), num_blocks, seed=1)
     taker_pool = pool_of_noise(taker_layout or layout(), num_blocks, seed=2)
-    released: list[tuple[str, str]] = []
-    giver = Giver(giver_pool, lease_s=lease_s, on_released=lambda *end: released.append(end))
+    ends: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+    giver = Giver(giver_pool, lease_s=lease_s, on_released=lambda *end: ends.put_nowait(end))
     taker = Taker(taker_pool, **taker_options)
     server = LinkServer()
     server.add_service(SERVICE, ToGiver, giver.on_link)
     address = await server.start("127.0.0.1")
-    sides = Sides(giver_pool, taker_pool, giver, taker, address, server, released)
+    sides = Sides(giver_pool, taker_pool, giver, taker, address, server, ends)
     try:
         yield sides
     finally:
@@ -88,3 +112,4 @@ async def connected(
         await giver.close()
         giver_pool.close()
         taker_pool.close()
+    assert ends.empty(), f"released and not expected: {ends}"

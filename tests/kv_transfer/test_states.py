@@ -11,7 +11,7 @@ from kv_transfer import states
 from kv_transfer.states import GiverTransfer, Instruction, Outcome, Phase, Release, TakerTransfer
 
 USUAL_WAY = (
-    *("begin", "offer", "Wanted", "sealed", "OfferReceived"),
+    *("begin", "offer", "Wanted", "sealed", "OfferReceived", "pull begins"),
     *(f"piece {index}" for index in range(PIECES)),
     *("pull ends", "CommitReceived"),
 )
@@ -27,7 +27,7 @@ def taker(*events: states.Event) -> tuple[TakerTransfer, list[Instruction]]:
     return machine, [instruction for event in events for instruction in machine.handle(event, now=0)]
 
 
-PULLING = (states.Begin(), states.OfferReceived(1))
+PULLING = (states.Begin(), states.OfferReceived(1), states.PullBegan())
 
 
 # --- giver -----------------------------------------------------------------------------------------------------------
@@ -78,8 +78,14 @@ def test_a_transfer_cancelled_before_its_offer_releases_the_blocks_as_soon_as_th
 
 def test_whoever_asks_after_the_end_hears_how_it_ended() -> None:
     machine, _ = giver(states.Withdraw("prompt aborted"))
-    assert machine.handle(states.Wanted(0), 1) == [states.SendWithdrawn("already aborted: prompt aborted")]
-    assert machine.handle(states.Renewal(1), 1) == [states.SendWithdrawn("already aborted: prompt aborted")]
+    told = [states.SendWithdrawn("already aborted: prompt aborted", Outcome.ABORTED)]
+    assert machine.handle(states.Wanted(0), 1) == told
+    assert machine.handle(states.Renewal(1), 1) == told
+
+
+def test_what_was_committed_cannot_be_taken_again() -> None:
+    machine, _ = giver(states.Offered(), states.Wanted(0), states.Prepared(), states.CommitReceived())
+    assert machine.handle(states.Wanted(0), 1) == [states.SendWithdrawn("it was committed before", Outcome.FAILED)]
 
 
 # --- taker -----------------------------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ def test_the_usual_way_commits_on_both_sides() -> None:
 
 
 def test_every_state_near_the_usual_way_keeps_the_laws() -> None:
-    assert explore(walk(World(), *USUAL_WAY), depth=5) > 20_000
+    assert explore(walk(World(), *USUAL_WAY), depth=5) > 50_000
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -225,10 +231,10 @@ TAKER_MUTANTS = [CommitsWithoutVerifying, FreesUnderTransport, LeaseFromTheAnswe
 @pytest.mark.parametrize("mutant", GIVER_MUTANTS)
 def test_the_explorer_finds_a_broken_giver(mutant: type[GiverTransfer]) -> None:
     with pytest.raises(AssertionError):
-        explore(walk(World(giver=mutant(LEASE)), *USUAL_WAY[:5]), depth=4)
+        explore(walk(World(giver=mutant(LEASE)), *USUAL_WAY[:6]), depth=4)
 
 
 @pytest.mark.parametrize("mutant", TAKER_MUTANTS)
 def test_the_explorer_finds_a_broken_taker(mutant: type[TakerTransfer]) -> None:
     with pytest.raises(AssertionError):
-        explore(walk(World(taker=mutant(LEASE, STALL, DEADLINE)), *USUAL_WAY[:5]), depth=4)
+        explore(walk(World(taker=mutant(LEASE, STALL, DEADLINE)), *USUAL_WAY[:6]), depth=4)

@@ -1,0 +1,111 @@
+"""What the decode role does with its blocks when a transfer ends, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from core.errors import ChecksumMismatch
+from core.types import Request, SamplingParams
+from core.wire import Receive
+from decode_workers.worker import DecodeWorker
+from engine.engine import Engine
+from engine.sequence import Sequence
+from kv_transfer.messages import SequenceState
+from kv_transfer.taker import Taker, Withdrawn
+
+STATE = SequenceState(token_ids=[7])
+
+
+class Recorder:
+    """Takes an engine's commands down."""
+
+    def __init__(self) -> None:
+        self.commands: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.commands.append((name, *arguments))
+
+
+class Outcomes:
+    """A taker whose transfers end as told."""
+
+    def __init__(self) -> None:
+        self.ending: asyncio.Future[SequenceState] = asyncio.get_running_loop().create_future()
+
+    async def take(self, *_: Any, **__: Any) -> SequenceState:
+        return await self.ending
+
+
+class Harness:
+    def __init__(self) -> None:
+        self.engine, self.taker = Recorder(), Outcomes()
+        self.failed: list[tuple[str, str]] = []
+        self.worker = DecodeWorker(
+            cast("Engine", self.engine), cast("Taker", self.taker), lambda *failure: self.failed.append(failure)
+        )
+        request = Request(
+            request_id="r", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4), deadline=0.0
+        )
+        self.sequence = Sequence(request)
+        self.worker.receive(Receive(request, transfer_id="t", prefill_address="p:1"))
+        self.engine.commands.clear()
+
+    def grant(self) -> None:
+        self.worker.granted(self.sequence)
+
+    async def settle(self) -> list[tuple[Any, ...]]:
+        await self.worker.close()
+        await asyncio.sleep(0)
+        return self.engine.commands
+
+
+async def test_kv_that_has_arrived_joins_the_batch() -> None:
+    h = Harness()
+    h.grant()
+    h.taker.ending.set_result(STATE)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert await h.settle() == [("join", "r", [7])]
+    assert h.failed == []
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+async def test_an_abort_at_any_moment_frees_the_blocks_once(steps: int) -> None:
+    """Zero steps: the transfer's task is cancelled before it has begun."""
+    h = Harness()
+    h.grant()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    h.worker.abort("r")
+    assert await h.settle() == [("abort", "r")]
+    assert h.failed == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ChecksumMismatch("piece 3 is wrong"), [("r", "piece 3 is wrong")]),
+        (Withdrawn("ended at the first token"), []),
+        (ValueError("a defect"), [("r", "a defect")]),
+    ],
+)
+async def test_a_failed_transfer_frees_the_blocks_before_the_gateway_hears(
+    error: Exception, told: list[tuple[str, str]]
+) -> None:
+    h = Harness()
+    h.grant()
+    h.taker.ending.set_exception(error)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert await h.settle() == [("abort", "r")]
+    assert h.failed == told
+
+
+async def test_an_abort_before_the_grant_goes_to_the_engine() -> None:
+    h = Harness()
+    h.worker.abort("r")
+    h.grant()
+    assert await h.settle() == [("abort", "r")]

@@ -1,0 +1,74 @@
+"""The other side of a hand-off, in a process that a test may kill.
+
+other_process.py giver LEASE_S           prints its address; reads "TRANSFER BLOCKS TOKENS" and offers it;
+                                         prints "TRANSFER OUTCOME" for every release
+other_process.py taker TRANSPORT ADDRESS TRANSFER BLOCKS TOKENS
+                                         prints "pulling" and hangs when the first bytes are there
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+
+from sides import STATE, layout, pool_of_noise
+
+from core.links import LinkServer
+from kv_transfer import pieces
+from kv_transfer.giver import Giver
+from kv_transfer.messages import SERVICE, ToGiver
+from kv_transfer.taker import Taker
+from kv_transfer.transports import shared_memory, torch_distributed
+
+LAYOUT = layout(num_layers=8)
+GIVER_SEED, TAKER_SEED = 1, 2
+
+
+def many_small_messages() -> None:
+    """Both processes must cut alike."""
+    pieces.PIECE_BYTES = 1 << 10
+    torch_distributed.BATCH_BYTES = 2 << 10
+
+
+def blocks(text: str) -> list[int]:
+    return [int(block) for block in text.split(",")]
+
+
+async def give(lease_s: float) -> None:
+    giver = Giver(
+        pool_of_noise(LAYOUT, seed=GIVER_SEED), lease_s=lease_s, on_released=lambda *end: print(*end, flush=True)
+    )
+    server = LinkServer()
+    server.add_service(SERVICE, ToGiver, giver.on_link)
+    print(await server.start("127.0.0.1"), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        transfer_id, block_ids, num_tokens = line.split()
+        giver.offer(transfer_id, blocks(block_ids), int(num_tokens), STATE)
+
+
+async def take(transport: str, address: str, transfer_id: str, block_ids: str, num_tokens: str) -> None:
+    def hang(*arguments: object) -> None:
+        print("pulling", flush=True)
+        threading.Event().wait()
+
+    if transport == "shared_memory":
+        shared_memory.copy = hang
+    else:
+        torch_distributed.unpack = hang
+    taker = Taker(pool_of_noise(LAYOUT, seed=TAKER_SEED), transports=[transport])
+    await taker.take(
+        transfer_id,
+        address,
+        blocks(block_ids),
+        start_token=0,
+        num_tokens=int(num_tokens),
+        deadline=time.time() + 30,
+    )
+
+
+if __name__ == "__main__":
+    many_small_messages()
+    kind, *rest = sys.argv[1:]
+    asyncio.run(give(float(rest[0])) if kind == "giver" else take(*rest))

@@ -1,0 +1,175 @@
+"""Hand-offs between two processes, one of which dies or stops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import other_process
+import pytest
+from other_process import GIVER_SEED, LAYOUT, TAKER_SEED
+from sides import STATE, Gate, connected, pool_of_noise, tokens
+
+from core.errors import LeaseExpired, TransferError
+from kv_transfer import pieces
+from kv_transfer.taker import Taker
+from kv_transfer.transports import shared_memory, torch_distributed
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+
+BOTH = pytest.mark.parametrize("transport", ["shared_memory", "torch_distributed"])
+WRITES = {"shared_memory": (shared_memory, "copy"), "torch_distributed": (torch_distributed, "unpack")}
+"""Where each transport writes to the taker's blocks."""
+
+THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 61
+
+
+@pytest.fixture(autouse=True)
+def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", pieces.PIECE_BYTES)  # put back what the next line changes
+    monkeypatch.setattr(torch_distributed, "BATCH_BYTES", torch_distributed.BATCH_BYTES)
+    other_process.many_small_messages()
+
+
+class Other:
+    """A process of other_process.py."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def line(self) -> str:
+        assert self._process.stdout is not None
+        return (await asyncio.wait_for(self._process.stdout.readline(), 30)).decode().strip()
+
+    def offer(self, transfer_id: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{transfer_id} {','.join(map(str, THEIRS))} {NUM_TOKENS}\n".encode())
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+
+@asynccontextmanager
+async def other(*arguments: object) -> AsyncIterator[Other]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(Path(other_process.__file__)), *map(str, arguments)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    started = Other(process)
+    try:
+        yield started
+    finally:
+        await started.kill()
+
+
+@asynccontextmanager
+async def taking_here(transport: str, **options: float) -> AsyncIterator[Taker]:
+    pool = pool_of_noise(LAYOUT, seed=TAKER_SEED)
+    taker = Taker(pool, transports=[transport], **options)
+    try:
+        yield taker
+    finally:
+        await taker.close()
+        pool.close()
+
+
+async def take(taker: Taker, address: str, transfer_id: str) -> None:
+    state = await taker.take(
+        transfer_id, address, OURS, start_token=0, num_tokens=NUM_TOKENS, deadline=time.time() + 20
+    )
+    assert state == STATE
+    np.testing.assert_array_equal(
+        tokens(taker._pool, OURS, 0, NUM_TOKENS),
+        tokens(pool_of_noise(LAYOUT, seed=GIVER_SEED), THEIRS, 0, NUM_TOKENS),
+    )
+
+
+@BOTH
+async def test_the_kv_of_another_process_arrives_bit_for_bit(transport: str) -> None:
+    async with other("giver", 10) as giver, taking_here(transport) as taker:
+        address = await giver.line()
+        giver.offer("t")
+        await take(taker, address, "t")
+        assert await giver.line() == "t committed"
+
+
+@BOTH
+async def test_a_giver_killed_in_the_middle_fails_the_transfer_and_the_next_goes_elsewhere(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with taking_here(transport) as taker, other("giver", 10) as doomed, other("giver", 10) as spare:
+        address = await doomed.line()
+        gate = Gate(monkeypatch, *WRITES[transport])
+        doomed.offer("t")
+        taking = asyncio.create_task(take(taker, address, "t"))
+        await gate.reached.wait()
+        lost = taker._peers[address].result()._reader
+        assert lost is not None
+        await doomed.kill()
+        await asyncio.wait_for(asyncio.shield(lost), 2)  # noticed while the copy still hangs
+        assert not taking.done()
+        gate.opened.set()
+        with pytest.raises(TransferError, match="is gone"):
+            await asyncio.wait_for(taking, 2)
+        assert (taker.counters.committed, taker.counters.failed) == (0, 1)
+
+        address = await spare.line()
+        spare.offer("u")
+        await take(taker, address, "u")
+        assert await spare.line() == "u committed"
+
+
+@BOTH
+async def test_a_taker_killed_in_the_middle_frees_the_givers_blocks_once(transport: str) -> None:
+    async with connected(LAYOUT, LAYOUT, transports=[transport]) as sides:
+        arguments = ("taker", transport, sides.address, "t", ",".join(map(str, OURS)), NUM_TOKENS)
+        async with other(*arguments) as doomed:
+            sides.giver.offer("t", THEIRS, NUM_TOKENS, STATE)
+            assert await doomed.line() == "pulling"
+            assert sides.ends.empty()
+            await doomed.kill()
+            assert await asyncio.wait_for(sides.ends.get(), 2) == ("t", "failed")
+        sides.giver.offer("u", THEIRS, NUM_TOKENS, STATE)
+        await sides.take("u", OURS, NUM_TOKENS)
+        assert await sides.end() == ("u", "committed")
+
+
+async def test_a_giver_that_stops_answering_costs_one_lease() -> None:
+    async with other("giver", 0.4) as giver, taking_here("shared_memory") as taker:
+        address = await giver.line()
+        giver.offer("t")
+        await take(taker, address, "t")
+        giver.signal(signal.SIGSTOP)
+        with pytest.raises(LeaseExpired, match=r"the giver has not answered for 0\.4 s"):
+            await asyncio.wait_for(take(taker, address, "u"), 2)
+
+
+async def test_a_giver_that_stops_in_the_middle_of_a_send_is_given_up_after_the_stall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with other("giver", 10) as giver, taking_here("torch_distributed", stall_s=0.3) as taker:
+        address = await giver.line()
+        gate = Gate(monkeypatch, torch_distributed, "unpack")
+        giver.offer("t")
+        taking = asyncio.create_task(take(taker, address, "t"))
+        await gate.reached.wait()
+        giver.signal(signal.SIGSTOP)
+        gate.opened.set()
+        with pytest.raises(TransferError, match=r"no piece arrived for 0\.3 s"):
+            await asyncio.wait_for(taking, 2)
+        giver.signal(signal.SIGCONT)
+        assert await giver.line() == "t aborted"
