@@ -1,7 +1,8 @@
 """`slipstream bench cost`: what serving costs beside the model's own arithmetic.
 
 Starts a cluster of its own and measures start-up time, time to first token on an idle server beside the bare prefill of
-the same prompt, CPU time per streamed token outside the engine, and memory per worker.
+the same prompt, CPU time per streamed token outside the engine (over what the same processes use when idle), and memory
+per worker.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import psutil
 from core.errors import ConfigError
 
 START_TIMEOUT_S = 180.0
+IDLE_S = 5.0
+"""How long to watch an idle server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +154,10 @@ def measure(model: str, folder: Path, flags: list[str], num_streams: int, max_to
         processes = Processes.below(launcher)
         ttft = asyncio.run(idle_ttft_ms(url, model, idle))
         asyncio.run(streams(url, model, prompts(num_streams, 32), 8))
-        before = processes.cpu_outside_engine()
+        idle_per_s = _cpu_per_second(processes)
+        before, started = processes.cpu_outside_engine(), time.monotonic()
         tokens = asyncio.run(streams(url, model, prompts(num_streams, 32), max_tokens))
-        after = processes.cpu_outside_engine()
+        after, took = processes.cpu_outside_engine(), time.monotonic() - started
         memory = max(worker.memory_info().rss for worker in processes.workers)
         shared = max(_touched_pool_bytes(worker) for worker in processes.workers)
     threads = max(1, (psutil.cpu_count() or 1) // max(1, len(processes.workers)))
@@ -163,11 +167,19 @@ def measure(model: str, folder: Path, flags: list[str], num_streams: int, max_to
         "idle_ttft_ms": ttft,
         "bare_prefill_ms": bare,
         "ttft_overhead_ms": ttft - bare,
-        "gateway_cpu_ms_per_token": (after["gateway"] - before["gateway"]) * 1e3 / tokens,
-        "worker_transport_cpu_ms_per_token": (after["workers"] - before["workers"]) * 1e3 / tokens,
+        "tokens_per_s": tokens / took,
+        **{f"{k}_cpu_ms_per_token": (after[k] - before[k] - idle_per_s[k] * took) * 1e3 / tokens for k in before},
+        **{f"{k}_idle_cpu_ms_per_s": rate * 1e3 for k, rate in idle_per_s.items()},
         "worker_rss_mib": memory / 2**20,
         "worker_kv_touched_mib": shared / 2**20,
     }
+
+
+def _cpu_per_second(processes: Processes) -> dict[str, float]:
+    """What the replicas use when nobody asks for anything: Ray's health checks and metrics, our heartbeats."""
+    before = processes.cpu_outside_engine()
+    time.sleep(IDLE_S)
+    return {kind: (after - before[kind]) / IDLE_S for kind, after in processes.cpu_outside_engine().items()}
 
 
 def _touched_pool_bytes(process: psutil.Process) -> int:

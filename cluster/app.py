@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import uuid
 from pathlib import Path
@@ -22,8 +21,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from cluster.client import ClusterBackend
-from cluster.config import ClusterSection, SlipstreamConfig
+from cluster.config import SlipstreamConfig
 from cluster.membership import ANNOUNCE_PERIOD_S, Member, Membership
+from cluster.resources import Share
 from core.types import Role
 from engine.kv_layout import KVLayout
 
@@ -138,18 +138,9 @@ def _host(config: SlipstreamConfig) -> str:
     return ray.util.get_node_ip_address() if config.cluster.ray_address else "127.0.0.1"
 
 
-def worker_cpus(cluster: ClusterSection, cores: float) -> float:
-    """Logical CPUs of one worker: its share of the cores, whole ones as long as there is one each."""
-    if cluster.cpus_per_worker is not None:
-        return cluster.cpus_per_worker
-    share = cores / cluster.num_workers
-    return float(int(share)) if share >= 1 else max(0.01, int(share * 100) / 100)
-
-
-def build(config: SlipstreamConfig, folder: str, cores: float) -> serve.Application:
-    """The application for a model that is in `folder` on every node. `cores` is the cluster's CPU count."""
-    cpus = worker_cpus(config.cluster, cores)
-    threads = max(1, int(cpus))
+def build(config: SlipstreamConfig, folder: str, share: Share) -> serve.Application:
+    """The application for a model that is in `folder` on every node. `share` is what each worker gets."""
+    threads = max(1, int(share.cpus))
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     drain_s = config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S
     common: dict[str, Any] = {**HEALTH, "logging_config": quiet}
@@ -160,8 +151,12 @@ def build(config: SlipstreamConfig, folder: str, cores: float) -> serve.Applicat
         Worker,
         name="worker-tp1-pp1",
         num_replicas=config.cluster.num_workers,
-        ray_actor_options={"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
-        placement_group_bundles=[{"CPU": cpus}],
+        ray_actor_options={
+            "num_cpus": share.cpus,
+            "num_gpus": share.gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        },
+        placement_group_bundles=[share.bundle],
         placement_group_strategy="STRICT_PACK",
         max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=SHUTDOWN_SLACK_S,
@@ -178,13 +173,3 @@ def build(config: SlipstreamConfig, folder: str, cores: float) -> serve.Applicat
         **common,
     )
     return gateway.bind(config, folder, controller, workers)
-
-
-def build_from_args(args: dict[str, Any]) -> serve.Application:
-    """Application builder for Serve configuration files (`import_path: cluster.app:build_from_args`); `args` is the
-    configuration tree."""
-    from engine.checkpoints import Silent, resolve
-
-    config = SlipstreamConfig.model_validate(args)
-    folder = resolve(config.model, revision=config.revision, progress=Silent())
-    return build(config, str(folder), float(os.cpu_count() or 1))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 
-from cluster.app import worker_cpus
 from cluster.config import SlipstreamConfig, parse_bytes
 from core.errors import ConfigError
 
@@ -45,17 +44,6 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
             "lower --kv-cache-memory, use fewer replicas, or --colocated"
         )
     return f"{_gib(needed)} of {_gib(available)} free memory"
-
-
-def check_cores(config: SlipstreamConfig, cores: float) -> str:
-    """Raises ConfigError when --cpus-per-worker asks for more than there is; returns the share of each worker."""
-    cpus = worker_cpus(config.cluster, cores)
-    if cpus * config.cluster.num_workers > cores:
-        raise ConfigError(
-            f"{config.cluster.num_workers} workers of {cpus:g} CPUs each do not fit on {cores:g}; "
-            "lower --cpus-per-worker or the number of replicas"
-        )
-    return f"{cpus:g} of {cores:g} cores per worker"
 
 
 def _gib(count: float) -> str:

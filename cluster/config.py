@@ -47,6 +47,9 @@ class EngineSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of weights and KV cache; auto: bfloat16 where the device has it, else float32"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where workers compute; auto: a GPU each if the cluster has them, else the CPU"
+    )
     block_size: Literal[8, 16, 32, 64] = Field(16, description="Tokens per KV cache block")
     kv_cache_memory: Size = Field("1GiB", description="KV cache of one worker, such as 512MiB")
     max_model_len: int | None = Field(

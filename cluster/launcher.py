@@ -17,8 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from cluster.checklist import Checklist
-from cluster.checks import check_cores, check_memory, check_port
+from cluster.checks import check_memory, check_port
 from cluster.config import SlipstreamConfig
+from cluster.resources import Share, share_out
 from core.errors import ConfigError
 
 READY_TIMEOUT_S = 300.0
@@ -30,10 +31,8 @@ def serve(config: SlipstreamConfig, console: Console) -> None:
     checklist = Checklist(console)
     with stop_signals() as stop:
         folder = _prepare(config, checklist)
-        with _ray(config, checklist) as cores:
-            with checklist.step("resources") as line:
-                line.note = check_cores(config, cores)
-            handle = _deploy(config, folder, cores, checklist, stop)
+        with _ray(config, checklist) as share:
+            handle = _deploy(config, folder, share, checklist, stop)
             if not stop.is_set():
                 _print_urls(config, handle.address.remote().result(), checklist, console)
                 _watch(stop, console)
@@ -76,8 +75,8 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
 
 
 @contextmanager
-def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[float]:
-    """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields its CPU count."""
+def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[Share]:
+    """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields what each worker gets."""
     import ray
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -100,16 +99,17 @@ def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[float]:
                 ray.init(**options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"Ray does not start: {str(error).splitlines()[0]}") from error
-            cores = float(ray.cluster_resources().get("CPU", 0))
-            line.note = f"{cores:g} cores" + (f", {config.cluster.ray_address}" if own is None else "")
-        yield cores
+            resources = ray.cluster_resources()
+            share = share_out(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+            line.note = str(share)
+        yield share
     finally:
         ray.shutdown()
         if own is not None:
             shutil.rmtree(own, ignore_errors=True)
 
 
-def _deploy(config: SlipstreamConfig, folder: Path, cores: float, checklist: Checklist, stop: threading.Event) -> Any:
+def _deploy(config: SlipstreamConfig, folder: Path, share: Share, checklist: Checklist, stop: threading.Event) -> Any:
     """Deploy and wait until a request would succeed, or `stop`."""
     from ray import serve as ray_serve
 
@@ -118,7 +118,7 @@ def _deploy(config: SlipstreamConfig, folder: Path, cores: float, checklist: Che
     with checklist.step("deploy"):
         ray_serve.start(proxy_location="Disabled")
         (handle,) = ray_serve.run_many(
-            [ray_serve.RunTarget(target=build(config, str(folder), cores), name=APP_NAME, route_prefix=None)],
+            [ray_serve.RunTarget(target=build(config, str(folder), share), name=APP_NAME, route_prefix=None)],
             wait_for_applications_running=False,
         )
     for name in ("controller", "worker-tp1-pp1", "gateway"):

@@ -14,14 +14,17 @@ from engine.scheduler import Scheduler, SchedulerConfig
 
 
 def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunner:
-    """The model with its KV cache, on this process's device."""
-    return ModelRunner.load(
+    """The model with its KV cache, on this process's device, ready for its first request."""
+    runner = ModelRunner.load(
         folder,
         dtype=engine.dtype,
+        device=engine.device,
         block_size=engine.block_size,
         kv_cache_bytes=parse_bytes(engine.kv_cache_memory),
         threads=threads,
     )
+    runner.warm_up()
+    return runner
 
 
 def make_node(worker_id: str, role: Role, runner: ModelRunner, config: SlipstreamConfig) -> WorkerNode:

@@ -35,8 +35,9 @@ from kv_transfer.messages import (
 )
 from kv_transfer.pieces import Slots, cut, piece_bytes, rows_of, seal, slots_of
 from kv_transfer.states import GiverTransfer, Outcome, Phase
+from kv_transfer.transports.batches import device_identity
+from kv_transfer.transports.pair_server import PairServer
 from kv_transfer.transports.shared_memory import PoolProbe
-from kv_transfer.transports.torch_distributed import PairServer, device_identity
 
 logger = logging.getLogger(__name__)
 

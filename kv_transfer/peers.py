@@ -78,11 +78,12 @@ class Peer:
                 self._dispatch(message)
         except InternalError as error:
             reason = error.message
-        on_end(self)
-        self.transport.close()
-        for recipient in list(self.recipients.values()):
-            recipient.on_link_lost(self.link.error or reason)
-        await self._client.close()
+        finally:
+            on_end(self)
+            self.transport.close()
+            for recipient in list(self.recipients.values()):
+                recipient.on_link_lost(self.link.error or reason)
+            await self._client.close()
 
     def _dispatch(self, message: FromGiver) -> None:
         match message:

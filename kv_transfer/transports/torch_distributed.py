@@ -14,186 +14,25 @@ import socket
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
 from torch._C._distributed_c10d import Work
 
 from core.errors import TransferError
 from engine.kv_cache import KVPool
-from engine.kv_layout import KVLayout
-from kv_transfer.messages import (
-    ClosePair,
-    FromGiver,
-    Hello,
-    Manifest,
-    OpenPair,
-    PairFailed,
-    PairKey,
-    Piece,
-    Pull,
-    ToGiver,
-)
-from kv_transfer.pieces import Rows, Slots, copy, layers_of, piece_bytes, runs, tokens_of
-from kv_transfer.transports.base import PullJob, Unusable, settled
+from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairFailed, PairKey, Pull, ToGiver
+from kv_transfer.transports.base import PullJob, settled
+from kv_transfer.transports.batches import Batch, Staging, batches, device_identity, staging_device, unpack
 from kv_transfer.transports.pairs import GIVER_RANK, TAKER_RANK, Group, PairEnd, wait
 
 T = TypeVar("T")
 
-BATCH_BYTES = 8 << 20
-"""Gloo reaches its full rate from here on."""
 MAX_PAIRS = 2
 """Jobs pulled at a time over one link. A pair costs each end a thread, and WINDOW buffers of BATCH_BYTES here."""
 WINDOW = 2
 """Batches asked for and not yet unpacked: one on the wire while one is unpacked."""
-
-
-class Batch(NamedTuple):
-    first: int
-    last: int
-    nbytes: int
-
-
-def batches(layout: KVLayout, pieces: Sequence[Piece]) -> Iterator[Batch]:
-    """Consecutive pieces, together at most BATCH_BYTES unless one alone is larger."""
-    first = nbytes = 0
-    for index, piece in enumerate(pieces):
-        size = piece_bytes(layout, piece)
-        if nbytes and nbytes + size > BATCH_BYTES:
-            yield Batch(first, index, nbytes)
-            first, nbytes = index, 0
-        nbytes += size
-    if nbytes:
-        yield Batch(first, len(pieces), nbytes)
-
-
-def device_identity(device: torch.device) -> str:
-    """Equal for two pools on the same device: NCCL can't join those."""
-    if device.type != "cuda":
-        return device.type
-    return f"cuda:{torch.cuda.get_device_properties(device).uuid}"
-
-
-# --- staging ---------------------------------------------------------------------------------------------------------
-
-
-class Staging:
-    """A contiguous buffer on the device that the backend sends from; grows to what is asked of it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        if self._buffer.numel() < nbytes:
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
-        return self._buffer[:nbytes]
-
-
-def pack(buffer: torch.Tensor, rows: Rows, slots: Slots, manifest: Manifest, batch: Batch) -> None:
-    for piece, part in _parts(buffer, rows, manifest, batch):
-        tokens = tokens_of(slots, piece, manifest.start_token)
-        copy(part, layers_of(rows, piece), runs(tokens, np.arange(piece.num_tokens)))
-
-
-def unpack(buffer: torch.Tensor, rows: Rows, slots: Slots, manifest: Manifest, batch: Batch) -> None:
-    for piece, part in _parts(buffer, rows, manifest, batch):
-        tokens = tokens_of(slots, piece, manifest.start_token)
-        copy(layers_of(rows, piece), part, runs(np.arange(piece.num_tokens), tokens))
-
-
-def _parts(buffer: torch.Tensor, rows: Rows, manifest: Manifest, batch: Batch) -> Iterator[tuple[Piece, Rows]]:
-    """Each piece of a batch with its part of the buffer, as rows of the kind that `rows` is."""
-    layout, at = manifest.layout, 0
-    memory = buffer if isinstance(rows, torch.Tensor) else buffer.numpy()
-    for piece in manifest.pieces[batch.first : batch.last]:
-        size = piece_bytes(layout, piece)
-        part = memory[at : at + size].reshape(piece.num_layers, 2, piece.num_tokens, -1)
-        yield piece, part
-        at += size
-
-
-def _device(backend: str, pool: KVPool) -> torch.device:
-    return pool.device if backend == "nccl" else torch.device("cpu")
-
-
-# --- the giver's side ------------------------------------------------------------------------------------------------
-
-
-class PairServer:
-    """The pairs of one link, at the giver. A Pull it can't honour breaks its pair: the taker's receive then ends."""
-
-    def __init__(self, rows: Rows, pool: KVPool, send: Callable[[FromGiver], None]) -> None:
-        self._rows = rows
-        self._pool = pool
-        self._send = send
-        self._loop = asyncio.get_running_loop()
-        self._pairs: dict[str, tuple[PairEnd, Staging]] = {}
-
-    def open(self, ask: OpenPair) -> None:
-        device = _device(ask.backend, self._pool)
-
-        def publish(key: str, value: bytes) -> None:
-            self._loop.call_soon_threadsafe(self._send, PairKey(ask.pair_id, key, value))
-
-        pair = PairEnd(ask.backend, GIVER_RANK, device, publish)
-        self._pairs[ask.pair_id] = (pair, Staging(device))
-        self._watch(ask.pair_id, pair.build(ask.host))
-
-    def on_key(self, told: PairKey) -> None:
-        if (known := self._pairs.get(told.pair_id)) is not None:
-            known[0].store.put(told.key, told.value)
-
-    def pull(self, ask: Pull, manifest: Manifest, slots: Slots, on_read: Callable[[], None]) -> None:
-        """Send what is asked for. `on_read` is called on the loop when the blocks are no longer read, in any case."""
-        batch = Batch(ask.first, ask.last, ask.nbytes)
-        known = self._pairs.get(ask.pair_id)
-        if known is None or batch not in batches(manifest.layout, manifest.pieces):
-            on_read()
-            self.fail(ask.pair_id, f"no such pair, or no such batch of transfer {ask.transfer_id}")
-            return
-        pair, staging = known
-        read = Future[None]()
-        read.add_done_callback(lambda _: self._loop.call_soon_threadsafe(on_read))
-
-        def send(group: Group) -> None:
-            buffer = staging.take(batch.nbytes)
-            pack(buffer, self._rows, slots, manifest, batch)
-            read.set_result(None)
-            wait(group.send([buffer], TAKER_RANK, 0), pair.device)
-
-        sent = pair.submit(send)
-        sent.add_done_callback(lambda _: None if read.done() else read.set_result(None))
-        self._watch(ask.pair_id, sent)
-
-    def fail(self, pair_id: str, reason: str) -> None:
-        self.close_pair(pair_id)
-        self._send(PairFailed(pair_id, reason))
-
-    def close_pair(self, pair_id: str) -> None:
-        known = self._pairs.pop(pair_id, None)
-        if known is not None:
-            known[0].close()
-
-    def close(self) -> None:
-        for pair_id in list(self._pairs):
-            self.close_pair(pair_id)
-
-    def _watch(self, pair_id: str, work: Future[None]) -> None:
-        def ended(future: Future[None]) -> None:
-            if error := future.exception():
-                self._loop.call_soon_threadsafe(self._broken, pair_id, str(error))
-
-        work.add_done_callback(ended)
-
-    def _broken(self, pair_id: str, reason: str) -> None:
-        if pair_id in self._pairs:
-            self.fail(pair_id, reason)
-
-
-# --- the taker's side ------------------------------------------------------------------------------------------------
 
 
 class _TakerPair:
@@ -212,15 +51,13 @@ class TorchDistributed:
     name: ClassVar[str] = "torch_distributed"
 
     def __init__(self, giver: Hello, pool: KVPool, giver_address: str, send: Callable[[ToGiver], None]) -> None:
-        if not torch.distributed.is_available():
-            raise Unusable("this build of torch has no torch.distributed")
         self._pool = pool
         self._send = send
         host, port = giver_address.rsplit(":", 1)
         self._host = host.strip("[]")
         self._own_host = _own_host(self._host, int(port))
         self._backend = _backend(giver, pool)
-        self._device = _device(self._backend, pool)
+        self._device = staging_device(self._backend, pool)
         self._loop = asyncio.get_running_loop()
         self._pairs: dict[str, _TakerPair] = {}
         self._idle: list[_TakerPair] = []

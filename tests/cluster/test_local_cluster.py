@@ -17,6 +17,8 @@ from cluster.config import SlipstreamConfig, load
 from cluster.local import LocalCluster, local_cluster
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+
 TIMEOUT_S = 60.0
 LAYOUTS: dict[str, dict[str, Any]] = {
     "disaggregated": {},

@@ -20,7 +20,7 @@ from kv_transfer import pieces
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, ToGiver
 from kv_transfer.taker import Taker
-from kv_transfer.transports import shared_memory, torch_distributed
+from kv_transfer.transports import batches, shared_memory, torch_distributed
 
 LAYOUT = layout(num_layers=8)
 GIVER_SEED, TAKER_SEED = 1, 2
@@ -29,7 +29,7 @@ GIVER_SEED, TAKER_SEED = 1, 2
 def many_small_messages() -> None:
     """Both processes must cut alike."""
     pieces.PIECE_BYTES = 1 << 10
-    torch_distributed.BATCH_BYTES = 2 << 10
+    batches.BATCH_BYTES = 2 << 10
 
 
 def blocks(text: str) -> list[int]:

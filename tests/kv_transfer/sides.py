@@ -37,8 +37,8 @@ def layout(block_size: int = 16, **changes: Any) -> KVLayout:
     return KVLayout(**(fields | changes))
 
 
-def pool_of_noise(of: KVLayout, num_blocks: int = 64, seed: int = 0) -> KVPool:
-    pool = KVPool(of, num_blocks)
+def pool_of_noise(of: KVLayout, num_blocks: int = 64, seed: int = 0, device: str = "cpu") -> KVPool:
+    pool = KVPool(of, num_blocks, device)
     raw = pool.data.view(torch.uint8)
     raw.copy_(torch.from_numpy(np.random.default_rng(seed).integers(0, 256, raw.shape, dtype=np.uint8)))
     return pool
@@ -46,7 +46,8 @@ def pool_of_noise(of: KVLayout, num_blocks: int = 64, seed: int = 0) -> KVPool:
 
 def tokens(pool: KVPool, block_ids: Sequence[int], start: int, stop: int) -> Rows:
     """A copy of the KV of some tokens: [layers, 2, tokens, row bytes]."""
-    return rows_of(pool)[:, :, slots_of(block_ids, pool.layout.block_size, start, stop)].copy()
+    part = rows_of(pool)[:, :, slots_of(block_ids, pool.layout.block_size, start, stop)]
+    return part.cpu().numpy() if isinstance(part, torch.Tensor) else part.copy()
 
 
 class Gate:
@@ -93,10 +94,11 @@ async def connected(
     *,
     lease_s: float = 10.0,
     num_blocks: int = 64,
+    devices: tuple[str, str] = ("cpu", "cpu"),
     **taker_options: Any,
 ) -> AsyncIterator[Sides]:
-    giver_pool = pool_of_noise(giver_layout or layout(), num_blocks, seed=1)
-    taker_pool = pool_of_noise(taker_layout or layout(), num_blocks, seed=2)
+    giver_pool = pool_of_noise(giver_layout or layout(), num_blocks, seed=1, device=devices[0])
+    taker_pool = pool_of_noise(taker_layout or layout(), num_blocks, seed=2, device=devices[1])
     ends: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
     giver = Giver(giver_pool, lease_s=lease_s, on_released=lambda *end: ends.put_nowait(end))
     taker = Taker(taker_pool, **taker_options)

@@ -20,7 +20,7 @@ from kv_transfer import giver as giver_module
 from kv_transfer.messages import SERVICE, ToGiver
 from kv_transfer.pieces import rows_of
 from kv_transfer.taker import Taker, Withdrawn
-from kv_transfer.transports import shared_memory, torch_distributed
+from kv_transfer.transports import batches, pair_server, shared_memory, torch_distributed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -96,7 +96,7 @@ async def test_a_prompt_that_is_cached_whole_commits_without_a_byte(transport: s
 
 @BOTH
 async def test_many_transfers_share_one_link(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_distributed, "BATCH_BYTES", 2000)  # several batches to each
+    monkeypatch.setattr(batches, "BATCH_BYTES", 2000)  # several batches to each
     monkeypatch.setattr("kv_transfer.pieces.PIECE_BYTES", 1000)
     async with connected(transports=[transport]) as sides:
         tables = {f"t{n}": [2 * n, 2 * n + 1] for n in range(32)}
@@ -246,7 +246,7 @@ async def test_a_cancel_returns_only_when_the_copy_has_stopped(
 
 async def test_a_cancel_does_not_wait_for_a_giver_that_is_slow_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected(transports=["torch_distributed"]) as sides:
-        gate = Gate(monkeypatch, torch_distributed, "pack")
+        gate = Gate(monkeypatch, pair_server, "pack")
         before = tokens(sides.taker_pool, [1], 0, 10)
         sides.giver.offer("t", [5], 10, STATE)
         taking = asyncio.create_task(sides.take("t", [1], 10))
@@ -292,7 +292,7 @@ async def test_a_deadline_ends_the_wait() -> None:
 
 async def test_a_copy_that_makes_no_progress_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected(transports=["torch_distributed"], stall_s=0.1) as sides:
-        gate = Gate(monkeypatch, torch_distributed, "pack")
+        gate = Gate(monkeypatch, pair_server, "pack")
         sides.giver.offer("t", [5], 10, STATE)
         with pytest.raises(TransferError, match=r"no piece arrived for 0\.1 s"):
             await sides.take("t", [1], 10)
@@ -358,8 +358,7 @@ async def test_a_pull_of_something_else_than_agreed_breaks_the_pair(monkeypatch:
 
     async with connected(transports=["torch_distributed"]) as sides:
         sides.giver.offer("t", [5], 10, STATE)
-        transport_batches = [short, honest]  # the taker asks first, then the giver checks
-        monkeypatch.setattr(torch_distributed, "batches", lambda *a: transport_batches.pop(0)(*a))
+        monkeypatch.setattr(torch_distributed, "batches", short)
         with pytest.raises(TransferError, match="the giver dropped the pair: no such pair, or no such batch"):
             await sides.take("t", [1], 10)
         assert await sides.end() == ("t", "aborted")

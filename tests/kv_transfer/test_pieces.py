@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from sides import layout, pool_of_noise, tokens
 
 from engine.kv_cache import KVPool
-from kv_transfer.pieces import Extent, Run, copy, cut, layers_of, piece_bytes, rows_of, runs, seal, slots_of, tokens_of
+from kv_transfer.pieces import (
+    Extent,
+    Run,
+    checksum,
+    copy,
+    cut,
+    layers_of,
+    piece_bytes,
+    rows_of,
+    runs,
+    seal,
+    slots_of,
+    tokens_of,
+)
 
 BLOCK_SIZES = st.sampled_from([8, 16, 32])
 
@@ -72,6 +85,16 @@ def test_a_checksum_sees_a_single_bit() -> None:
     before = seal(rows_of(pool), slots, extents)
     rows_of(pool)[2, 1, 16 + 3, 31] ^= 1
     assert seal(rows_of(pool), slots, extents) != before
+
+
+def test_tensors_and_arrays_are_copied_and_summed_alike() -> None:
+    source, target = rows_of(pool_of_noise(layout(), seed=1)), rows_of(pool_of_noise(layout(), seed=2))
+    theirs, ours = slots_of([3, 1, 2], 16, 0, 40), slots_of([9, 8, 7], 16, 0, 40)
+    as_tensor = torch.from_numpy(target.copy())
+    copy(as_tensor, torch.from_numpy(source), runs(theirs, ours))
+    copy(target, source, runs(theirs, ours))
+    np.testing.assert_array_equal(as_tensor.numpy(), target)
+    assert checksum(as_tensor, ours) == checksum(target, ours) == checksum(source, theirs)
 
 
 def test_rows_share_the_memory_of_the_pool() -> None:

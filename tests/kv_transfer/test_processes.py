@@ -20,7 +20,7 @@ from sides import STATE, Gate, connected, pool_of_noise, tokens
 from core.errors import LeaseExpired, TransferError
 from kv_transfer import pieces
 from kv_transfer.taker import Taker
-from kv_transfer.transports import shared_memory, torch_distributed
+from kv_transfer.transports import batches, shared_memory, torch_distributed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -34,7 +34,7 @@ THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 61
 @pytest.fixture(autouse=True)
 def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", pieces.PIECE_BYTES)  # put back what the next line changes
-    monkeypatch.setattr(torch_distributed, "BATCH_BYTES", torch_distributed.BATCH_BYTES)
+    monkeypatch.setattr(batches, "BATCH_BYTES", batches.BATCH_BYTES)
     other_process.many_small_messages()
 
 

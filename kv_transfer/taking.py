@@ -1,0 +1,201 @@
+"""One transfer at the taker: what its state machine says, carried out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.errors import LeaseExpired, TransferError
+from engine.kv_cache import KVPool
+from kv_transfer import messages, states
+from kv_transfer.alarm import Alarm
+from kv_transfer.counters import TransferCounters
+from kv_transfer.messages import Manifest, Offer, Renewed, SequenceState
+from kv_transfer.peers import Peer
+from kv_transfer.pieces import Extent, Rows, Slots, cut, piece_bytes, slots_of
+from kv_transfer.states import Outcome, Phase, TakerTransfer
+from kv_transfer.transports.base import PullJob
+
+logger = logging.getLogger(__name__)
+
+
+class Withdrawn(TransferError):
+    """Nobody wants the request any more, says the giver. Every other failure means: serve it in another way."""
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Blocks of `pool` that belong to a transfer for the KV of tokens start_token .. num_tokens - 1."""
+
+    transfer_id: str
+    pool: KVPool
+    rows: Rows
+    block_ids: Sequence[int]
+    start_token: int
+    num_tokens: int
+
+    @property
+    def slots(self) -> Slots:
+        return slots_of(self.block_ids, self.pool.layout.block_size, self.start_token, self.num_tokens)
+
+
+class Taking:
+    """One transfer at the taker: feeds its machine and carries out what it says."""
+
+    def __init__(
+        self, reservation: Reservation, peer: Peer, machine: TakerTransfer, counters: TransferCounters
+    ) -> None:
+        self._reservation = reservation
+        self._id = reservation.transfer_id
+        self._peer = peer
+        self._machine = machine
+        self._counters = counters
+        self._offer: Offer | None = None
+        self._offered_at = 0.0
+        self._pulling: asyncio.Task[None] | None = None
+        self._cause: TransferError | None = None
+        self._over = asyncio.Event()
+        self._alarm = Alarm(lambda: self._feed(states.Tick()))
+
+    async def run(self) -> SequenceState:
+        self._peer.recipients[self._id] = self
+        try:
+            self._feed(states.Begin())
+            await self._over.wait()
+        except asyncio.CancelledError:
+            self._feed(states.CancelRequested())
+            await self._quiet()
+            raise
+        finally:
+            del self._peer.recipients[self._id]
+        if self._machine.outcome is not Outcome.COMMITTED or self._offer is None:
+            raise self._cause or self._failure()
+        return self._offer.state
+
+    async def _quiet(self) -> None:
+        """The blocks may be freed when this returns, so a second cancellation can't cut it short."""
+        while not self._over.is_set():
+            try:
+                await self._over.wait()
+            except asyncio.CancelledError:
+                continue
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def on_message(self, message: Offer | Renewed | messages.Withdrawn) -> None:
+        match message:
+            case Offer():
+                self._on_offer(message)
+            case Renewed(sent_at=sent_at):
+                self._feed(states.Renewal(sent_at))
+            case messages.Withdrawn(reason=reason, outcome=outcome):
+                self._feed(states.Withdraw(reason, outcome if outcome is not Outcome.COMMITTED else Outcome.FAILED))
+
+    def on_link_lost(self, reason: str) -> None:
+        self._feed(states.LinkLost(reason))
+
+    def _on_offer(self, offer: Offer) -> None:
+        if self._offer is not None:
+            return
+        self._offer, self._offered_at = offer, time.monotonic()
+        try:
+            self._check(offer.manifest)
+        except TransferError as error:
+            self._cause = error
+            self._feed(states.OfferUnusable(error.message))
+        else:
+            self._feed(states.OfferReceived(len(offer.manifest.pieces)))
+
+    def _check(self, manifest: Manifest) -> None:
+        """What follows writes where the manifest says and reads a peer's memory, so nothing in it is taken on trust."""
+        layout, giver = manifest.layout, self._peer.giver
+        start, stop = self._reservation.start_token, self._reservation.num_tokens
+        self._reservation.pool.layout.check_same_cache(layout)
+        if (manifest.start_token, manifest.num_tokens) != (start, stop):
+            raise TransferError(
+                f"transfer {self._id} holds tokens {manifest.start_token} to {manifest.num_tokens} at the giver, "
+                f"{start} to {stop} were asked for; the two sides disagree about the prompt"
+            )
+        blocks = manifest.block_ids
+        enough = len(blocks) * layout.block_size >= manifest.num_tokens
+        if layout != giver.layout or not enough or not all(0 <= block < giver.num_blocks for block in blocks):
+            raise TransferError(f"the manifest of transfer {self._id} does not fit the pool that the giver announced")
+        cover = [Extent(piece.token, piece.num_tokens, piece.layer, piece.num_layers) for piece in manifest.pieces]
+        if cover != list(cut(layout, start, stop)):
+            raise TransferError(f"the pieces of transfer {self._id} do not cover its tokens and layers once")
+
+    def _pull_ended(self, pulling: asyncio.Task[None]) -> None:
+        if pulling.cancelled():
+            self._feed(states.PullEnded("stopped"))
+        elif error := pulling.exception():
+            if not isinstance(error, TransferError):
+                logger.error("the transport of transfer %s failed", self._id, exc_info=error)
+                error = TransferError(f"transfer {self._id}: {type(error).__name__}: {error}")
+            if self._machine.phase is Phase.TRANSFERRING:
+                self._cause = error
+            self._feed(states.PullEnded(str(error)))
+        else:
+            self._feed(states.PullEnded())
+
+    # --- instructions ------------------------------------------------------------------------------------------------
+
+    def _feed(self, event: states.Event) -> None:
+        for instruction in self._machine.handle(event, time.monotonic()):
+            self._carry_out(instruction)
+        self._alarm.set(self._machine.wake_at)
+
+    def _carry_out(self, instruction: states.Instruction) -> None:
+        send = self._peer.link.send
+        match instruction:
+            case states.SendWant():
+                send(messages.Want(self._id, self._reservation.start_token))
+            case states.SendRenew(sent_at):
+                send(messages.Renew(self._id, sent_at))
+            case states.SendCommitted():
+                send(messages.Committed(self._id))
+            case states.SendCancel(reason):
+                send(messages.Cancel(self._id, reason))
+            case states.StartPull():
+                self._pulling = asyncio.create_task(self._peer.transport.pull(self._job()))
+                self._pulling.add_done_callback(self._pull_ended)
+            case states.StopPull():
+                assert self._pulling is not None
+                self._pulling.cancel()
+            case states.Release(outcome):
+                self._count(outcome)
+                self._over.set()
+
+    def _job(self) -> PullJob:
+        assert self._offer is not None
+        loop = asyncio.get_running_loop()
+
+        def began() -> None:
+            loop.call_soon_threadsafe(self._feed, states.PullBegan())
+
+        def verified(index: int) -> None:
+            loop.call_soon_threadsafe(self._feed, states.PieceVerified(index))
+
+        return PullJob(
+            manifest=self._offer.manifest,
+            rows=self._reservation.rows,
+            slots=self._reservation.slots,
+            on_began=began,
+            on_verified=verified,
+        )
+
+    def _count(self, outcome: Outcome) -> None:
+        counters = self._counters
+        counters.count(outcome)
+        if outcome is Outcome.COMMITTED and self._offer is not None:
+            manifest = self._offer.manifest
+            counters.bytes += sum(piece_bytes(manifest.layout, piece) for piece in manifest.pieces)
+            counters.seconds += time.monotonic() - self._offered_at
+
+    def _failure(self) -> TransferError:
+        kind = {Outcome.ABORTED: Withdrawn, Outcome.EXPIRED: LeaseExpired}.get(
+            self._machine.outcome or Outcome.FAILED, TransferError
+        )
+        return kind(f"transfer {self._id} from {self._peer.address}: {self._machine.reason}")
