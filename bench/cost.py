@@ -27,6 +27,7 @@ import httpx
 import psutil
 
 from core.errors import ConfigError
+from engine.engine import THREAD_NAME
 
 START_TIMEOUT_S = 180.0
 IDLE_S = 5.0
@@ -51,13 +52,19 @@ class Processes:
         return cls(found["gateway"][0], found["worker"])
 
     def cpu_outside_engine(self) -> dict[str, float]:
-        """CPU seconds so far: the gateway, and every worker thread but the busiest (the engine's)."""
+        """CPU seconds so far: the gateway, and every worker thread that does not compute."""
         transport = 0.0
         for worker in self.workers:
-            threads = sorted(t.user_time + t.system_time for t in worker.threads())
-            transport += sum(threads[:-1])
+            threads = [t for t in worker.threads() if _thread_name(worker.pid, t.id) != THREAD_NAME]
+            transport += sum(t.user_time + t.system_time for t in threads)
         times = self.gateway.cpu_times()
         return {"gateway": times.user + times.system, "workers": transport}
+
+
+def _thread_name(pid: int, thread: int) -> str:
+    with contextlib.suppress(FileNotFoundError):  # it has just ended
+        return Path(f"/proc/{pid}/task/{thread}/comm").read_text(encoding="utf-8").strip()
+    return ""
 
 
 @contextlib.contextmanager

@@ -77,9 +77,9 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
 @contextmanager
 def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[Share]:
     """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields what each worker gets."""
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # read when Serve is imported; its files keep everything
     import ray
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = None if config.cluster.ray_address else Path(tempfile.mkdtemp(prefix="slipstream-"))
     options: dict[str, Any] = {"namespace": "slipstream", "log_to_driver": False, "logging_level": logging.ERROR}
     if own is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.errors import ConfigError
+from core.errors import ConfigError, InternalError
 from core.types import SamplingParams, TokenLogprobs
 from engine.attention import PagedAttention
 from engine.device import resolve_device, resolve_dtype
@@ -34,7 +34,7 @@ class ModelRunner:
         self.pool = pool
         self.layout = pool.layout
         self.kv_sink: KVSink | None = None
-        self._model = model
+        self._model: Model | None = model
 
     @classmethod
     def load(
@@ -101,24 +101,26 @@ class ModelRunner:
             self.submit(batch).result()
 
     def shutdown(self) -> None:
-        """Let go of the weights. The pool is closed by whoever lends it out (KVPool.close)."""
-        del self._model
+        """Let go of the weights; later steps fail. The pool is closed by whoever lends it out (KVPool.close)."""
+        self._model = None
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _run(self, batch: StepBatch) -> StepOutput:
-        start = time.perf_counter()
+        start, model = time.perf_counter(), self._model
+        if model is None:
+            raise InternalError("the runner was shut down; no step can be submitted any more")
         if batch.kv_moves is not None:
             self._move(batch.kv_moves)
         sink = partial(self._publish, batch) if batch.publish and self.kv_sink is not None else None
         attention = PagedAttention(batch, self.pool.data, sink)
-        hidden = self._model.embed(self._tensor(batch.token_ids))
-        hidden, taps = self._model.run_layers(hidden, self._tensor(batch.positions), attention, batch.taps)
+        hidden = model.embed(self._tensor(batch.token_ids))
+        hidden, taps = model.run_layers(hidden, self._tensor(batch.positions), attention, batch.taps)
         tokens, logits = np.empty(0, np.int64), None
         logprobs: tuple[TokenLogprobs | None, ...] = ()
         if len(batch.logit_rows):
-            logits = self._model.logits(hidden[self._tensor(batch.logit_rows)]).float()
+            logits = model.logits(hidden[self._tensor(batch.logit_rows)]).float()
             tokens, logprobs = sample(logits, batch.sampling or (None,) * len(batch.logit_rows))
         return StepOutput(
             token_ids=tokens,

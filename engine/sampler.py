@@ -189,16 +189,17 @@ def _least_kept(law: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Te
 def _nucleus_edge(law: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """arXiv:1904.09751. [rows, 1]: the last probability, from the highest down, at which their sum reaches the share
     top_p of the whole; 0 where top_p is 1 or rounding keeps the sum below it."""
-    vocab = law.shape[-1]
+    edge = torch.zeros_like(top_p)
     target = top_p * law.sum(-1, keepdim=True)
-    ranked, reached = law, law >= target
-    for count in (*(count for count in _CANDIDATES if count < vocab), vocab):
-        ranked = law.topk(count, -1).values  # only values matter from here on, so ties don't
-        reached = ranked.cumsum(-1) >= target
-        if bool((reached[:, -1:] | (top_p >= 1.0)).all()):
-            break
-    edge = ranked.gather(1, reached.to(torch.uint8).argmax(-1, keepdim=True))
-    return edge.where((top_p < 1.0) & reached[:, -1:], 0.0)
+    left = (top_p[:, 0] < 1.0).nonzero()[:, 0]  # rows whose edge is still to be found
+    for count in (*_CANDIDATES, law.shape[-1]):
+        if len(left) and count <= law.shape[-1]:
+            ranked = law[left].topk(count, -1).values  # only values matter from here on, so ties don't
+            reached = ranked.cumsum(-1) >= target[left]
+            found = reached[:, -1]
+            edge[left[found]] = ranked.gather(1, reached.to(torch.uint8).argmax(-1, keepdim=True))[found]
+            left = left[~found]
+    return edge
 
 
 def _column(values: Sequence[float] | NDArray[np.float64], like: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges: 128 tokens cannot hold all bytes, so the alphabet is that of the training text."""
+    """A byte-level BPE without merges, over the alphabet below: 128 tokens cannot hold all bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -55,7 +55,7 @@ async def storm(url: str, count: int, seed: int) -> list[str]:
 
 
 def total(metrics: str, name: str) -> float:
-    return sum(float(m[1]) for m in re.finditer(rf"^{name}\{{.*\}} (\S+)$", metrics, re.M))
+    return sum(float(m[1]) for m in re.finditer(rf"^{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE))
 
 
 async def settled(server: Server) -> str:

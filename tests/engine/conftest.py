@@ -13,6 +13,12 @@ from engine.runner import ModelRunner
 from tests.engine.driver import BLOCK_SIZE, TINY, Driver
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny products are slower on several threads, far slower where cores are shared."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a random model of the TINY shape, with changes, and returns its folder, one for the same changes."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import ConfigError
+from core.errors import ConfigError, InternalError
 from core.types import SamplingParams
 from engine.device import resolve_device, resolve_dtype
 from engine.runner import ModelRunner
@@ -89,6 +89,13 @@ def test_a_step_that_fails_is_the_exception_of_its_future(driver: Driver) -> Non
 
     [after] = driver.logits([(stream, tokens(4))])
     assert after.isfinite().all()
+
+
+def test_no_step_runs_after_shutdown(driver: Driver) -> None:
+    driver.runner.shutdown()
+    driver.runner.shutdown()
+    future = driver.runner.submit(driver.batch([(driver.new(1), tokens(1))]))
+    assert isinstance(future.exception(), InternalError)
 
 
 def test_an_error_in_the_sink_fails_the_step(driver: Driver) -> None:
