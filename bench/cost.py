@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import signal
 import socket
 import statistics
@@ -27,6 +28,7 @@ import httpx
 import psutil
 
 from core.errors import ConfigError
+from core.wire import STATUS_PERIOD_S
 from engine.engine import THREAD_NAME
 
 START_TIMEOUT_S = 180.0
@@ -122,10 +124,27 @@ def bare_prefill_ms(folder: Path, prompts: list[list[int]], threads: int) -> flo
     return statistics.median(times[1:])
 
 
-async def idle_ttft_ms(url: str, model: str, prompts: list[list[int]]) -> float:
+async def idle_ttft_ms(url: str, model: str, prompts: list[list[int]]) -> tuple[float, float]:
+    """Medians of the time to the first token, and of the part of it that was not the prefill step itself."""
+    times: list[float] = []
+    outside: list[float] = []
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-        times = [(await _stream(client, model, prompt, 2))[0] * 1e3 for prompt in [prompts[0], *prompts]]
-    return statistics.median(times[1:])
+        for prompt in [prompts[0][::-1], *prompts]:  # the first warms up
+            before = await _prefill_step_seconds(client)
+            first, _ = await _stream(client, model, prompt, 1)
+            await asyncio.sleep(2 * STATUS_PERIOD_S)  # until the worker has told
+            times.append(first * 1e3)
+            outside.append((first - (await _prefill_step_seconds(client) - before)) * 1e3)
+    return statistics.median(times[1:]), statistics.median(outside[1:])
+
+
+async def _prefill_step_seconds(client: httpx.AsyncClient) -> float:
+    """Seconds the workers that prefill have computed so far."""
+    metrics = (await client.get("/metrics")).text
+    found = re.findall(
+        r'^slipstream:engine_step_seconds_total\{[^}]*role="(?:prefill|both)"[^}]*\} (\S+)$', metrics, re.MULTILINE
+    )
+    return sum(map(float, found))
 
 
 async def streams(url: str, model: str, prompts: list[list[int]], max_tokens: int) -> int:
@@ -159,7 +178,7 @@ def measure(model: str, folder: Path, flags: list[str], num_streams: int, max_to
     idle = prompts(15, 128)
     with running(model, flags) as (url, launcher, start_s):
         processes = Processes.below(launcher)
-        ttft = asyncio.run(idle_ttft_ms(url, model, idle))
+        ttft, outside = asyncio.run(idle_ttft_ms(url, model, idle))
         asyncio.run(streams(url, model, prompts(num_streams, 32), 8))
         idle_per_s = _cpu_per_second(processes)
         before, started = processes.cpu_outside_engine(), time.monotonic()
@@ -174,6 +193,7 @@ def measure(model: str, folder: Path, flags: list[str], num_streams: int, max_to
         "idle_ttft_ms": ttft,
         "bare_prefill_ms": bare,
         "ttft_overhead_ms": ttft - bare,
+        "ttft_outside_step_ms": outside,
         "tokens_per_s": tokens / took,
         **{f"{k}_cpu_ms_per_token": (after[k] - before[k] - idle_per_s[k] * took) * 1e3 / tokens for k in before},
         **{f"{k}_idle_cpu_ms_per_s": rate * 1e3 for k, rate in idle_per_s.items()},
@@ -196,7 +216,7 @@ def _touched_pool_bytes(process: psutil.Process) -> int:
 @click.command()
 @click.option("--model", default="demo", help="As for serve.")
 @click.option("--streams", "num_streams", default=16, type=click.IntRange(1), help="[default: 16]")
-@click.option("--max-tokens", default=128, type=click.IntRange(2), help="[default: 128]")
+@click.option("--max-tokens", default=128, type=click.IntRange(1), help="[default: 128]")
 @click.option("--colocated", is_flag=True, help="One worker for both phases.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cost(model: str, num_streams: int, max_tokens: int, colocated: bool, as_json: bool) -> None:

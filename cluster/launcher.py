@@ -77,7 +77,6 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
 @contextmanager
 def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[Share]:
     """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields what each worker gets."""
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # read when Serve is imported; its files keep everything
     import ray
 
     own = None if config.cluster.ray_address else Path(tempfile.mkdtemp(prefix="slipstream-"))
@@ -115,6 +114,7 @@ def _deploy(config: SlipstreamConfig, folder: Path, share: Share, checklist: Che
 
     from cluster.app import APP_NAME, build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the checklist says the rest; importing Serve resets it
     with checklist.step("deploy"):
         ray_serve.start(proxy_location="Disabled")
         (handle,) = ray_serve.run_many(

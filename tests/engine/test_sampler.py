@@ -191,6 +191,15 @@ def test_a_token_that_was_cut_off_is_never_drawn() -> None:
     assert set(tokens.tolist()) == set(logits[0].topk(3).indices.tolist())
 
 
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1.0 - 2.0**-53, 3)])
+def test_the_ends_of_the_uniform_range_draw_possible_tokens(
+    uniform: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.sampler.uniforms", lambda seeds, positions: np.full(len(seeds), uniform))
+    tokens, _ = sample(torch.tensor([[9.0, 1.0, 1.0, 1.0, 9.0]]), [row(forbidden=(0, 4))])
+    assert tokens.tolist() == [token]
+
+
 def test_logprobs_are_of_the_models_own_law() -> None:
     logits = torch.tensor([LOGITS, LOGITS, LOGITS, LOGITS])
     rows = [row(temperature=0.0, logprobs=2, logit_bias={4: 100.0}), row(), None, row(temperature=0.0, logprobs=0)]

@@ -218,5 +218,6 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_folder(folder: Path, tmp_p
     configure(elsewhere, rms_norm_eps=0.5)
     assert fingerprint(elsewhere, ModelConfig.from_folder(elsewhere)) != before
     configure(elsewhere, rms_norm_eps=1e-6)
-    rewrite(elsewhere, lambda t: t[NORM].add_(1.0))
+    path = elsewhere / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     assert fingerprint(elsewhere, ModelConfig.from_folder(elsewhere)) != before
