@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +67,7 @@ def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
 
 def main() -> None:
     """Entry point. An error of ours is one line on standard error and exit status 2."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC prints every connection that closes
     try:
         cli()
     except SlipstreamError as error:
