@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -43,11 +44,8 @@ class Controller:
     async def admit(self, worker_id: str, layout: KVLayout) -> Role:
         return self._membership.admit(worker_id, layout, time.monotonic())
 
-    async def announce(self, member: Member) -> None:
-        self._membership.announce(member, time.monotonic())
-
-    async def leave(self, worker_id: str) -> None:
-        self._membership.leave(worker_id)
+    async def announce(self, member: Member) -> Role:
+        return self._membership.announce(member, time.monotonic())
 
     async def members(self) -> list[Member]:
         self._membership.expire(time.monotonic())
@@ -62,6 +60,7 @@ class Worker:
     ) -> None:
         from cluster.worker import load_runner, make_node  # torch is not needed to deploy
 
+        self._config = config
         self._controller = controller
         worker_id = f"worker-{uuid.uuid4().hex[:8]}"
         runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads)
@@ -69,16 +68,24 @@ class Worker:
         self._node = make_node(worker_id, role, runner, config)
         address = await self._node.start(_host(config))
         self._member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)
-        await controller.announce.remote(self._member)
+        await self._announce_once()
         self._announcing = asyncio.ensure_future(self._announce())
 
     async def _announce(self) -> None:
         while True:
             await asyncio.sleep(ANNOUNCE_PERIOD_S)
             try:
-                await self._controller.announce.remote(self._member)
+                await self._announce_once()
             except (RayError, RayServeException) as error:
                 logger.warning("the controller does not answer, trying again: %s", error)
+
+    async def _announce_once(self) -> None:
+        """Say that we are here and take the role that the controller wants filled."""
+        role = await self._controller.announce.remote(self._member)
+        if role is not self._node.role:
+            logger.warning("%s changes from %s to %s", self._member.worker_id, self._node.role, role)
+            self._node.set_role(role, self._config.engine.batched_tokens(role))
+            self._member = msgspec.structs.replace(self._member, role=role)
 
     async def check_health(self) -> None:
         self._node.check_health()

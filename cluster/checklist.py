@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from cluster.signals import Stopped
+
 
 class Line:
     """The step under way; set `note` to what is worth knowing once it is done."""
@@ -27,8 +29,9 @@ class Checklist:
         try:
             with self._console.status(title):
                 yield line
-        except BaseException:
-            self._print("[red]✗[/red]", title, line.note, started)
+        except BaseException as error:
+            note = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else line.note
+            self._print("[red]✗[/red]", title, note, started)
             raise
         self._print("[green]✓[/green]", title, line.note, started)
 

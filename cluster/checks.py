@@ -3,12 +3,12 @@ resources that never come."""
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 
-import psutil
-
 from cluster.config import SlipstreamConfig, parse_bytes
+from cluster.machine import available_memory
 from core.errors import ConfigError
 
 PROCESS_BYTES = 600 * 2**20
@@ -18,18 +18,26 @@ RAY_BYTES = 900 * 2**20
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when somebody listens there already or the address is not ours."""
-    if port == 0:
-        return
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    """Raises ConfigError when the host is unknown, somebody listens there already, or the address is not ours."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot resolve --host {host}; give a name or an address of this machine") from error
+    family, _, _, _, address = found[0]
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(address)
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()} "
-                "(another slipstream serve, perhaps); choose another with --port"
-            ) from error
+            raise ConfigError(f"cannot listen on {host}:{port}: {_why(error)}") from error
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "the address is not one of this machine; choose another with --host"
+    if error.errno == errno.EADDRINUSE:
+        return "address already in use (another slipstream serve, perhaps); choose another with --port"
+    return f"{(error.strerror or str(error)).lower()}; choose another with --port"
 
 
 def check_memory(config: SlipstreamConfig, folder: Path) -> str:
@@ -37,7 +45,7 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     each = weights + parse_bytes(config.engine.kv_cache_memory) + PROCESS_BYTES
     needed = each * config.cluster.num_workers + RAY_BYTES
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if needed > available:
         raise ConfigError(
             f"{config.cluster.num_workers} workers need about {_gib(needed)} of memory and {_gib(available)} are free; "

@@ -62,7 +62,7 @@ def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
 
     from cluster.launcher import serve as run
 
-    run(config, Console())
+    sys.exit(run(config, Console()))
 
 
 def main() -> None:

@@ -102,7 +102,9 @@ class ClusterBackend:
         self._max_waiting = max_waiting
         self._sessions: dict[str, WorkerSession] = {}
         self._attempts: dict[str, Flight] = {}
+        self._connecting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
         self._complete_once = False
         self._news = asyncio.Event()
 
@@ -148,6 +150,11 @@ class ClusterBackend:
             return BackendStatus(ready=False, reason=reason, workers=workers)
         return BackendStatus(ready=True, reason="", workers=workers)
 
+    def check_health(self) -> None:
+        """Raises InternalError when something that should always run has failed."""
+        if self._failure is not None:
+            raise InternalError(f"the gateway no longer follows its workers: {self._failure}")
+
     async def wait_ready(self) -> None:
         """Return once a request would be served."""
         while not self.status().ready:
@@ -160,7 +167,8 @@ class ClusterBackend:
         """Start the next attempt. Without a route the request ends (`refuse`) or the error is raised."""
         request = flight.dispatch.request
         num_tokens = len(request.prompt_token_ids)
-        candidates = [c for s in self._sessions.values() if (c := s.candidate()) is not None]
+        everyone = [c for s in self._sessions.values() if (c := s.candidate()) is not None]
+        candidates = [c for c in everyone if c.worker_id not in flight.dispatch.avoid] or everyone
         if (local := next((c for c in candidates if c.worker_id == local_to), None)) is not None:
             candidates = [local]
         try:
@@ -207,8 +215,9 @@ class ClusterBackend:
     async def _follow_members(self) -> None:
         while True:
             for member in await self._list_members():
-                if member.worker_id not in self._sessions:
-                    await self._connect(member)
+                if member.worker_id not in self._sessions and member.worker_id not in self._connecting:
+                    self._connecting.add(member.worker_id)
+                    self._spawn(self._connect(member))
             await asyncio.sleep(MEMBERS_PERIOD_S)
 
     async def _connect(self, member: Member) -> None:
@@ -217,6 +226,8 @@ class ClusterBackend:
         except Unavailable as error:
             logger.warning("worker %s: %s", member.worker_id, error.message)
             return
+        finally:
+            self._connecting.discard(member.worker_id)
         self._sessions[member.worker_id] = session
         self._spawn(self._listen(session))
 
@@ -230,15 +241,15 @@ class ClusterBackend:
             logger.error("worker %s: %s", session.member.worker_id, error.message)
         finally:
             self._sessions.pop(session.member.worker_id, None)
-            await session.close()
         self._lose(session.member.worker_id)
+        await session.close()
 
     def _hear(self, session: WorkerSession, message: FromWorker) -> None:
         match message:
             case Step(deltas):
                 for delta in deltas:
                     if (flight := self._attempts.get(delta.request_id)) is not None:
-                        self._carry_out(flight, flight.dispatch.on_delta(delta))
+                        self._carry_out(flight, flight.dispatch.on_delta(delta, session.member.worker_id))
             case HandoffFailed(request_id):
                 if (flight := self._attempts.get(request_id)) is not None:
                     self._carry_out(flight, flight.dispatch.on_handoff_failed(request_id))
@@ -252,11 +263,14 @@ class ClusterBackend:
             self._carry_out(flight, flight.dispatch.on_worker_lost(worker_id))
 
     async def _watch_heartbeats(self) -> None:
+        woken = time.monotonic()
         while True:
             await asyncio.sleep(STATUS_PERIOD_S)
-            now = time.monotonic()
+            late, woken = time.monotonic() - woken - STATUS_PERIOD_S, time.monotonic()
             for session in list(self._sessions.values()):
-                if now - session.last_heard > STATUS_TIMEOUT_S:
+                # While this loop stood still it could not hear: that is not the worker's silence.
+                session.last_heard += late
+                if woken - session.last_heard > STATUS_TIMEOUT_S:
                     logger.warning("worker %s has been silent for %g s", session.member.worker_id, STATUS_TIMEOUT_S)
                     session.link.close()
                     await session.close()
@@ -270,3 +284,4 @@ class ClusterBackend:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("background task of the gateway failed", exc_info=error)
+            self._failure = error

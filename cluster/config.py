@@ -20,15 +20,22 @@ from pydantic.fields import FieldInfo
 from core.errors import ConfigError
 from core.types import Role
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", start=1)}
+_UNITS |= {f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
+_MAX_BYTES = 2**63
+_DEFAULT_SEQUENCES = 64
 
 
 def parse_bytes(text: str) -> int:
     """ "512MiB" -> 536870912. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB or GiB, such as 512MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB or TiB, such as 512MiB")
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size >= _MAX_BYTES:
+        raise ValueError("more than any machine has; write a number with KiB, MiB, GiB or TiB, such as 512MiB")
+    return int(size)
 
 
 def _check_bytes(text: str) -> str:
@@ -55,17 +62,41 @@ class EngineSection(Section):
     max_model_len: int | None = Field(
         None, gt=0, description="Longest prompt plus output, in tokens; default: what the model and the KV cache allow"
     )
-    max_num_seqs: int = Field(64, gt=0, le=4096, description="Sequences in one step of a worker")
+    max_num_seqs: int | None = Field(
+        None,
+        gt=0,
+        le=4096,
+        description=f"Sequences in one step; default: {_DEFAULT_SEQUENCES}, or max_num_batched_tokens if that is lower",
+    )
     max_num_batched_tokens: int | None = Field(
-        None, gt=0, description="Tokens in one step; default: 2048 on prefill workers, 512 on the others"
+        None,
+        gt=0,
+        description="Tokens in one step; default: 2048 on prefill workers, 512 on the others, or max_num_seqs if higher",
     )
     prefix_caching: bool = Field(True, description="Reuse the KV of common prefixes")
+
+    @model_validator(mode="after")
+    def _a_token_per_sequence(self) -> EngineSection:
+        tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and sequences is not None and tokens < sequences:
+            raise ValueError(
+                f"max_num_batched_tokens {tokens} is below max_num_seqs {sequences}: "
+                "a step has room for a token of each sequence; raise the one or lower the other"
+            )
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a step takes; never more than its tokens."""
+        if self.max_num_seqs is not None:
+            return self.max_num_seqs
+        return min(_DEFAULT_SEQUENCES, self.max_num_batched_tokens or _DEFAULT_SEQUENCES)
 
     def batched_tokens(self, role: Role) -> int:
         """The token budget of a step for a worker of `role`."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
-        return 2048 if role is Role.PREFILL else 512
+        return max(2048 if role is Role.PREFILL else 512, self.sequences)
 
 
 class ClusterSection(Section):
@@ -84,6 +115,11 @@ class ClusterSection(Section):
             raise ValueError("decode_replicas must be at least 1: nothing could answer")
         if not self.colocated and self.prefill_replicas < 1:
             raise ValueError("prefill_replicas must be at least 1, unless colocated is set")
+        if self.colocated and "prefill_replicas" in self.model_fields_set and self.prefill_replicas > 0:
+            raise ValueError(
+                f"prefill_replicas {self.prefill_replicas} has no meaning with colocated, where decode_replicas workers "
+                "do both; leave it out"
+            )
         return self
 
     @property
@@ -147,8 +183,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
+    except ValueError as error:  # a date or a number that YAML has the form of and Python has not
+        raise ConfigError(f"{path} holds a value that cannot be read: {error}") from error
     if tree is None:
         return {}
+    if isinstance(tree, dict):
+        tree = {name: {} if value is None and name in SECTIONS else value for name, value in tree.items()}
     if not isinstance(tree, dict) or not all(isinstance(tree.get(s, {}), dict) for s in SECTIONS):
         raise ConfigError(
             f"{path}: the file and its sections {', '.join(SECTIONS)} must be mappings of names to values"

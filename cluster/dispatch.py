@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from core.errors import DeadlineExceeded, SlipstreamError, WorkerLost
+from core.errors import DeadlineExceeded, SlipstreamError, Undrawable, WorkerLost
 from core.types import Finish, FinishReason, Request, TokenDelta
 from core.wire import Abort, Generate, Prefill, Receive, ToWorker
 
@@ -64,6 +64,8 @@ class Dispatch:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.ended = False
+        self.avoid: set[str] = set()
+        """Workers that have failed an attempt of this request."""
         self._delivered = list(request.emitted_token_ids)
         self._attempt: _Attempt | None = None
         self._attempts = 0
@@ -99,12 +101,13 @@ class Dispatch:
         """There is no route."""
         return self._end(Finish.from_error(error))
 
-    def on_delta(self, delta: TokenDelta) -> list[Instruction]:
+    def on_delta(self, delta: TokenDelta, worker_id: str) -> list[Instruction]:
+        """A worker says what an attempt has brought."""
         attempt = self._attempt
         if self.ended or attempt is None or delta.request_id != attempt.attempt_id:
             return []
         if delta.finish is not None and delta.finish.reason is FinishReason.ERROR and not delta.token_ids:
-            return self._on_worker_error(delta.finish)
+            return self._on_worker_error(delta.finish, worker_id)
         attempt.early[delta.index] = delta
         instructions: list[Instruction] = []
         while not self.ended and (ready := attempt.early.pop(len(self._delivered), None)) is not None:
@@ -141,10 +144,12 @@ class Dispatch:
         self.ended = True
         return [Deliver(self._renamed(delta)), *self._forget()]
 
-    def _on_worker_error(self, finish: Finish) -> list[Instruction]:
-        """A worker gave up. A mistake of the caller stays one; a fault of ours is worth another try."""
-        if finish.to_error().http_status < 500:
+    def _on_worker_error(self, finish: Finish, worker_id: str) -> list[Instruction]:
+        """A worker gave up. A mistake of the caller stays one; a fault of the worker is worth another try."""
+        error = finish.to_error()
+        if error.http_status < 500 or isinstance(error, Undrawable):
             return self._end(finish)
+        self.avoid.add(worker_id)
         return self._retry(local_to=None, last=finish)
 
     def _retry(self, local_to: str | None, lost: str | None = None, last: Finish | None = None) -> list[Instruction]:

@@ -51,9 +51,10 @@ class Front:
         return status.ready, status.reason
 
     def check_health(self) -> None:
-        """Raises InternalError when the HTTP server has ended by itself."""
+        """Raises InternalError when something of this process has ended by itself."""
         if self._listening and not self._server.listening:
             raise InternalError("the HTTP server has ended")
+        self._backend.check_health()
 
     async def drain(self) -> None:
         """Refuse new requests, let the running ones end within drain_timeout_s, end the others with an error."""

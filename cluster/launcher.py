@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +16,48 @@ from rich.console import Console
 from cluster.checklist import Checklist
 from cluster.checks import check_memory, check_port
 from cluster.config import SlipstreamConfig
+from cluster.machine import usable_cores
 from cluster.resources import Share, share_out
+from cluster.session import session_folder
+from cluster.signals import Stop, Stopped, stop_signals
 from core.errors import ConfigError
 
 READY_TIMEOUT_S = 300.0
+CALL_TIMEOUT_S = 10.0
 POLL_S = 0.1
 
 
-def serve(config: SlipstreamConfig, console: Console) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError for whatever keeps it from starting."""
-    checklist = Checklist(console)
+def serve(config: SlipstreamConfig, console: Console) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP. Returns the exit status: 0 if it had been ready and has drained. Raises
+    ConfigError for whatever keeps it from starting."""
     with stop_signals() as stop:
-        folder = _prepare(config, checklist)
-        with _ray(config, checklist) as share:
-            handle = _deploy(config, folder, share, checklist, stop)
-            if not stop.is_set():
-                _print_urls(config, handle.address.remote().result(), checklist, console)
-                _watch(stop, console)
-            _drain(config, handle, console)
+        try:
+            _serve(config, stop, console)
+        except Stopped:  # the checklist has said where
+            return stop.exit_status
+        except KeyboardInterrupt:
+            how = "at once, without waiting for running requests" if stop.in_order else "before anything was started"
+            console.print(f"Stopped {how}.", highlight=False)
+            return stop.exit_status
+    return 0
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. A second signal interrupts at once."""
-    stop = threading.Event()
+def _serve(config: SlipstreamConfig, stop: Stop, console: Console) -> None:
+    checklist = Checklist(console)
 
-    def handler(_signum: int, _frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    folder = _prepare(config, checklist)
+    with _ray(config, stop, checklist, say) as share:
+        with _application(config, folder, share, stop, checklist, say) as handle:
+            url = _wait_ready(config, handle, stop, checklist)
+            _print_urls(config, url, checklist, console)
+            _watch(stop, say)
+            stopping = time.monotonic()
+            console.quiet = console.is_terminal and stop.signum == signal.SIGHUP  # the terminal has gone
+            _drain(config, handle, say)
+    say(f"Stopped after {time.monotonic() - stopping:.1f} s.")
 
 
 def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
@@ -75,41 +78,69 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
 
 
 @contextmanager
-def _ray(config: SlipstreamConfig, checklist: Checklist) -> Iterator[Share]:
+def _ray(config: SlipstreamConfig, stop: Stop, checklist: Checklist, say: Callable[[str], None]) -> Iterator[Share]:
     """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields what each worker gets."""
+    own = nullcontext() if config.cluster.ray_address else session_folder(say)
+    with own as folder:
+        if folder is not None:
+            # Ray replaces a loopback address by the machine's, unless it takes itself to be on a system without
+            # clusters; it reads this when it is imported.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        import ray
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        stop.in_order = True
+        try:
+            with checklist.step("ray") as line:
+                _init_ray(config, folder, stop)
+                resources = ray.cluster_resources()
+                share = share_out(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+                line.note = str(share)
+            yield share
+        except (RayError, RayServeException) as error:
+            raise ConfigError(f"the Ray cluster does not answer: {_last_line(str(error))}") from error
+        finally:
+            ray.shutdown()
+
+
+def _init_ray(config: SlipstreamConfig, folder: Path | None, stop: Stop) -> None:
     import ray
 
-    own = None if config.cluster.ray_address else Path(tempfile.mkdtemp(prefix="slipstream-"))
     options: dict[str, Any] = {"namespace": "slipstream", "log_to_driver": False, "logging_level": logging.ERROR}
-    if own is None:
+    if folder is None:
         options["address"] = config.cluster.ray_address
     else:
         options |= {
             "address": "local",
-            "num_cpus": os.cpu_count(),
+            "num_cpus": usable_cores(),
             "object_store_memory": 80 * 2**20,
             "include_dashboard": False,
-            "_temp_dir": str(own),
+            "_temp_dir": str(folder),
             "_node_ip_address": "127.0.0.1",
         }
     try:
-        with checklist.step("ray") as line:
-            try:
-                ray.init(**options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(f"Ray does not start: {str(error).splitlines()[0]}") from error
-            resources = ray.cluster_resources()
-            share = share_out(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
-            line.note = str(share)
-        yield share
-    finally:
-        ray.shutdown()
-        if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"Ray does not start: {str(error).splitlines()[0]}") from error
+    except SystemExit as error:  # while it starts, SIGTERM goes to a handler of Ray's that ends in this
+        stop.signum = signal.SIGTERM
+        raise Stopped from error
+    stop.install()  # Ray has put handlers of its own there
+    stop.check()
 
 
-def _deploy(config: SlipstreamConfig, folder: Path, share: Share, checklist: Checklist, stop: threading.Event) -> Any:
-    """Deploy and wait until a request would succeed, or `stop`."""
+@contextmanager
+def _application(
+    config: SlipstreamConfig,
+    folder: Path,
+    share: Share,
+    stop: Stop,
+    checklist: Checklist,
+    say: Callable[[str], None],
+) -> Iterator[Any]:
+    """Deploys; yields the handle of the gateway. From a cluster that is not ours the application is deleted in any
+    case; one of our own takes it along, and is given time to end in order if it was ready."""
     from ray import serve as ray_serve
 
     from cluster.app import APP_NAME, build
@@ -117,35 +148,74 @@ def _deploy(config: SlipstreamConfig, folder: Path, share: Share, checklist: Che
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the checklist says the rest; importing Serve resets it
     with checklist.step("deploy"):
         ray_serve.start(proxy_location="Disabled")
-        (handle,) = ray_serve.run_many(
-            [ray_serve.RunTarget(target=build(config, str(folder), share), name=APP_NAME, route_prefix=None)],
-            wait_for_applications_running=False,
-        )
+        stop.install()
+        stop.check()
+        if APP_NAME in ray_serve.status().applications:
+            raise ConfigError(
+                f"the Ray cluster at {config.cluster.ray_address} runs an application {APP_NAME} already; stop that "
+                "one first, or use another cluster"
+            )
+    ended = False
+    try:
+        target = ray_serve.RunTarget(target=build(config, str(folder), share), name=APP_NAME, route_prefix=None)
+        (handle,) = ray_serve.run_many([target], wait_for_applications_running=False)
+        yield handle
+        ended = True
+    finally:
+        if ended or config.cluster.ray_address:
+            _delete(say)
+
+
+def _delete(say: Callable[[str], None]) -> None:
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from cluster.app import APP_NAME
+
+    try:
+        ray_serve.delete(APP_NAME)  # Serve itself goes with the cluster, or stays if the cluster is not ours
+    except (RayError, RayServeException, TimeoutError) as error:
+        say(f"the application {APP_NAME} could not be deleted from the cluster: {_last_line(str(error))}")
+
+
+def _wait_ready(config: SlipstreamConfig, handle: Any, stop: Stop, checklist: Checklist) -> str:
+    """Wait until a request would succeed; returns the gateway's URL. Raises Stopped, and ConfigError with the reason
+    when it does not come to that."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
     for name in ("controller", "worker-tp1-pp1", "gateway"):
         with checklist.step(name) as line:
             _wait_healthy(name, stop)
             line.note = "running"
     with checklist.step("ready") as line:
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not stop.is_set():
-            ready, reason = handle.ready.remote().result()
+        while True:
+            stop.check()
+            try:
+                ready, reason = handle.ready.remote().result(timeout_s=CALL_TIMEOUT_S)
+                url = str(handle.address.remote().result(timeout_s=CALL_TIMEOUT_S))
+            except (RayError, RayServeException, TimeoutError) as error:  # Serve starts another gateway
+                ready, reason = False, f"the gateway does not answer: {_last_line(str(error))}"
             if ready:
                 break
             if time.monotonic() > deadline:
                 raise ConfigError(f"not ready after {READY_TIMEOUT_S:g} s: {reason}")
-            time.sleep(POLL_S)
+            stop.wait(POLL_S)
         line.note = ", ".join(f"{count} {role.value}" for role, count in config.cluster.roles.items())
-    return handle
+    return url
 
 
-def _wait_healthy(deployment: str, stop: threading.Event) -> None:
-    """Raises ConfigError with what the replica said when it can't start."""
+def _wait_healthy(deployment: str, stop: Stop) -> None:
+    """Raises ConfigError with what the replica said when it can't start, and Stopped."""
     from ray import serve as ray_serve
 
     from cluster.app import APP_NAME
 
     deadline = time.monotonic() + READY_TIMEOUT_S
-    while not stop.is_set():
+    while True:
+        stop.check()
         app = ray_serve.status().applications.get(APP_NAME)
         state = app.deployments.get(deployment) if app is not None else None
         if state is not None and state.status == "HEALTHY":
@@ -155,7 +225,7 @@ def _wait_healthy(deployment: str, stop: threading.Event) -> None:
             raise ConfigError(f"{deployment} does not start: {_last_line(state.message if state else app.message)}")
         if time.monotonic() > deadline:
             raise ConfigError(f"{deployment} is not up after {READY_TIMEOUT_S:g} s; see the logs of Ray Serve")
-        time.sleep(POLL_S)
+        stop.wait(POLL_S)
 
 
 def _last_line(message: str) -> str:
@@ -179,32 +249,32 @@ def _print_urls(config: SlipstreamConfig, url: str, checklist: Checklist, consol
     )
 
 
-def _watch(stop: threading.Event, console: Console) -> None:
-    """Wait for the signal; say so when a deployment changes its health."""
+def _watch(stop: Stop, say: Callable[[str], None]) -> None:
+    """Wait for the signal; say so when the application changes its health."""
     from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from cluster.app import APP_NAME
 
-    last = "RUNNING"
+    last = "running"
     while not stop.wait(1.0):
-        app = ray_serve.status().applications.get(APP_NAME)
-        now = str(app.status.value if app is not None else "GONE")
+        try:
+            app = ray_serve.status().applications.get(APP_NAME)
+            now = app.status.value.lower() if app is not None else "gone"
+        except (RayError, RayServeException) as error:  # requests don't pass through Serve
+            now = f"not answering: {_last_line(str(error))}"
         if now != last:
-            console.print(f"cluster is {now.lower()}", highlight=False)
+            say(f"cluster is {now}")
             last = now
 
 
-def _drain(config: SlipstreamConfig, handle: Any, console: Console) -> None:
-    from ray import serve as ray_serve
+def _drain(config: SlipstreamConfig, handle: Any, say: Callable[[str], None]) -> None:
     from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    from cluster.app import APP_NAME
-
-    console.print(f"Draining, at most {config.gateway.drain_timeout_s:g} s …", highlight=False)
-    started = time.monotonic()
+    say(f"Draining, at most {config.gateway.drain_timeout_s:g} s …")
     try:
         handle.drain.remote().result(timeout_s=config.gateway.drain_timeout_s + 1.0)
-    except (RayError, TimeoutError) as error:
-        console.print(f"the gateway did not drain: {str(error).splitlines()[0]}", highlight=False)
-    ray_serve.delete(APP_NAME)  # Serve itself goes with the cluster, or stays if the cluster is not ours
-    console.print(f"Stopped after {time.monotonic() - started:.1f} s.", highlight=False)
+    except (RayError, RayServeException, TimeoutError) as error:
+        say(f"the gateway did not drain: {_last_line(str(error))}")

@@ -14,11 +14,16 @@ def max_model_len(config: ModelConfig, engine: EngineSection, dtype: str | None 
     on a request that would only fit in bfloat16."""
     token_bytes = config.kv_token_bytes(dtype or ("bfloat16" if engine.dtype == "auto" else engine.dtype))
     cache = parse_bytes(engine.kv_cache_memory) // token_bytes // engine.block_size * engine.block_size
+    if cache < 1:
+        raise ConfigError(
+            f"--kv-cache-memory {engine.kv_cache_memory} holds no block: "
+            f"{engine.block_size} tokens of this model need {token_bytes * engine.block_size} bytes"
+        )
     limit = min(config.max_position_embeddings, cache)
     wanted = engine.max_model_len
-    if limit < 1 or (wanted is not None and wanted > limit):
+    if wanted is not None and wanted > limit:
         raise ConfigError(
-            f"--max-model-len {wanted or 1} is above what can be served: the model takes "
+            f"--max-model-len {wanted} is above what can be served: the model takes "
             f"{config.max_position_embeddings} tokens and --kv-cache-memory {engine.kv_cache_memory} holds {cache}"
         )
     return wanted or limit

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 from msgspec import Struct
 
 from core.types import Role
@@ -43,23 +44,30 @@ class Membership:
         self._roles[worker_id] = (role, layout, now)
         return role
 
-    def announce(self, member: Member, now: float) -> None:
-        """A worker is up and serves under `member.address`. Its word on its role stands: we may be a new controller."""
+    def announce(self, member: Member, now: float) -> Role:
+        """A worker is up and serves under `member.address`. Returns the role it is to have: its own, unless there are
+        too many of that and too few of another. That happens when a worker is replaced before its death is noticed, or
+        when this controller is new and has had to guess."""
+        self.expire(now)
         self._roles[member.worker_id] = (member.role, member.layout, now)
-        self._members[member.worker_id] = member
-
-    def leave(self, worker_id: str) -> None:
-        self._roles.pop(worker_id, None)
-        self._members.pop(worker_id, None)
+        role = member.role
+        if self._missing(role) < 0 and self._missing(scarce := self._most_wanted()) > 0:
+            role = scarce
+        self._roles[member.worker_id] = (role, member.layout, now)
+        self._members[member.worker_id] = msgspec.structs.replace(member, role=role)
+        return role
 
     def expire(self, now: float) -> None:
         for worker_id in [w for w, (_, _, seen) in self._roles.items() if now - seen > MEMBER_TIMEOUT_S]:
-            self.leave(worker_id)
+            self._roles.pop(worker_id)
+            self._members.pop(worker_id, None)
 
     def members(self) -> list[Member]:
         return list(self._members.values())
 
     def _most_wanted(self) -> Role:
-        have = [role for role, _, _ in self._roles.values()]
-        missing = {role: count - have.count(role) for role, count in self.wanted.items() if count}
-        return max(missing, key=lambda role: missing[role])
+        return max((role for role, count in self.wanted.items() if count), key=self._missing)
+
+    def _missing(self, role: Role) -> int:
+        """How many workers of this role are lacking; negative when there are too many."""
+        return self.wanted.get(role, 0) - sum(given is role for given, _, _ in self._roles.values())

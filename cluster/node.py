@@ -39,6 +39,9 @@ from prefill_workers.worker import PrefillWorker
 
 logger = logging.getLogger(__name__)
 
+STEP_TIMEOUT_S = 120.0
+"""No step takes this long on a device that works."""
+
 Session = Link[ToWorker, FromWorker]
 
 
@@ -56,7 +59,7 @@ class WorkerNode:
     def __init__(self, worker_id: str, role: Role, runner: ModelRunner, scheduler: Scheduler, lease_s: float) -> None:
         self.worker_id = worker_id
         self.role = role
-        self._runner = runner
+        self.runner = runner
         self._scheduler = scheduler
         self._engine = Engine(runner, scheduler, self._on_report)
         self._lease_s = lease_s
@@ -67,8 +70,9 @@ class WorkerNode:
 
     async def start(self, host: str) -> str:
         self._loop = asyncio.get_running_loop()
-        self._giver = Giver(self._runner.pool, lease_s=self._lease_s, on_released=self._on_released)
-        self._taker = Taker(self._runner.pool)
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._giver = Giver(self.runner.pool, lease_s=self._lease_s, on_released=self._on_released)
+        self._taker = Taker(self.runner.pool)
         self._prefill = PrefillWorker(self._engine, self._giver)
         self._decode = DecodeWorker(self._engine, self._taker, self._on_handoff_failed)
         self._server.add_service(WORKER_SERVICE, ToWorker, self._on_session)  # type: ignore[arg-type]
@@ -87,12 +91,19 @@ class WorkerNode:
         await self._taker.close()
         await self._giver.close()
         await asyncio.to_thread(self._engine.stop)
-        self._runner.pool.close()
+        self.runner.pool.close()
 
     def check_health(self) -> None:
         """Raises InternalError when the engine can't serve any more."""
         if not self._engine.alive:
             raise self._engine.failure or InternalError("the engine thread has ended")
+        if (seconds := self._engine.seconds_in_step) > STEP_TIMEOUT_S:
+            raise InternalError(f"a step has been running for {seconds:.0f} s")
+
+    def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
+        """Be used for something else from now on. What is under way goes on: every worker can do either."""
+        self.role = role
+        self._engine.set_step_tokens(max_num_batched_tokens)
 
     @property
     def num_owned(self) -> int:
@@ -102,15 +113,26 @@ class WorkerNode:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def _on_session(self, session: Session) -> None:
+        """For as long as the gateway holds the session and something can be computed here. What was asked over it ends
+        with it."""
+        if self._broken.done():
+            return
         self._sessions.add(session)
         session.send(self.status())
+        reading = asyncio.ensure_future(self._read(session))
         try:
-            async for message in session:
-                self._handle(session, message)
+            await asyncio.wait({reading, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
         finally:
+            reading.cancel()
             self._sessions.discard(session)
             for request_id in [r for r, owned in self._owned.items() if owned.session is session]:
                 self._abort(request_id)
+
+    async def _read(self, session: Session) -> None:
+        async for message in session:
+            self._handle(session, message)
 
     def _handle(self, session: Session, message: ToWorker) -> None:
         match message:
@@ -153,6 +175,8 @@ class WorkerNode:
             session.send(Step(deltas))
         for sequence in report.granted:
             self._decode.granted(sequence)
+        if self._engine.failure is not None and not self._broken.done():
+            self._broken.set_result(None)  # every session ends, so that gateways go elsewhere at once
 
     def _advance(self, owned: _Owned, update: SequenceUpdate) -> None:
         request_id = update.sequence.request_id
@@ -193,8 +217,8 @@ class WorkerNode:
             num_waiting=stats.num_waiting,
             num_waiting_tokens=stats.num_waiting_tokens,
             num_free_blocks=stats.num_free_blocks,
-            num_blocks=self._runner.pool.num_blocks,
-            block_size=self._runner.layout.block_size,
+            num_blocks=self.runner.pool.num_blocks,
+            block_size=self.runner.layout.block_size,
             max_num_seqs=self._scheduler.config.max_num_seqs,
             counters=WorkerCounters(
                 prompt_tokens=stats.prompt_tokens,

@@ -35,6 +35,8 @@ def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> Share:
             "lower --cpus-per-worker or the number of replicas"
         )
     wanted = config.engine.device == "cuda" or (config.engine.device == "auto" and gpus >= 1)
+    if wanted and gpus < 1:
+        raise ConfigError("--device cuda: there is no GPU here; use --device cpu or auto")
     if wanted and gpus < workers:
         raise ConfigError(
             f"{workers} workers need a GPU each and the cluster has {gpus:g}; "

@@ -31,8 +31,8 @@ def make_node(worker_id: str, role: Role, runner: ModelRunner, config: Slipstrea
     engine = config.engine
     scheduler = Scheduler(
         SchedulerConfig(
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=max(engine.batched_tokens(role), engine.max_num_seqs),
+            max_num_seqs=engine.sequences,
+            max_num_batched_tokens=engine.batched_tokens(role),
             max_model_len=max_model_len(runner.config, engine, runner.layout.dtype),
         ),
         BlockManager(runner.pool.num_blocks, engine.block_size, enable_prefix_caching=engine.prefix_caching),

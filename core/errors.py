@@ -11,6 +11,7 @@ SlipstreamError
 │   └── WorkerLost            503  the worker died while it held the request
 ├── DeadlineExceeded          504
 ├── InternalError             500  a defect of ours
+│   └── Undrawable            500  no token can be drawn: what the model computed for this request is no law
 ├── TransferError             500  a hand-off did not commit; never reaches a user unless every fallback failed
 │   ├── LayoutMismatch        500  two sides whose caches can't be joined; `field` names the difference
 │   ├── ChecksumMismatch      500
@@ -102,6 +103,12 @@ class InternalError(SlipstreamError):
     pass
 
 
+class Undrawable(InternalError):
+    """Comes of the request and the model, so another worker would not do better."""
+
+    code = "undrawable"
+
+
 class TransferError(SlipstreamError):
     type = "transfer_error"
 
@@ -134,6 +141,15 @@ class ModelError(ConfigError):
 
 BY_CODE: dict[str, type[SlipstreamError]] = {
     cls.__name__: cls
-    for cls in (InvalidRequest, Cancelled, Overloaded, Unavailable, WorkerLost, DeadlineExceeded, InternalError)
+    for cls in (
+        InvalidRequest,
+        Cancelled,
+        Overloaded,
+        Unavailable,
+        WorkerLost,
+        DeadlineExceeded,
+        InternalError,
+        Undrawable,
+    )
 }
 """Errors that may end a request, by the name that travels in `Finish.error`."""

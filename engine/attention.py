@@ -3,7 +3,8 @@
 What the layers share is prepared once per step. Sequences with the same few rows (decoding: one; verifying a draft: its
 nodes) attend together over blocks padded to the longest of them, with the query heads of a KV head folded into the
 query axis, so that K and V are not repeated. A longer chunk attends by itself: over its own K and V when nothing is
-cached before it, else over what the cache holds.
+cached before it, else over what the cache holds. Layers with a sliding window are planned for apart, by the length of
+their window, and read no block that all rows of a sequence have left behind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 
 from engine.step import StepBatch
+from engine.visibility import Visibility
 
 FOLD_ROWS = 32
 """Chunks of at most this many rows attend together."""
@@ -45,22 +47,34 @@ class PagedAttention:
         self._slotted = cache.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_size]
         self._blocks = cache.flatten(1, 2)  # [layers, 2 * blocks, block_size, kv_heads, head_size]
         self._slots = torch.from_numpy(batch.slots).to(cache.device)
-        self._parts = list(_plan(batch, cache))
+        self._batch = batch
+        self._cache = cache
+        self._longest = int((batch.context_lens + np.diff(batch.query_starts)).max(initial=0))
+        self._plans: dict[int | None, list[_Part]] = {}
         self._on_written = on_written
 
-    def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, window: int | None = None) -> torch.Tensor:
         """query: [tokens, heads, head_size], kv: [tokens, 2, kv_heads, head_size], both after RoPE; returns
-        [tokens, heads * head_size]."""
+        [tokens, heads * head_size]. With a window, a row sees only the last `window` positions up to its own."""
         self._slotted[layer].index_copy_(1, self._slots, kv.transpose(0, 1))
         if self._on_written is not None:
             self._on_written(layer)
         blocks = self._blocks[layer]
-        if len(self._parts) == 1:
-            return self._parts[0](query, kv, blocks)
+        parts = self._plans.get(window) or self._plan(window)
+        if len(parts) == 1:
+            return parts[0](query, kv, blocks)
         mixed = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-        for part in self._parts:
+        for part in parts:
             mixed[part.rows] = part(query, kv, blocks)
         return mixed
+
+    def _plan(self, window: int | None) -> list[_Part]:
+        """For all layers of this window, when the first of them runs. One that hides nothing is none."""
+        reach = window if window is not None and window < self._longest else None
+        if reach not in self._plans:
+            self._plans[reach] = list(_plan(self._batch, self._cache, reach))
+        self._plans[window] = self._plans[reach]
+        return self._plans[window]
 
 
 class _FreshChunk:
@@ -139,36 +153,41 @@ def _attend_grouped(
 # --- what is prepared once per step --------------------------------------------------------------------------------
 
 
-def _plan(batch: StepBatch, cache: torch.Tensor) -> Iterator[_Part]:
-    starts, block_size = batch.query_starts, cache.shape[3]
-    counts = np.diff(starts)
-    lengths = batch.context_lens + counts
-    trees = _trees(batch)
+def _plan(batch: StepBatch, cache: torch.Tensor, window: int | None) -> Iterator[_Part]:
+    sight = Visibility(batch, cache.shape[3], window)
+    counts = np.diff(batch.query_starts)
+    blocks = -(-(batch.context_lens + counts) // cache.shape[3]) - sight.first_blocks
     short: dict[int, list[int]] = {}
     for sequence, (count, context) in enumerate(zip(counts.tolist(), batch.context_lens.tolist(), strict=True)):
-        start = int(starts[sequence])
-        if count > 1 and context == 0 and sequence not in trees:
+        start = int(batch.query_starts[sequence])
+        causal = sequence not in sight.trees and (window is None or count <= window)
+        if count > 1 and context == 0 and causal:
             yield _FreshChunk(start, start + count)
         elif count > FOLD_ROWS:
-            seen = _seen([sequence], batch, int(lengths[sequence]), trees)
-            blocks = batch.block_tables[sequence][: -(-int(lengths[sequence]) // block_size)]
-            yield _Chunk(start, start + count, _both(blocks, cache), _mask(seen, cache))
+            yield _chunk(sequence, batch, cache, sight)
         else:
             short.setdefault(count, []).append(sequence)
     for count, sequences in short.items():
-        for bucket in _buckets(sequences, -(-lengths // block_size)):
-            yield _fold(bucket, count, batch, cache, trees)
+        for bucket in _buckets(sequences, blocks):
+            yield _fold(bucket, count, batch, cache, sight)
 
 
-def _fold(
-    sequences: list[int], count: int, batch: StepBatch, cache: torch.Tensor, trees: dict[int, NDArray[np.bool_]]
-) -> _Fold:
-    block_size = cache.shape[3]
-    used = [-(-(int(batch.context_lens[s]) + count) // block_size) for s in sequences]
-    tables = np.empty((len(sequences), max(used)), np.int64)
-    for row, (sequence, blocks) in enumerate(zip(sequences, used, strict=True)):
+def _chunk(sequence: int, batch: StepBatch, cache: torch.Tensor, sight: Visibility) -> _Chunk:
+    start, end = int(batch.query_starts[sequence]), int(batch.query_starts[sequence + 1])
+    length, block_size = int(batch.context_lens[sequence]) + end - start, cache.shape[3]
+    first = int(sight.first_blocks[sequence])
+    seen = sight.of([sequence], length - first * block_size)
+    blocks = batch.block_tables[sequence][first : -(-length // block_size)]
+    return _Chunk(start, end, _both(blocks, cache), _mask(seen, cache))
+
+
+def _fold(sequences: list[int], count: int, batch: StepBatch, cache: torch.Tensor, sight: Visibility) -> _Fold:
+    firsts = sight.first_blocks[sequences]
+    used = -(-(batch.context_lens[sequences] + count) // cache.shape[3]) - firsts
+    tables = np.empty((len(sequences), int(used.max())), np.int64)
+    for row, (sequence, first, blocks) in enumerate(zip(sequences, firsts.tolist(), used.tolist(), strict=True)):
         table = batch.block_tables[sequence]
-        tables[row, :blocks] = table[:blocks]
+        tables[row, :blocks] = table[first : first + blocks]
         tables[row, blocks:] = table[0]  # masked; a block of its own, so that no other sequence's numbers are read
     rows = (batch.query_starts[sequences][:, None] + np.arange(count)).ravel()
     contiguous = rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
@@ -176,7 +195,7 @@ def _fold(
         slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else torch.from_numpy(rows).to(cache.device),
         (len(sequences), count),
         _both(tables.ravel(), cache),
-        _mask(_seen(sequences, batch, tables.shape[1] * block_size, trees), cache),
+        _mask(sight.of(sequences, tables.shape[1] * cache.shape[3]), cache),
     )
 
 
@@ -194,35 +213,6 @@ def _buckets(sequences: list[int], blocks: NDArray[np.int64]) -> Iterator[list[i
             bucket, longest = [], int(blocks[sequence])
         bucket.append(sequence)
     yield sorted(bucket)
-
-
-def _trees(batch: StepBatch) -> dict[int, NDArray[np.bool_]]:
-    """For each sequence whose rows are no plain chain: [rows, rows], true where a row sees another of the step."""
-    trees: dict[int, NDArray[np.bool_]] = {}
-    if batch.tree_parents is None:
-        return trees
-    for sequence, (start, end) in enumerate(zip(batch.query_starts, batch.query_starts[1:], strict=False)):
-        parents = batch.tree_parents[start:end]
-        if not np.array_equal(parents, np.arange(-1, len(parents) - 1)):
-            seen = np.eye(len(parents), dtype=np.bool_)
-            for row, parent in enumerate(parents.tolist()):
-                if parent >= 0:
-                    seen[row] |= seen[parent]
-            trees[sequence] = seen
-    return trees
-
-
-def _seen(sequences: list[int], batch: StepBatch, width: int, trees: dict[int, NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """[sequences, rows of each, width]: which logical indices each row sees."""
-    start = batch.query_starts[sequences[0]]
-    rows = np.arange(batch.query_starts[sequences[0] + 1] - start)
-    contexts = batch.context_lens[sequences]
-    seen = np.arange(width) <= (contexts[:, None] + rows)[:, :, None]
-    for index, sequence in enumerate(sequences):
-        if (tree := trees.get(sequence)) is not None:
-            context = int(contexts[index])
-            seen[index, :, context : context + len(rows)] = tree
-    return seen
 
 
 def _mask(seen: NDArray[np.bool_], cache: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from core.errors import InternalError, InvalidRequest
@@ -65,6 +66,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self._step_seconds = 0.0
+        self._step_started: float | None = None
         self.failure: InternalError | None = None
         self.stats = self._snapshot()
 
@@ -77,6 +79,12 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self._runner.shutdown()
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the step under way has been running; 0 between steps."""
+        started = self._step_started
+        return 0.0 if started is None else time.monotonic() - started
 
     @property
     def alive(self) -> bool:
@@ -103,6 +111,10 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a sequence in whatever state, without a report. Unknown ids are ignored."""
         self._commands.put(lambda: self._drop(request_id, self._scheduler.abort))
+
+    def set_step_tokens(self, max_num_batched_tokens: int) -> None:
+        """Change the token budget of a step."""
+        self._commands.put(lambda: self._set_step_tokens(max_num_batched_tokens))
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -133,7 +145,10 @@ class Engine:
         return False
 
     def _step(self, schedule: Schedule) -> list[SequenceUpdate]:
+        self._step_started = time.monotonic()
         future = self._runner.submit(build_batch(schedule))
+        future.exception()  # waits
+        self._step_started = None
         if error := future.exception():
             return self._fail(error)
         output = future.result()
@@ -153,7 +168,8 @@ class Engine:
                 self._prompt_tokens += update.sequence.num_prompt_tokens
 
     def _fail(self, error: BaseException) -> list[SequenceUpdate]:
-        """A step raised: device state is unknown, so nothing that lives here can go on."""
+        """A step raised: device state is unknown, so nothing that lives here can go on. Blocks that a peer may still be
+        reading are freed too; no step will ever write to them."""
         logger.error("engine step failed; the worker will be replaced", exc_info=error)
         self.failure = InternalError(f"engine step failed: {error}")
         victims = list(self._live.values())
@@ -177,6 +193,9 @@ class Engine:
     def _join(self, request_id: str, token_ids: list[int]) -> None:
         if request_id in self._live:  # it may have been aborted while its KV was on the way
             self._scheduler.join(request_id, token_ids)
+
+    def _set_step_tokens(self, max_num_batched_tokens: int) -> None:
+        self._scheduler.config = replace(self._scheduler.config, max_num_batched_tokens=max_num_batched_tokens)
 
     def _drop(self, request_id: str, free: Callable[[str], object]) -> None:
         if self._live.pop(request_id, None) is not None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine.linear import Linear
+from engine.rope import Angles, Rope
 
 
 class RMSNorm:
@@ -20,6 +21,24 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class HeadNorms:
+    """RMSNorm of each query and key head, then RoPE, in place."""
+
+    __slots__ = ("_eps", "_rotate_", "_scales", "_shape")
+
+    def __init__(self, scales: torch.Tensor, eps: float, rope: Rope) -> None:
+        """`scales`: [query heads + key heads, head_size]."""
+        self._scales = scales
+        self._shape = tuple(scales.shape[1:])
+        self._eps = eps
+        self._rotate_ = rope.rotate_
+
+    def __call__(self, heads: torch.Tensor, angles: Angles) -> None:
+        """heads: [tokens, query heads + key heads, head_size]."""
+        torch.mul(torch.rms_norm(heads, self._shape, None, self._eps), self._scales, out=heads)
+        self._rotate_(heads, angles)
 
 
 class SwiGLU:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,16 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import ModelError
-from engine.models.registry import SUPPORTED
-
-ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-"""The kinds of rotary embedding we run, and the parameters each must have. `dynamic` and `longrope` are not among them:
-their frequencies depend on how long the sequence will get, so cached keys would be wrong once it has grown."""
+from engine.models.registry import FAMILIES, SUPPORTED, Family
+from engine.rope_config import RopeConfig, read_rope
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -29,7 +20,8 @@ _Count = Annotated[int, Meta(ge=1)]
 
 
 class _Fields(msgspec.Struct, frozen=True, kw_only=True):
-    """config.json as its authors write it; what may be left out has the default of the Transformers class."""
+    """config.json as its authors write it; what may be left out has the default of Transformers' LlamaConfig, unless
+    the family has one of its own."""
 
     architectures: list[str]
     vocab_size: _Count
@@ -40,7 +32,11 @@ class _Fields(msgspec.Struct, frozen=True, kw_only=True):
     num_key_value_heads: _Count | None = None
     head_dim: _Count | None = None
     max_position_embeddings: _Count
+    original_max_position_embeddings: _Count | None = None
     sliding_window: _Count | None = None
+    use_sliding_window: bool = False
+    max_window_layers: Annotated[int, Meta(ge=0)] = 28
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     rms_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool = False
@@ -50,15 +46,8 @@ class _Fields(msgspec.Struct, frozen=True, kw_only=True):
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_theta: float | None = None
+    partial_rotary_factor: float | None = None
     quantization_config: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """`parameters` are those of Transformers' `rope_parameters`: rope_theta, and what the type asks for."""
-
-    rope_type: str
-    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +61,17 @@ class ModelConfig:
     num_kv_heads: int
     head_size: int
     max_position_embeddings: int
-    """Longest sequence that the model computes as its authors meant: no more than its sliding window, if it has one."""
+    """Longest sequence that the model computes as its authors meant."""
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
+    head_norms: bool
+    fused: bool
+    windows: tuple[int | None, ...]
+    """By layer: a row sees no more than this many positions, its own the last. None is all."""
     eos_token_ids: tuple[int, ...]
     """Of generation_config.json and config.json together."""
 
@@ -98,8 +92,9 @@ class ModelConfig:
     ) -> ModelConfig:
         """From the contents of config.json and generation_config.json; `source` is named in errors."""
         architecture = _architecture(config, source)
+        family = FAMILIES[architecture]
         try:
-            fields = msgspec.convert(config, _Fields)
+            fields = msgspec.convert({**family.defaults, **config}, _Fields)
         except msgspec.ValidationError as error:
             raise ModelError(f"{source}: {error}; this field must be right for {architecture} to run") from error
         heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads or fields.num_attention_heads
@@ -114,6 +109,7 @@ class ModelConfig:
                 f"{source}: quantization_config says {method}; quantized weights are not supported, "
                 "use the model's bfloat16, float16 or float32 weights"
             )
+        rope = _rope(fields, family, head_size, source)
         return cls(
             architecture=architecture,
             vocab_size=fields.vocab_size,
@@ -123,14 +119,16 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=head_size,
-            max_position_embeddings=min(
-                fields.max_position_embeddings, fields.sliding_window or fields.max_position_embeddings
-            ),
+            max_position_embeddings=rope.longest(fields.max_position_embeddings),
             rms_norm_eps=fields.rms_norm_eps,
-            rope=_rope(fields, source),
+            rope=rope,
             tie_word_embeddings=fields.tie_word_embeddings,
-            attention_bias=fields.attention_bias,
-            mlp_bias=fields.mlp_bias,
+            qkv_bias=fields.attention_bias if family.qkv_bias is None else family.qkv_bias,
+            out_bias=fields.attention_bias if family.out_bias is None else family.out_bias,
+            mlp_bias=fields.mlp_bias if family.mlp_bias is None else family.mlp_bias,
+            head_norms=family.head_norms,
+            fused=family.fused,
+            windows=_windows(fields, family, source),
             eos_token_ids=_eos_token_ids(generation_config or {}, fields),
         )
 
@@ -169,22 +167,32 @@ def _architecture(config: dict[str, Any], source: str) -> str:
     return str(names[0])
 
 
-def _rope(fields: _Fields, source: str) -> RopeConfig:
+def _rope(fields: _Fields, family: Family, head_size: int, source: str) -> RopeConfig:
     """Transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling."""
-    parameters = dict(fields.rope_parameters or fields.rope_scaling or {})
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    if rope_type not in ROPE_TYPES:
-        raise ModelError(f"{source}: rope_type {rope_type} is not supported; supported are {', '.join(ROPE_TYPES)}")
-    parameters.setdefault("rope_theta", fields.rope_theta or 10000.0)
-    if rope_type in ("llama3", "yarn"):
-        parameters.setdefault("original_max_position_embeddings", fields.max_position_embeddings)
-    for name in ("rope_theta", *ROPE_TYPES[rope_type]):
-        if not isinstance(parameters.get(name), int | float) or not parameters[name] > 0:
-            raise ModelError(f"{source}: {name} of rope_type {rope_type} must be a number above 0")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
-    return RopeConfig(rope_type, parameters)
+    return read_rope(
+        fields.rope_parameters or fields.rope_scaling or {},
+        theta=fields.rope_theta or 10000.0,
+        head_size=head_size,
+        max_position_embeddings=fields.max_position_embeddings,
+        original_max_position_embeddings=fields.original_max_position_embeddings,
+        partial_rotary_factor=fields.partial_rotary_factor,
+        may_be_partial=family.partial_rotary,
+        source=source,
+    )
+
+
+def _windows(fields: _Fields, family: Family, source: str) -> tuple[int | None, ...]:
+    layers = fields.num_hidden_layers
+    if family.windows == "none" or (family.windows == "some" and not fields.use_sliding_window):
+        return (None,) * layers
+    if family.windows == "all":
+        return (fields.sliding_window,) * layers
+    kinds = fields.layer_types or [
+        "sliding_attention" if layer >= fields.max_window_layers else "full_attention" for layer in range(layers)
+    ]
+    if len(kinds) != layers:
+        raise ModelError(f"{source}: layer_types names {len(kinds)} layers, num_hidden_layers {layers}")
+    return tuple(fields.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _eos_token_ids(generation_config: dict[str, Any], fields: _Fields) -> tuple[int, ...]:

@@ -9,16 +9,17 @@ import torch
 from engine.model_config import ModelConfig
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-"""cos and signed sin of a step's positions, each [tokens, 1, head_size]."""
+"""cos and signed sin of a step's positions, each [tokens, 1, rotated size]."""
 
 
 class Rope:
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         inv_freq, self._scale = inverse_frequencies(config)
-        self._inv_freq = torch.cat((inv_freq, inv_freq)).to(device)  # [head_size]
-        half = torch.ones(config.head_size // 2, device=device)
+        self._size = config.rope.size
+        self._half = self._size // 2
+        self._inv_freq = torch.cat((inv_freq, inv_freq)).to(device)  # [rotated size]
+        half = torch.ones(self._half, device=device)
         self._sign = torch.cat((-half, half))
-        self._half = config.head_size // 2
         self._dtype = dtype
 
     def angles(self, positions: torch.Tensor) -> Angles:
@@ -36,11 +37,22 @@ class Rope:
         heads.mul_(cos).addcmul_(swapped, sin)
 
 
+class PartialRope(Rope):
+    """Rotates the first dimensions of a head and leaves the rest as it is."""
+
+    def rotate_(self, heads: torch.Tensor, angles: Angles) -> None:
+        super().rotate_(heads[..., : self._size], angles)
+
+
+def make_rope(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Rope:
+    return (Rope if config.rope.size == config.head_size else PartialRope)(config, device, dtype)
+
+
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """[head_size / 2] float32, and the factor on cos and sin. Scaled types are computed by Transformers."""
+    """[rotated size / 2] float32, and the factor on cos and sin. Scaled types are computed by Transformers."""
     rope = config.rope
-    if rope.rope_type == "default":
-        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    if rope.rope_type in ("default", "dynamic"):  # the same for as long as we let a sequence get, see ROPE_TYPES
+        exponents = torch.arange(0, rope.size, 2, dtype=torch.float32) / rope.size
         return 1.0 / rope.parameters["rope_theta"] ** exponents, 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

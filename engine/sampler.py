@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.errors import InternalError
 from core.types import SamplingParams, TokenLogprobs
-from engine.step import SamplingRow
+from engine.step import NOT_ASKED, UNDRAWABLE, SamplingRow
 
 GREEDY_TEMPERATURE = 1e-5
 _CANDIDATES = (64, 1024)
@@ -30,9 +29,9 @@ _CANDIDATES = (64, 1024)
 def sample(
     logits: torch.Tensor, rows: Sequence[SamplingRow | None]
 ) -> tuple[NDArray[np.int64], tuple[TokenLogprobs | None, ...]]:
-    """logits: [rows, vocab] float32, left as they are. Returns the ids (-1 for None) and, if any row asked, a
-    TokenLogprobs or None for each. Raises InternalError for logits that are not numbers."""
-    tokens = np.full(logits.shape[0], -1, np.int64)
+    """logits: [rows, vocab] float32, left as they are. Returns the ids and, if any row asked, a
+    TokenLogprobs or None for each. Rows fail one by one: see UNDRAWABLE."""
+    tokens = np.full(logits.shape[0], NOT_ASKED, np.int64)
     wanted = [index for index, row in enumerate(rows) if row is not None]
     if not wanted:
         return tokens, ()
@@ -89,9 +88,7 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 def _most_likely(logits: torch.Tensor) -> NDArray[np.int64]:
     values, tokens = logits.max(-1)
-    if values.isnan().any():
-        raise InternalError("the model computed logits that are not numbers; check its weights")
-    return tokens.cpu().numpy()
+    return tokens.where(values.isfinite(), UNDRAWABLE).cpu().numpy()
 
 
 def _invert(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
@@ -99,13 +96,11 @@ def _invert(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int
     law = _truncate(_soften(logits, rows), rows)
     cumulative = law.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    if not total.isfinite().all():
-        raise InternalError("the model computed logits that are not numbers; check its weights")
     uniform = uniforms([row.params.seed for row in rows], [row.position for row in rows])
     # Rounding must not push the target to the total: no id would be past it.
     target = torch.minimum(_column(uniform, total) * total, total.nextafter(torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True)
-    return tokens[:, 0].cpu().numpy()
+    return tokens.where(total.isfinite() & (total > 0), UNDRAWABLE)[:, 0].cpu().numpy()
 
 
 # --- the law -------------------------------------------------------------------------------------------------------
@@ -217,7 +212,7 @@ def _logprobs(
         return ()
     indices = list(asked)
     scores = logits[indices].log_softmax(-1)
-    drawn = scores.gather(1, torch.from_numpy(tokens[indices]).to(scores.device)[:, None])[:, 0].tolist()
+    drawn = scores.gather(1, torch.from_numpy(tokens[indices].clip(0)).to(scores.device)[:, None])[:, 0].tolist()
     values, ids = scores.topk(min(max(asked.values()), scores.shape[-1]), -1)
     found: list[TokenLogprobs | None] = [None] * len(rows)
     for index, logprob, top_ids, top_values in zip(indices, drawn, ids.tolist(), values.tolist(), strict=True):

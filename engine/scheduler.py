@@ -19,11 +19,16 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from itertools import islice
 
-from core.errors import InvalidRequest
-from core.types import TokenLogprobs
+from core.errors import InvalidRequest, Undrawable
+from core.types import Finish, TokenLogprobs
 from engine.block_manager import BlockManager
 from engine.schedule import Chunk, Schedule, SchedulerConfig, SequenceUpdate, check_fits, finish_after
 from engine.sequence import Sequence, Status
+from engine.step import UNDRAWABLE
+
+_UNDRAWABLE = Finish.from_error(
+    Undrawable("no token can be drawn: the model's scores for this request are not numbers or all forbidden")
+)
 
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig", "SequenceUpdate"]
 
@@ -290,6 +295,9 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> SequenceUpdate:
         index = sequence.num_output_tokens
+        if token_id == UNDRAWABLE:
+            self._end(sequence)
+            return SequenceUpdate(sequence, [], index, finish=_UNDRAWABLE)
         sequence.token_ids.append(token_id)
         finish = finish_after(sequence, self.config.max_model_len)
         if finish is not None:

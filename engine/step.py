@@ -59,9 +59,15 @@ class StepBatch:
     return_logits: bool = False
 
 
+NOT_ASKED = -1
+"""Token id of a logit row that wants no draw."""
+UNDRAWABLE = -2
+"""Token id of a row from which no token can be drawn: its scores are not numbers, or every token is forbidden."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    token_ids: NDArray[np.int64]  # [logit rows]
+    token_ids: NDArray[np.int64]  # [logit rows], with NOT_ASKED and UNDRAWABLE
     logprobs: tuple[TokenLogprobs | None, ...] = ()  # [logit rows] or empty when no row asked
     logits: torch.Tensor | None = None  # [logit rows, vocab] float32, the raw ones
     taps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [tokens, hidden]

@@ -8,8 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from core.errors import Overloaded, SlipstreamError, Unavailable
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 End = Callable[[SlipstreamError], None]
 """Ends a request early with an error."""
@@ -62,3 +66,24 @@ class Admission:
     def end_all(self, error: SlipstreamError) -> None:
         for end in list(self._taken):
             end(error)
+
+
+class OneByOne:
+    """Work in a thread, one piece after the other; `capacity` pieces at most run or wait. Belongs to one event loop."""
+
+    def __init__(self, capacity: int, retry_after_s: float = 1.0) -> None:
+        self._capacity = capacity
+        self._retry_after_s = retry_after_s
+        self._num_held = 0
+        self._turn = asyncio.Lock()
+
+    async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """work(*args, **kwargs). Raises Overloaded when too many wait."""
+        if self._num_held >= self._capacity:
+            raise Overloaded(f"{self._num_held} texts are waiting; retry later", retry_after=self._retry_after_s)
+        self._num_held += 1
+        try:
+            async with self._turn:
+                return await asyncio.to_thread(work, *args, **kwargs)
+        finally:
+            self._num_held -= 1

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
+import msgspec
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,14 +17,14 @@ from starlette.types import Receive, Scope, Send
 
 from core.errors import Cancelled, InternalError, InvalidRequest, SlipstreamError, Unavailable
 from core.metrics import GatewayMetrics, WorkerCollector
-from gateway.admission import Admission
+from gateway.admission import Admission, OneByOne
 from gateway.backend import Backend
 from gateway.completions import CompletionsEndpoint, Service, template_messages
 from gateway.config import GatewayConfig
 from gateway.exchange import Exchange, error_body
-from gateway.params import check_token_ids
+from gateway.params import check_messages, check_token_ids
 from gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
-from gateway.tokenizer import ServedModel, inline_or_thread
+from gateway.tokenizer import INLINE_CHARS, ServedModel
 
 Handler = Callable[[Exchange, Scope], Awaitable[None]]
 
@@ -79,6 +80,7 @@ class Pages:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._started = int(time.time())
+        self._texts = OneByOne(service.config.max_waiting_texts, service.config.retry_after_s)
 
     # --- models and text -------------------------------------------------------------------------------------------
 
@@ -103,7 +105,19 @@ class Pages:
         }
 
     async def tokenize(self, exchange: Exchange, _: Scope) -> None:
-        body = parse(TokenizeRequest, await exchange.read_body(self._service.config.max_body_bytes))
+        await self._convert(exchange, self._tokenized)
+
+    async def detokenize(self, exchange: Exchange, _: Scope) -> None:
+        await self._convert(exchange, self._detokenized)
+
+    async def _convert(self, exchange: Exchange, convert: Callable[[bytes], msgspec.Raw]) -> None:
+        """Answer with `convert(body)`: a large body in a thread, parsing and the writing of JSON included."""
+        raw = await exchange.read_body(self._service.config.max_body_bytes)
+        answer = convert(raw) if len(raw) <= INLINE_CHARS else await self._texts.run(convert, raw)
+        await exchange.reply(answer)
+
+    def _tokenized(self, raw: bytes) -> msgspec.Raw:
+        body = parse(TokenizeRequest, raw)
         model = self._service.model
         model.check_name(body.model)
         special = body.add_special_tokens
@@ -113,24 +127,25 @@ class Pages:
             text, special = self._chat_text(body), special is True
         else:
             raise InvalidRequest("send either prompt or messages", param="prompt")
-        tokens = await inline_or_thread(len(text), model.encode, text, add_special_tokens=special)
+        tokens = model.encode(text, add_special_tokens=special)
         strings = [model.token_text(i) for i in tokens] if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, "token_strs": strings}
-        await exchange.reply(answer)
+        return msgspec.Raw(msgspec.json.encode(answer))
 
     def _chat_text(self, body: TokenizeRequest) -> str:
+        check_messages(body.messages or [], self._service.model)
         return self._service.model.render_chat(
             template_messages(body.messages or []),
             add_generation_prompt=body.add_generation_prompt,
             template_kwargs=body.chat_template_kwargs,
         )
 
-    async def detokenize(self, exchange: Exchange, _: Scope) -> None:
-        body = parse(DetokenizeRequest, await exchange.read_body(self._service.config.max_body_bytes))
+    def _detokenized(self, raw: bytes) -> msgspec.Raw:
+        body = parse(DetokenizeRequest, raw)
         model = self._service.model
         model.check_name(body.model)
         check_token_ids(body.tokens, "tokens", model)
-        await exchange.reply({"prompt": model.decode(body.tokens, skip_special_tokens=False)})
+        return msgspec.Raw(msgspec.json.encode({"prompt": model.decode(body.tokens, skip_special_tokens=False)}))
 
     # --- operations ------------------------------------------------------------------------------------------------
 

@@ -19,15 +19,17 @@ from gateway.backend import Backend
 from gateway.config import GatewayConfig
 from gateway.exchange import Exchange, Guard
 from gateway.generation import Choice, Piece, merge, run
-from gateway.params import build_requests, check_limits, check_token_ids, slo_from_headers
+from gateway.params import build_requests, check_limits, check_token_ids, max_tokens, slo_from_headers
 from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, parse
 from gateway.render import Renderer, renderer_for
-from gateway.tokenizer import ServedModel, inline_or_thread
+from gateway.tokenizer import MESSAGE_CHARS, ServedModel, inline_or_thread
 
 logger = logging.getLogger(__name__)
 
 DEADLINE_MARGIN_S = 1.0
 """The backend ends a request by its deadline; one that has not by this much later is cut off here."""
+JSON_BYTES_PER_CHAR = 8
+"""So many bytes of a body are parsed in the time it takes to tokenize one character."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _encode_chat(model: ServedModel, body: ChatRequest) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs,
     )
-    return model.encode(text, add_special_tokens=body.add_special_tokens)
+    return model.encode_prompt(text, "messages", add_special_tokens=body.add_special_tokens)
 
 
 class CompletionsEndpoint:
@@ -82,7 +84,8 @@ class CompletionsEndpoint:
         service = self._service
         exchange.check_request_id()
         with Guard(service.config.request_timeout_s + DEADLINE_MARGIN_S) as guard:
-            body = parse(self._kind, await exchange.read_body(service.config.max_body_bytes))
+            raw = await exchange.read_body(service.config.max_body_bytes)
+            body = await inline_or_thread(len(raw) // JSON_BYTES_PER_CHAR, parse, self._kind, raw)
             name = service.model.check_name(body.model)
             num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
             check_limits(body, num_prompts, service.model, service.config)
@@ -109,15 +112,19 @@ class CompletionsEndpoint:
     async def _tokenize(self, body: GenerationRequest) -> list[list[int]]:
         model = self._service.model
         if isinstance(body, ChatRequest):
-            size = sum(len(message.content) for message in body.messages)
+            size = sum(len(message.content) + MESSAGE_CHARS for message in body.messages)
             return [await inline_or_thread(size, _encode_chat, model, body)]
         assert isinstance(body, CompletionRequest)  # there is no third kind
         prompts = []
         for prompt in body.prompt:
             if isinstance(prompt, str):
                 special = body.add_special_tokens
-                prompts.append(await inline_or_thread(len(prompt), model.encode, prompt, add_special_tokens=special))
+                ids = await inline_or_thread(
+                    len(prompt), model.encode_prompt, prompt, "prompt", add_special_tokens=special
+                )
+                prompts.append(ids)
             else:
+                max_tokens(body, len(prompt), model)  # so that only ids that fit the context are looked at
                 check_token_ids(prompt, "prompt", model)
                 prompts.append(prompt)
         return prompts

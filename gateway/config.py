@@ -23,6 +23,10 @@ class GatewayConfig(BaseModel):
     max_stop_chars: int = Field(256, ge=1)
     max_logprobs: int = Field(20, ge=0)
     max_logit_bias: int = Field(300, ge=0)
+    max_stop_token_ids: int = Field(1024, ge=0)
+    max_waiting_texts: int = Field(32, ge=1)
+    """Long texts sent to /tokenize and /detokenize that are held at once. They are worked on one after the other, so
+    that streams are not starved; one more is refused with 429."""
 
     @model_validator(mode="after")
     def _one_request_must_fit(self) -> GatewayConfig:

@@ -56,7 +56,7 @@ class Exchange:
 
     async def read_body(self, limit: int) -> bytes:
         """Raises PayloadTooLarge as soon as the body is known to exceed `limit` bytes, Cancelled on disconnect."""
-        too_large = PayloadTooLarge(f"the body is larger than {limit} bytes")
+        too_large = PayloadTooLarge(f"the body is larger than {limit} bytes; send less", param="body")
         length = self.headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise too_large

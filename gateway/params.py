@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from core.errors import ContextLengthExceeded, InvalidRequest
 from core.types import Request, SamplingParams, Slo
 from gateway.config import GatewayConfig
-from gateway.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 from gateway.tokenizer import ServedModel
 
 GREEDY_BELOW = 1e-5
@@ -29,12 +29,19 @@ def check_limits(body: GenerationRequest, num_prompts: int, model: ServedModel, 
     too_long = any(len(s) > config.max_stop_chars for s in body.stop)
     _refuse_if(too_long, "stop", f"a stop string has at most {config.max_stop_chars} characters")
     _refuse_if(len(body.logit_bias) > config.max_logit_bias, "logit_bias", f"at most {config.max_logit_bias} tokens")
+    _refuse_if(
+        len(body.stop_token_ids) > config.max_stop_token_ids,
+        "stop_token_ids",
+        f"at most {config.max_stop_token_ids} token ids",
+    )
     check_token_ids(body.logit_bias, "logit_bias", model)
     check_token_ids(body.stop_token_ids, "stop_token_ids", model)
     _refuse_if(
         body.stream_options is not None and not body.stream, "stream_options", "only allowed when stream is true"
     )
     _check_logprobs(body, config)
+    if isinstance(body, ChatRequest):
+        check_messages(body.messages, model)
     if isinstance(body, ChatRequest) and body.max_tokens and body.max_completion_tokens:
         differ = body.max_tokens != body.max_completion_tokens
         _refuse_if(differ, "max_tokens", "differs from max_completion_tokens; send one of them")
@@ -47,6 +54,15 @@ def _check_logprobs(body: GenerationRequest, config: GatewayConfig) -> None:
         _refuse_if(body.top_logprobs is not None and not body.logprobs, "top_logprobs", "needs logprobs true")
     elif isinstance(body, CompletionRequest):
         _refuse_if(body.echo and body.logprobs is not None, "echo", "logprobs of the prompt are not supported")
+
+
+def check_messages(messages: Sequence[ChatMessage], model: ServedModel) -> None:
+    """Raises ContextLengthExceeded for more messages than tokens, before a template takes seconds to render them."""
+    if len(messages) > model.max_model_len:
+        raise ContextLengthExceeded(
+            f"messages: {len(messages)} messages do not fit a context of {model.max_model_len} tokens; send fewer",
+            param="messages",
+        )
 
 
 def check_token_ids(token_ids: Iterable[int], param: str, model: ServedModel) -> None:
@@ -70,11 +86,13 @@ def max_tokens(body: GenerationRequest, num_prompt_tokens: int, model: ServedMod
         raise InvalidRequest(f"{param} has no tokens; send at least one", param=param)
     wanted = body.token_limit
     if room < (wanted or 1):
-        asked = f" and max_tokens asks for {wanted}" if wanted else ", which leaves no room for output"
+        limit = body.token_limit_param
+        asked = f" and {limit} asks for {wanted}" if wanted else ", which leaves no room for output"
+        advice = f"lower {limit} to {room}" if room > 0 else "shorten the prompt"
         raise ContextLengthExceeded(
             f"this model's context is {model.max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}; "
-            "shorten one of them",
-            param=param,
+            f"{advice}",
+            param=limit if room > 0 else param,
         )
     if wanted is not None:
         return wanted
@@ -86,6 +104,12 @@ def sampling_params(body: GenerationRequest, limit: int, model: ServedModel) -> 
     """`limit` is max_tokens. A seed is drawn when the client gave none."""
     if body.min_tokens > limit:
         raise InvalidRequest(f"min_tokens: {body.min_tokens} is above max_tokens {limit}", param="min_tokens")
+    stop_token_ids = {*body.stop_token_ids, *(() if body.ignore_eos else model.eos_token_ids)}
+    if body.min_tokens and len(stop_token_ids) >= model.vocab_size:
+        raise InvalidRequest(
+            "stop_token_ids: every token ends the output, so there are no min_tokens to draw; leave some out",
+            param="stop_token_ids",
+        )
     temperature = _choose(body.temperature, model.defaults, "temperature", 1.0)
     return SamplingParams(
         max_tokens=limit,
@@ -99,7 +123,7 @@ def sampling_params(body: GenerationRequest, limit: int, model: ServedModel) -> 
         repetition_penalty=_choose(body.repetition_penalty, model.defaults, "repetition_penalty", 1.0),
         logit_bias=body.logit_bias,
         seed=(secrets.randbits(63) if body.seed is None else body.seed) % _SEED_RANGE,
-        stop_token_ids=tuple(sorted({*body.stop_token_ids, *(() if body.ignore_eos else model.eos_token_ids)})),
+        stop_token_ids=tuple(sorted(stop_token_ids)),
         logprobs=body.alternatives,
     )
 

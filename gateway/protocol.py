@@ -1,7 +1,12 @@
 """What clients may send: OpenAI's request bodies with vLLM's sampling extras.
 
-Nothing is ignored: a parameter we do not support is refused by name (unless it says "off"), an unknown one with the
-nearest name we know. null means: not given.
+A parameter we do not support is refused by name (unless it says "off"), an unknown one with the nearest name we know.
+null means: not given.
+
+Four fields of OpenAI's are accepted so that its clients work, and change nothing: `user`, `safety_identifier` and
+`metadata` label a request for OpenAI's own records, which this server does not keep; `store` asks for the answer to be
+kept or not. Requests and answers are neither stored, logged nor trained on, so `store: false` holds by itself and
+`store: true` keeps nothing. `name` and `reasoning_content` of a message go to the chat template, which may use them.
 """
 
 from __future__ import annotations
@@ -13,6 +18,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from core.errors import InvalidRequest
+
+INT64 = 2**63 - 1
+"""No integer is above it: they travel as MessagePack."""
+MAX_ID_DIGITS = 19
+"""A token id that is a string is shorter."""
+
+TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
@@ -80,7 +92,7 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
 
 
 def _is_token_list(value: list[object]) -> bool:
-    return all(type(item) is int for item in value)
+    return all(type(item) is int and -INT64 <= item <= INT64 for item in value)
 
 
 def _strings(value: object) -> tuple[str, ...]:
@@ -96,7 +108,7 @@ def _biases(value: object) -> dict[int, float]:
         raise PydanticCustomError("bias", "must be an object of token ids to numbers")
     biases = {}
     for key, bias in value.items():
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) < MAX_ID_DIGITS):
             raise PydanticCustomError("bias", f"has the key {key[:20]!r}, which is not a token id")
         if type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise PydanticCustomError("bias", f"of token {key[:20]} must be a number from -100 to 100")
@@ -126,20 +138,20 @@ class GenerationRequest(_Body):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int = Field(0, ge=0)
+    n: int = Field(1, ge=1, le=INT64)
+    max_tokens: int | None = Field(None, ge=1, le=INT64)
+    min_tokens: int = Field(0, ge=0, le=INT64)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = {}
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[tuple[str, ...], PlainValidator(_strings)] = ()
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[TokenId] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -156,6 +168,11 @@ class GenerationRequest(_Body):
         return self.max_tokens
 
     @property
+    def token_limit_param(self) -> str:
+        """The name under which token_limit was given."""
+        return "max_tokens"
+
+    @property
     def alternatives(self) -> int | None:
         """How many alternatives to report per token; None reports no logprobs."""
         raise NotImplementedError
@@ -163,9 +180,9 @@ class GenerationRequest(_Body):
 
 class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT64)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: int | None = Field(None, ge=0, le=INT64)
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     """Templates write their own."""
@@ -176,6 +193,10 @@ class ChatRequest(GenerationRequest):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def token_limit_param(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+
+    @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -183,7 +204,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=INT64)
     add_special_tokens: bool = True
 
     @property
@@ -206,7 +227,7 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 B = TypeVar("B", bound=_Body)

@@ -19,14 +19,17 @@ import jinja2
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from core.errors import ConfigError, InvalidRequest, ModelError, UnknownModel
+from core.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelError, UnknownModel
+from gateway.lengths import chars_per_token
 from gateway.text import Detokenizer
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INLINE_CHARS = 4000
-"""Text up to this size is tokenized on the event loop (under 2 ms); longer text in a thread, with the GIL released."""
+"""Text up to this size is tokenized on the event loop (under 2 ms); longer text in a thread."""
+MESSAGE_CHARS = 40
+"""A message counts as this many characters beside its own: rendering one takes about as long."""
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -84,7 +87,19 @@ class ServedModel:
     # --- text to tokens --------------------------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch, because it releases the GIL for all of the work; fast, because nobody needs the offsets.
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises ContextLengthExceeded, before any work, for text that can't fit the context however it is cut."""
+        if self.longest_prompt is not None and len(text) > self.longest_prompt:
+            raise ContextLengthExceeded(
+                f"this model's context is {self.max_model_len} tokens, and a prompt of {len(text)} characters has "
+                f"more than that ({self.longest_prompt} characters at most); shorten it",
+                param=param,
+            )
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, template_kwargs: Mapping[str, Any]
@@ -115,7 +130,8 @@ class ServedModel:
         return Detokenizer(self.backend, self._special_token_ids if skip_special_tokens else frozenset())
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text: str = self.backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
+        return text
 
     def token_text(self, token_id: int) -> str:
         """One token by itself; U+FFFD for part of a character."""
@@ -132,6 +148,12 @@ class ServedModel:
         backend.no_truncation()
         backend.no_padding()
         return backend
+
+    @cached_property
+    def longest_prompt(self) -> int | None:
+        """Characters above which no text fits the context; None for tokenizers without such a bound."""
+        per_token = chars_per_token(self.backend)
+        return None if per_token is None else per_token * self.max_model_len
 
     @cached_property
     def _special_token_ids(self) -> frozenset[int]:

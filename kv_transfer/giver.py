@@ -18,6 +18,7 @@ from kv_transfer.messages import (
     Cancel,
     ClosePair,
     Committed,
+    Expect,
     FromGiver,
     Hello,
     Manifest,
@@ -70,10 +71,10 @@ class Giver:
         giving.block_ids, giving.num_tokens, giving.state = list(block_ids), num_tokens, state
         giving.feed(states.Offered())
 
-    def withdraw(self, transfer_id: str, reason: str) -> None:
-        """Nobody wants the request any more: there will be no offer, or it no longer stands. Does nothing for a
-        transfer that has ended."""
-        self._giving(transfer_id).feed(states.Withdraw(reason))
+    def withdraw(self, transfer_id: str, reason: str, *, finished: bool = False) -> None:
+        """The request is dropped: there will be no offer, or it no longer stands. `finished`: because it ended here
+        and whoever asked for it has been told. Does nothing for a transfer that has ended."""
+        self._giving(transfer_id).feed(states.Withdraw(reason, finished=finished))
 
     async def on_link(self, link: GiverLink) -> None:
         """Serve one taker until its link ends; for LinkServer.add_service. Raises LayoutMismatch if its cache can't be
@@ -118,8 +119,10 @@ class Giver:
                 pairs.on_key(message)
             case ClosePair(pair_id):
                 pairs.close_pair(pair_id)
+            case Expect(transfer_id):
+                self._on_asked(transfer_id, states.Expected(), link)
             case Want(transfer_id, start_token):
-                self._on_want(transfer_id, start_token, link)
+                self._on_asked(transfer_id, states.Wanted(start_token), link)
             case _:
                 giving = self._live.get(message.transfer_id) or self._ended.get(message.transfer_id)
                 if giving is None or giving.link is not link:
@@ -127,12 +130,12 @@ class Giver:
                 else:
                     giving.on_message(message, pairs)
 
-    def _on_want(self, transfer_id: str, start_token: int, link: GiverLink) -> None:
+    def _on_asked(self, transfer_id: str, event: states.Expected | states.Wanted, link: GiverLink) -> None:
         giving = self._giving(transfer_id)
         if giving.link is None:
             giving.link = link
         if giving.link is link:
-            giving.feed(states.Wanted(start_token))
+            giving.feed(event)
         else:
             link.send(Withdrawn(transfer_id, "another decode worker takes it", Outcome.FAILED))
 
@@ -246,8 +249,8 @@ class _Giving:
                 self._send(Offer(self.manifest, self.state))
             case states.SendRenewed(sent_at):
                 self._send(Renewed(self.transfer_id, sent_at))
-            case states.SendWithdrawn(reason, outcome):
-                self._send(Withdrawn(self.transfer_id, reason, outcome))
+            case states.SendWithdrawn(reason, outcome, finished):
+                self._send(Withdrawn(self.transfer_id, reason, outcome, finished))
             case states.Release(outcome, reason):
                 self._giver.released(self, outcome, reason)
 

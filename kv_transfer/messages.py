@@ -40,6 +40,12 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
 # --- taker to giver --------------------------------------------------------------------------------------------------
 
 
+class Expect(Struct, frozen=True, tag=True):
+    """Want will follow once blocks are free here; until then Renew says that somebody still waits."""
+
+    transfer_id: str
+
+
 class Want(Struct, frozen=True, tag=True):
     """Blocks are reserved here; offer the KV of tokens `start_token` and later once it is computed."""
 
@@ -98,7 +104,7 @@ class ClosePair(Struct, frozen=True, tag=True):
     pair_id: str
 
 
-ToGiver = Hello | Want | Renew | Committed | Cancel | OpenPair | PairKey | Pull | ClosePair
+ToGiver = Hello | Expect | Want | Renew | Committed | Cancel | OpenPair | PairKey | Pull | ClosePair
 
 
 # --- giver to taker --------------------------------------------------------------------------------------------------
@@ -147,11 +153,13 @@ class Renewed(Struct, frozen=True, tag=True):
 
 
 class Withdrawn(Struct, frozen=True, tag=True):
-    """There is nothing to take, or not any more. `outcome` ABORTED: nobody wants the request any more."""
+    """There is nothing to take, or not any more. `outcome` ABORTED: the giver's owner has dropped the request.
+    `finished`: it did so because the request ended with its first token, and whoever asked for it has been told."""
 
     transfer_id: str
     reason: str
     outcome: Outcome
+    finished: bool = False
 
 
 class PairFailed(Struct, frozen=True, tag=True):

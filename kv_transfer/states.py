@@ -13,7 +13,8 @@ Nothing is ever half done. The taker commits when every piece is verified and it
 tells the giver; a Committed that gets lost costs the giver one lease, never the taker its KV.
 
 Leases. The giver ends a transfer that was not offered-and-asked-for or renewed within `lease_s`. The taker's lease runs
-from the sending of the last renewal that was answered, so it always ends before the giver's.
+from the sending of the last renewal that was answered, so it always ends before the giver's. A taker that still waits
+for its own blocks says so (Expect) and renews like any other, so that an offer lives as long as somebody will take it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Phase(StrEnum):
     NEW = "new"
     OFFERED = "offered"
     """Giver: blocks held, nobody has asked."""
+    EXPECTING = "expecting"
+    """The taker has announced itself and waits for blocks of its own."""
     RESERVED = "reserved"
     """The taker holds blocks and has asked; there is no offer yet."""
     TRANSFERRING = "transferring"
@@ -51,6 +54,11 @@ _ENDED = (Phase.DRAINING, Phase.RELEASED)
 @dataclass(frozen=True, slots=True)
 class Offered:
     """Giver: blocks with finished KV now belong to the transfer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Giver: a taker will ask once it has blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +102,23 @@ class CancelReceived:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """The giver has nothing to offer (any more): said by its owner, or heard from it. ABORTED when nobody wants the
-    request any more, anything else when it is to be served in another way."""
+    """The giver has nothing to offer (any more): said by its owner, or heard from it. ABORTED when the owner has
+    dropped the request, anything else when it is to be served in another way. `finished`: dropped because it ended
+    there, so that nothing is left to be done for it."""
 
     reason: str
     outcome: Outcome = Outcome.ABORTED
+    finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Taker: blocks will be reserved; Begin follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +166,9 @@ class Tick:
 
 
 Event: TypeAlias = (
-    Offered | Wanted | Prepared | ReadStarted | ReadEnded | Renewal | CommitReceived | CancelReceived | Withdraw
-    | LinkLost | Begin | OfferReceived | OfferUnusable | PullBegan | PieceVerified | PullEnded | CancelRequested | Tick
+    Offered | Expected | Wanted | Prepared | ReadStarted | ReadEnded | Renewal | CommitReceived | CancelReceived
+    | Withdraw | LinkLost | Expect | Begin | OfferReceived | OfferUnusable | PullBegan | PieceVerified | PullEnded
+    | CancelRequested | Tick
 )  # fmt: skip
 
 # --- instructions ----------------------------------------------------------------------------------------------------
@@ -179,6 +195,12 @@ class SendRenewed:
 class SendWithdrawn:
     reason: str
     outcome: Outcome
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SendExpect:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +242,8 @@ class Release:
 
 
 Instruction: TypeAlias = (
-    Prepare | SendOffer | SendRenewed | SendWithdrawn | SendWant | SendRenew | SendCommitted | SendCancel | StartPull
-    | StopPull | Release
+    Prepare | SendOffer | SendRenewed | SendWithdrawn | SendExpect | SendWant | SendRenew | SendCommitted | SendCancel
+    | StartPull | StopPull | Release
 )  # fmt: skip
 
 # --- giver -----------------------------------------------------------------------------------------------------------
@@ -229,7 +251,7 @@ Instruction: TypeAlias = (
 
 @dataclass(slots=True)
 class GiverTransfer:
-    """Offered and Wanted may come in either order. A transfer that ended before it was offered releases the blocks as
+    """Offered may come before, between or after Expected and Wanted. A transfer that ended before it was offered releases the blocks as
     soon as they come. Once ended it answers whoever still asks, so keep it for as long as that may be."""
 
     lease_s: float
@@ -237,6 +259,9 @@ class GiverTransfer:
     outcome: Outcome | None = None
     reason: str = ""
     lease_until: float = math.inf
+    finished: bool = False
+    awaited: bool = False
+    """A taker has announced itself or asked."""
     start_token: int | None = None
     offered: bool = False
     offer_sent: bool = False
@@ -255,6 +280,8 @@ class GiverTransfer:
         match event:
             case Offered():
                 return self._on_offered(now)
+            case Expected():
+                return self._on_expected(now)
             case Wanted(start_token):
                 return self._on_wanted(start_token, now)
             case Renewal(sent_at):
@@ -270,7 +297,8 @@ class GiverTransfer:
                 return self._end(Outcome.COMMITTED, "") if self.offer_sent else []
             case CancelReceived(reason):
                 return self._end(Outcome.ABORTED, reason)
-            case Withdraw(reason, outcome):
+            case Withdraw(reason, outcome, finished):
+                self.finished = finished and self.phase not in _ENDED
                 return self._end(outcome, reason, tell=True)
             case LinkLost(reason):
                 return self._end(Outcome.FAILED, reason)
@@ -289,9 +317,17 @@ class GiverTransfer:
             return []
         return self._transfer()
 
+    def _on_expected(self, now: float) -> list[Instruction]:
+        if self.phase in _ENDED:
+            return [self._epitaph()]
+        self.awaited = True
+        self._renew(now)
+        return []
+
     def _on_wanted(self, start_token: int, now: float) -> list[Instruction]:
         if self.phase in _ENDED:
             return [self._epitaph()]
+        self.awaited = True
         self._renew(now)
         if self.start_token is not None:
             return []
@@ -334,7 +370,7 @@ class GiverTransfer:
         if self.phase in _ENDED:
             return []
         self.outcome, self.reason = outcome, reason
-        said: list[Instruction] = [SendWithdrawn(reason, outcome)] if tell and self.start_token is not None else []
+        said: list[Instruction] = [SendWithdrawn(reason, outcome, self.finished)] if tell and self.awaited else []
         if self.readers:
             self.phase = Phase.DRAINING
             return said
@@ -349,7 +385,7 @@ class GiverTransfer:
         """For who asks after the end. What was committed once can't be taken again."""
         if self.outcome is None or self.outcome is Outcome.COMMITTED:
             return SendWithdrawn("it was committed before", Outcome.FAILED)
-        return SendWithdrawn(f"already {self.outcome}: {self.reason}", self.outcome)
+        return SendWithdrawn(f"already {self.outcome}: {self.reason}", self.outcome, self.finished)
 
 
 # --- taker -----------------------------------------------------------------------------------------------------------
@@ -357,9 +393,9 @@ class GiverTransfer:
 
 @dataclass(slots=True)
 class TakerTransfer:
-    """`deadline` is on the clock of `now`. `stall_s` bounds the time from PullBegan to the first
-    verified piece and between two of them. Renewals go out four
-    times a lease."""
+    """`deadline` is on the clock of `now`. `stall_s` bounds the time from PullBegan to the first verified piece and
+    between two of them. Renewals go out four times a lease. Expect may be left out; a transfer that ends before Begin
+    has no blocks to release."""
 
     lease_s: float
     stall_s: float
@@ -370,6 +406,8 @@ class TakerTransfer:
     lease_until: float = math.inf
     renew_at: float = math.inf
     stalled_at: float = math.inf
+    finished: bool = False
+    reserved: bool = False
     pulling: bool = False
     num_pieces: int = 0
     verified: set[int] = field(default_factory=set)
@@ -385,6 +423,8 @@ class TakerTransfer:
         if self.phase in _ENDED:
             return self._after_end(event)
         match event:
+            case Expect():
+                return self._on_expect(now)
             case Begin():
                 return self._on_begin(now)
             case OfferReceived(num_pieces) if self.phase is Phase.RESERVED:
@@ -401,7 +441,8 @@ class TakerTransfer:
                 return self._on_pull_ended(error)
             case Renewal(sent_at):
                 self.lease_until = max(self.lease_until, sent_at + self.lease_s)
-            case Withdraw(reason, outcome):
+            case Withdraw(reason, outcome, finished):
+                self.finished = finished
                 return self._end(outcome, reason, tell=False)
             case LinkLost(reason):
                 return self._end(Outcome.FAILED, reason, tell=False)
@@ -417,10 +458,19 @@ class TakerTransfer:
             return self._release()
         return []
 
+    def _on_expect(self, now: float) -> list[Instruction]:
+        self.phase = Phase.EXPECTING
+        self._start_lease(now)
+        return [SendExpect()]
+
     def _on_begin(self, now: float) -> list[Instruction]:
-        self.phase = Phase.RESERVED
-        self.lease_until, self.renew_at = now + self.lease_s, now + self.lease_s / 4
+        if self.phase is Phase.NEW:  # a lease that runs already goes on: asking proves nothing about the giver
+            self._start_lease(now)
+        self.phase, self.reserved = Phase.RESERVED, True
         return [SendWant()]
+
+    def _start_lease(self, now: float) -> None:
+        self.lease_until, self.renew_at = now + self.lease_s, now + self.lease_s / 4
 
     def _on_pull_ended(self, error: str | None) -> list[Instruction]:
         self.pulling = False
@@ -455,4 +505,4 @@ class TakerTransfer:
     def _release(self) -> list[Instruction]:
         self.phase = Phase.RELEASED
         assert self.outcome is not None
-        return [Release(self.outcome, self.reason)]
+        return [Release(self.outcome, self.reason)] if self.reserved else []

@@ -21,7 +21,7 @@ from kv_transfer.transports.batches import device_identity
 from kv_transfer.transports.shared_memory import SharedMemory
 from kv_transfer.transports.torch_distributed import TorchDistributed
 
-__all__ = ["TRANSPORTS", "Taker", "Withdrawn"]
+__all__ = ["TRANSPORTS", "Reservation", "Taker", "Withdrawn"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,23 @@ class Taker:
         Returns with every piece verified, or raises: Withdrawn, LayoutMismatch, ChecksumMismatch, LeaseExpired (one
         side was not heard of in time, or the deadline passed) or another TransferError. In every case, cancellation
         included, nothing writes to the blocks any more when this returns."""
+        reserved: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        reserved.set_result(self.reservation(block_ids, start_token=start_token, num_tokens=num_tokens))
+        return await self.expect(transfer_id, address, reserved, deadline=deadline)
+
+    def reservation(self, block_ids: Sequence[int], *, start_token: int, num_tokens: int) -> Reservation:
+        """Blocks of our pool for the KV of tokens start_token .. num_tokens - 1; ValueError if they can't hold it."""
         block_size = self._pool.layout.block_size
         if not 0 <= start_token <= num_tokens <= len(block_ids) * block_size:
             raise ValueError(f"tokens {start_token} to {num_tokens} do not fit {len(block_ids)} blocks of {block_size}")
+        return Reservation(self._pool, self._rows, block_ids, start_token, num_tokens)
+
+    async def expect(
+        self, transfer_id: str, address: str, reserved: asyncio.Future[Reservation], *, deadline: float
+    ) -> SequenceState:
+        """Like `take`, for blocks that are still to be had: until `reserved` has them the giver is told that somebody
+        waits, and keeps its offer for as long as it hears so. Ends early, without `reserved`, when the transfer does;
+        blocks that come later are the caller's to free."""
         end = time.monotonic() + deadline - time.time()
         try:
             async with asyncio.timeout(end - time.monotonic()):
@@ -71,9 +85,8 @@ class Taker:
             raise TransferError(f"transfer {transfer_id}: the prefill worker at {address} is gone")
         if transfer_id in peer.recipients:
             raise ValueError(f"transfer {transfer_id} is being taken already")
-        reservation = Reservation(transfer_id, self._pool, self._rows, block_ids, start_token, num_tokens)
         machine = TakerTransfer(peer.giver.lease_s or 0.0, self._stall_s, end)
-        return await Taking(reservation, peer, machine, self.counters).run()
+        return await Taking(transfer_id, peer, machine, self.counters).run(reserved)
 
     async def close(self) -> None:
         """End every link; what is being taken over them fails."""

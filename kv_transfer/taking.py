@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from core.errors import LeaseExpired, TransferError
 from engine.kv_cache import KVPool
@@ -23,14 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 class Withdrawn(TransferError):
-    """Nobody wants the request any more, says the giver. Every other failure means: serve it in another way."""
+    """The giver has dropped the request. `finished`: it ended there and whoever asked for it has been told. Otherwise,
+    as after every other failure, it is to be served in another way if anybody still wants it."""
+
+    def __init__(self, message: str, *, finished: bool) -> None:
+        super().__init__(message)
+        self.finished = finished
 
 
 @dataclass(frozen=True)
 class Reservation:
     """Blocks of `pool` that belong to a transfer for the KV of tokens start_token .. num_tokens - 1."""
 
-    transfer_id: str
     pool: KVPool
     rows: Rows
     block_ids: Sequence[int]
@@ -45,26 +50,29 @@ class Reservation:
 class Taking:
     """One transfer at the taker: feeds its machine and carries out what it says."""
 
-    def __init__(
-        self, reservation: Reservation, peer: Peer, machine: TakerTransfer, counters: TransferCounters
-    ) -> None:
-        self._reservation = reservation
-        self._id = reservation.transfer_id
+    def __init__(self, transfer_id: str, peer: Peer, machine: TakerTransfer, counters: TransferCounters) -> None:
+        self._id = transfer_id
         self._peer = peer
         self._machine = machine
         self._counters = counters
+        self._reservation: Reservation | None = None
         self._offer: Offer | None = None
         self._offered_at = 0.0
         self._pulling: asyncio.Task[None] | None = None
         self._cause: TransferError | None = None
-        self._over = asyncio.Event()
+        self._over: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._alarm = Alarm(lambda: self._feed(states.Tick()))
 
-    async def run(self) -> SequenceState:
+    async def run(self, reserved: asyncio.Future[Reservation]) -> SequenceState:
         self._peer.recipients[self._id] = self
         try:
-            self._feed(states.Begin())
-            await self._over.wait()
+            if not reserved.done():
+                self._feed(states.Expect())
+                await asyncio.wait({reserved, self._over}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._over.done():
+                self._reservation = reserved.result()
+                self._feed(states.Begin())
+            await asyncio.wait({self._over})  # unlike a plain await, it leaves the future alone when it is cancelled
         except asyncio.CancelledError:
             self._feed(states.CancelRequested())
             await self._quiet()
@@ -77,9 +85,9 @@ class Taking:
 
     async def _quiet(self) -> None:
         """The blocks may be freed when this returns, so a second cancellation can't cut it short."""
-        while not self._over.is_set():
+        while not self._over.done():
             try:
-                await self._over.wait()
+                await asyncio.wait({self._over})
             except asyncio.CancelledError:
                 continue
 
@@ -91,29 +99,30 @@ class Taking:
                 self._on_offer(message)
             case Renewed(sent_at=sent_at):
                 self._feed(states.Renewal(sent_at))
-            case messages.Withdrawn(reason=reason, outcome=outcome):
-                self._feed(states.Withdraw(reason, outcome if outcome is not Outcome.COMMITTED else Outcome.FAILED))
+            case messages.Withdrawn(reason=reason, outcome=outcome, finished=finished):
+                outcome = outcome if outcome is not Outcome.COMMITTED else Outcome.FAILED
+                self._feed(states.Withdraw(reason, outcome, finished))
 
     def on_link_lost(self, reason: str) -> None:
         self._feed(states.LinkLost(reason))
 
     def _on_offer(self, offer: Offer) -> None:
-        if self._offer is not None:
+        if self._offer is not None or self._reservation is None:  # doubled, or not asked for
             return
         self._offer, self._offered_at = offer, time.monotonic()
         try:
-            self._check(offer.manifest)
+            self._check(offer.manifest, self._reservation)
         except TransferError as error:
             self._cause = error
             self._feed(states.OfferUnusable(error.message))
         else:
             self._feed(states.OfferReceived(len(offer.manifest.pieces)))
 
-    def _check(self, manifest: Manifest) -> None:
+    def _check(self, manifest: Manifest, reservation: Reservation) -> None:
         """What follows writes where the manifest says and reads a peer's memory, so nothing in it is taken on trust."""
         layout, giver = manifest.layout, self._peer.giver
-        start, stop = self._reservation.start_token, self._reservation.num_tokens
-        self._reservation.pool.layout.check_same_cache(layout)
+        start, stop = reservation.start_token, reservation.num_tokens
+        reservation.pool.layout.check_same_cache(layout)
         if (manifest.start_token, manifest.num_tokens) != (start, stop):
             raise TransferError(
                 f"transfer {self._id} holds tokens {manifest.start_token} to {manifest.num_tokens} at the giver, "
@@ -146,11 +155,17 @@ class Taking:
         for instruction in self._machine.handle(event, time.monotonic()):
             self._carry_out(instruction)
         self._alarm.set(self._machine.wake_at)
+        if self._machine.phase is Phase.RELEASED and not self._over.done():
+            self._count()
+            self._over.set_result(None)
 
     def _carry_out(self, instruction: states.Instruction) -> None:
         send = self._peer.link.send
         match instruction:
+            case states.SendExpect():
+                send(messages.Expect(self._id))
             case states.SendWant():
+                assert self._reservation is not None
                 send(messages.Want(self._id, self._reservation.start_token))
             case states.SendRenew(sent_at):
                 send(messages.Renew(self._id, sent_at))
@@ -164,12 +179,10 @@ class Taking:
             case states.StopPull():
                 assert self._pulling is not None
                 self._pulling.cancel()
-            case states.Release(outcome):
-                self._count(outcome)
-                self._over.set()
 
     def _job(self) -> PullJob:
         assert self._offer is not None
+        assert self._reservation is not None
         loop = asyncio.get_running_loop()
 
         def began() -> None:
@@ -186,8 +199,9 @@ class Taking:
             on_verified=verified,
         )
 
-    def _count(self, outcome: Outcome) -> None:
-        counters = self._counters
+    def _count(self) -> None:
+        counters, outcome = self._counters, self._machine.outcome
+        assert outcome is not None
         counters.count(outcome)
         if outcome is Outcome.COMMITTED and self._offer is not None:
             manifest = self._offer.manifest
@@ -195,7 +209,11 @@ class Taking:
             counters.seconds += time.monotonic() - self._offered_at
 
     def _failure(self) -> TransferError:
-        kind = {Outcome.ABORTED: Withdrawn, Outcome.EXPIRED: LeaseExpired}.get(
-            self._machine.outcome or Outcome.FAILED, TransferError
-        )
-        return kind(f"transfer {self._id} from {self._peer.address}: {self._machine.reason}")
+        message = f"transfer {self._id} from {self._peer.address}: {self._machine.reason}"
+        match self._machine.outcome:
+            case Outcome.ABORTED:
+                return Withdrawn(message, finished=self._machine.finished)
+            case Outcome.EXPIRED:
+                return LeaseExpired(message)
+            case _:
+                return TransferError(message)

@@ -31,7 +31,7 @@ class PrefillWorker:
         sequence = update.sequence
         request_id = sequence.request_id
         if update.finish is not None:
-            self._withdraw(request_id, f"ended at the first token ({update.finish.reason})")
+            self._withdraw(request_id, f"ended at the first token ({update.finish.reason})", finished=True)
         elif sequence.status is Status.HELD:
             transfer_id = self._transfers[request_id]
             self._offered[transfer_id] = request_id
@@ -55,11 +55,13 @@ class PrefillWorker:
         transfer_id = self._transfers.get(request_id)
         if transfer_id is not None and transfer_id not in self._offered:
             self._engine.abort(request_id)
-        self._withdraw(request_id, "aborted")
+        self._withdraw(request_id, "aborted", finished=False)
 
-    def _withdraw(self, request_id: str, reason: str) -> None:
+    def _withdraw(self, request_id: str, reason: str, *, finished: bool) -> None:
+        """`finished` keeps the decode side silent: the finish that this side reports travels over another link, and a
+        failed hand-off that overtook it would have the request served again."""
         transfer_id = self._transfers.get(request_id)
         if transfer_id is not None:
             if transfer_id not in self._offered:
                 del self._transfers[request_id]
-            self._giver.withdraw(transfer_id, reason)
+            self._giver.withdraw(transfer_id, reason, finished=finished)

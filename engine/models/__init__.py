@@ -1,1 +1,1 @@
-"""Our own lean models, one file per family; registry.py says which architectures they cover."""
+"""Our own lean models; registry.py says which architectures they cover, and how those differ."""

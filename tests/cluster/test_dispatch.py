@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.dispatch import MAX_ATTEMPTS, Deliver, Dispatch, Instruction, Reroute, Send
-from core.errors import InternalError, InvalidRequest, Overloaded
+from core.errors import InternalError, InvalidRequest, Overloaded, Undrawable
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
 from core.wire import Abort, Generate, Prefill, Receive
 
@@ -46,9 +46,9 @@ def test_the_decode_side_is_asked_first_so_that_it_allocates_while_the_prompt_is
 
 def test_tokens_of_the_two_sides_are_delivered_in_order() -> None:
     dispatch = disaggregated()
-    assert dispatch.on_delta(delta("r.0", 1, 11)) == []
-    assert delivered(dispatch.on_delta(delta("r.0", 0, 10))) == [10, 11]
-    last = dispatch.on_delta(delta("r.0", 2, 12, finish=STOP))
+    assert dispatch.on_delta(delta("r.0", 1, 11), "w") == []
+    assert delivered(dispatch.on_delta(delta("r.0", 0, 10), "w")) == [10, 11]
+    last = dispatch.on_delta(delta("r.0", 2, 12, finish=STOP), "w")
     assert delivered(last) == [12]
     assert [i.message for i in last if isinstance(i, Send)] == [Abort("r.0"), Abort("r.0")]
     assert dispatch.ended
@@ -56,52 +56,52 @@ def test_tokens_of_the_two_sides_are_delivered_in_order() -> None:
 
 def test_the_client_sees_its_own_request_id() -> None:
     dispatch = disaggregated()
-    (deliver,) = dispatch.on_delta(delta("r.0", 0, 10))
+    (deliver,) = dispatch.on_delta(delta("r.0", 0, 10), "w")
     assert isinstance(deliver, Deliver)
     assert deliver.delta.request_id == "r"
 
 
 def test_a_lost_decode_worker_means_another_attempt_that_starts_from_what_was_delivered() -> None:
     dispatch = disaggregated()
-    dispatch.on_delta(delta("r.0", 0, 10))
+    dispatch.on_delta(delta("r.0", 0, 10), "w")
     assert dispatch.on_worker_lost("d") == [Send("p", Abort("r.0")), Reroute()]
     (send,) = dispatch.start("d2", None)
     assert isinstance(send, Send)
     assert isinstance(send.message, Generate)
     assert send.message.request.emitted_token_ids == [10]
-    assert delivered(dispatch.on_delta(delta("r.1", 1, 11, finish=STOP))) == [11]
+    assert delivered(dispatch.on_delta(delta("r.1", 1, 11, finish=STOP), "w")) == [11]
 
 
 def test_what_an_abandoned_attempt_still_says_is_dropped() -> None:
     dispatch = disaggregated()
     dispatch.on_worker_lost("d")
     dispatch.start("d2", None)
-    assert dispatch.on_delta(delta("r.0", 0, 10)) == []
+    assert dispatch.on_delta(delta("r.0", 0, 10), "w") == []
 
 
 def test_a_prefill_worker_may_die_after_its_first_token_is_out() -> None:
     dispatch = disaggregated()
-    dispatch.on_delta(delta("r.0", 0, 10))
+    dispatch.on_delta(delta("r.0", 0, 10), "w")
     assert dispatch.on_worker_lost("p") == []
-    assert delivered(dispatch.on_delta(delta("r.0", 1, 11))) == [11]
+    assert delivered(dispatch.on_delta(delta("r.0", 1, 11), "w")) == [11]
 
 
 def test_a_prefill_worker_that_dies_with_the_first_token_costs_an_attempt() -> None:
     dispatch = disaggregated()
-    dispatch.on_delta(delta("r.0", 1, 11))
+    dispatch.on_delta(delta("r.0", 1, 11), "w")
     assert dispatch.on_worker_lost("p") == [Send("d", Abort("r.0")), Reroute()]
 
 
 def test_a_failed_hand_off_is_prefilled_on_the_decode_worker() -> None:
     dispatch = disaggregated()
-    dispatch.on_delta(delta("r.0", 0, 10))
+    dispatch.on_delta(delta("r.0", 0, 10), "w")
     assert Reroute(local_to="d") in dispatch.on_handoff_failed("r.0")
 
 
 def test_a_mistake_of_the_caller_is_not_retried() -> None:
     dispatch = disaggregated()
     bad = Finish.from_error(InvalidRequest("too long"))
-    assert Reroute() not in dispatch.on_delta(delta("r.0", 0, finish=bad))
+    assert Reroute() not in dispatch.on_delta(delta("r.0", 0, finish=bad), "w")
     assert dispatch.ended
 
 
@@ -111,7 +111,7 @@ def test_a_fault_of_ours_is_retried_a_bounded_number_of_times() -> None:
     for attempt in range(MAX_ATTEMPTS):
         assert not dispatch.ended
         dispatch.start("d", None)
-        last = dispatch.on_delta(delta(f"r.{attempt}", 0, finish=broken))
+        last = dispatch.on_delta(delta(f"r.{attempt}", 0, finish=broken), "w")
     assert dispatch.ended
     assert [i.delta.finish for i in last if isinstance(i, Deliver)] == [broken]
 
@@ -175,11 +175,13 @@ class World:
             case "refuse", []:
                 self.carry_out(d.refuse(Overloaded("full")))
             case "delta", [attempt, index]:
-                self.carry_out(d.on_delta(delta(attempt, int(index), 7)))
+                self.carry_out(d.on_delta(delta(attempt, int(index), 7), "w"))
             case "finish", [attempt, index]:
-                self.carry_out(d.on_delta(delta(attempt, int(index), 7, finish=STOP)))
+                self.carry_out(d.on_delta(delta(attempt, int(index), 7, finish=STOP), "w"))
             case "error", [attempt, index]:
-                self.carry_out(d.on_delta(delta(attempt, int(index), finish=Finish.from_error(InternalError("x")))))
+                self.carry_out(
+                    d.on_delta(delta(attempt, int(index), finish=Finish.from_error(InternalError("x"))), "w")
+                )
             case "handoff-failed", [attempt]:
                 self.carry_out(d.on_handoff_failed(attempt))
             case "lost", [worker]:
@@ -208,3 +210,15 @@ def test_every_interleaving_ends_once_and_leaves_no_worker_holding_the_request(f
         return count
 
     assert explore([first]) > 5_000
+
+
+def test_a_worker_that_failed_is_not_asked_again_if_there_is_another() -> None:
+    dispatch = disaggregated()
+    dispatch.on_delta(delta("r.0", 0, finish=Finish.from_error(InternalError("step failed"))), "p")
+    assert dispatch.avoid == {"p"}
+
+
+def test_what_another_worker_would_not_do_better_is_not_retried() -> None:
+    dispatch = disaggregated()
+    dispatch.on_delta(delta("r.0", 0, finish=Finish.from_error(Undrawable("no law"))), "p")
+    assert dispatch.ended

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import LlamaForCausalLM
 
 from cluster.config import SlipstreamConfig, load
 from cluster.local import LocalCluster, local_cluster
+from core.errors import InternalError
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
+from engine.step import StepOutput
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -208,3 +211,40 @@ async def test_requests_cancelled_at_random_moments_leave_nothing_behind(tiny: t
     assert len(ends) == 200
     assert ends.count("cancelled") > 40
     assert ends.count(FinishReason.LENGTH) > 40
+
+
+@pytest.mark.parametrize("broken", ["prefill-0", "decode-0"])
+async def test_a_broken_engine_is_left_at_once_for_the_workers_that_compute(
+    tiny: tuple[LlamaForCausalLM, Path], broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = tiny
+    async with local_cluster(config(), folder) as cluster:
+
+        def fail(_: object) -> Future[StepOutput]:
+            future: Future[StepOutput] = Future()
+            future.set_exception(RuntimeError("device lost"))
+            return future
+
+        monkeypatch.setattr(cluster.nodes[broken].runner, "submit", fail)
+        results = await asyncio.gather(*(run(cluster, request(f"r{i}", prompt(20))) for i in range(4)))
+        assert [tokens for tokens, _ in results] == [expected(model, prompt(20), 8)] * 4
+        with pytest.raises(InternalError, match="device lost"):
+            cluster.nodes[broken].check_health()
+        async with asyncio.timeout(TIMEOUT_S):
+            while {w.worker_id for w in cluster.backend.status().workers} & {broken}:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_request_from_which_no_token_can_be_drawn_ends_alone(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    model, folder = tiny
+    everything = tuple(range(128))
+    async with local_cluster(config(), folder) as cluster:
+        poison = run(cluster, request("p", prompt(20), stop_token_ids=everything, min_tokens=2))
+        good = run(cluster, request("g", prompt(30)))
+        (_, finish), (tokens, _) = await asyncio.gather(poison, good)
+        for node in cluster.nodes.values():
+            node.check_health()
+        await all_free(cluster)
+    assert finish is not None
+    assert finish.error == "Undrawable"
+    assert tokens == expected(model, prompt(30), 8)

@@ -54,3 +54,27 @@ def test_block_sizes_may_differ() -> None:
     membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
     join(membership, "a")
     membership.admit("b", msgspec.structs.replace(LAYOUT, block_size=32), 0.0)
+
+
+def test_a_replacement_that_comes_before_the_death_is_noticed_gets_the_right_role_in_the_end() -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    roles = {name: join(membership, name) for name in "ab"}
+    prefill = next(name for name, role in roles.items() if role is Role.PREFILL)
+    roles = {prefill: Role.PREFILL, "c": membership.admit("c", LAYOUT, 1.0)}
+    now = 1.0
+    while now < MEMBER_TIMEOUT_S + 2:  # the decode worker is dead and says nothing
+        now += 1.0
+        for name, role in roles.items():
+            member = Member(worker_id=name, address=f"{name}:1", role=role, layout=LAYOUT)
+            roles[name] = membership.announce(member, now)
+    assert sorted(roles.values()) == [Role.DECODE, Role.PREFILL]
+    assert {m.worker_id: m.role for m in membership.members()} == roles
+
+
+def test_roles_do_not_flap() -> None:
+    membership = Membership({Role.PREFILL: 1, Role.DECODE: 2})
+    roles = {name: join(membership, name) for name in "abc"}
+    for now in range(1, 10):
+        for name, role in roles.items():
+            member = Member(worker_id=name, address=f"{name}:1", role=role, layout=LAYOUT)
+            assert membership.announce(member, float(now)) is role

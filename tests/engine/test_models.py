@@ -18,6 +18,32 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 120,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+PHI3 = {"architecture": "Phi3", "pad_token_id": None}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONG_PARTIAL = LONGROPE | {"partial_rotary_factor": 0.75, "short_factor": [1.0, 1.2, 1.6], "long_factor": [2.0] * 3}
+SOME = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}
+
+FAMILIES = {
+    "mistral": {"architecture": "Mistral", "sliding_window": None},
+    "mistral, windows": {"architecture": "Mistral", "sliding_window": 21},
+    "mistral, windows of one": {"architecture": "Mistral", "sliding_window": 1},
+    "qwen2": {"architecture": "Qwen2"},
+    "qwen2, some windows": {"architecture": "Qwen2", **SOME},
+    "qwen3": {"architecture": "Qwen3"},
+    "qwen3, biases and windows": {"architecture": "Qwen3", "attention_bias": True, **SOME},
+    "phi3": PHI3,
+    "phi3, windows": PHI3 | {"sliding_window": 5, "num_key_value_heads": 6},
+    "phi3, partial rotary": PHI3 | {"rope_parameters": PARTIAL},
+    "phi3, longrope": PHI3 | {"rope_parameters": LONG_PARTIAL, "original_max_position_embeddings": 120},
+}
 VARIANTS = {
     "grouped": {},
     "multi-head": {"num_key_value_heads": 6},
@@ -30,7 +56,9 @@ VARIANTS = {
     "llama3": {"rope_parameters": LLAMA3},
     "yarn": {"rope_parameters": YARN},
     "epsilon": {"rms_norm_eps": 0.1},
-    "mistral": {"architecture": "Mistral", "sliding_window": None},
+    "longrope": {"rope_parameters": LONGROPE},
+    "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 120},
+    **FAMILIES,
 }
 
 
@@ -47,6 +75,32 @@ def test_prefill_chunks_and_decoding_give_the_logits_of_transformers(changes, ma
     for start, end in ((0, 40), (40, 45), (45, 46), (46, 100), (100, 101), (101, 120)):
         got += driver.logits([(stream, ids[start:end])])
     assert close(torch.cat(got), expected)
+
+
+@pytest.mark.parametrize("window", [1, 2, 21])
+def test_a_window_moves_on_with_every_token(window, make_checkpoint, load_driver, reference):
+    folder, ids = make_checkpoint("Mistral", sliding_window=window), tokens(32)
+    driver = load_driver(folder)
+    stream = driver.new(32)
+    got = [logits for token in ids for logits in driver.logits([(stream, [token])])]
+    assert close(torch.cat(got), reference(folder, ids))
+
+
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_in_bfloat16_every_family_is_as_close_to_float32_as_transformers_is(
+    changes, make_checkpoint, load_driver, reference
+):
+    from transformers import AutoModelForCausalLM
+
+    ids, folder = tokens(60), make_checkpoint(**changes)
+    driver, exact = load_driver(folder, dtype="bfloat16"), reference(folder, ids)
+    with torch.inference_mode():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(torch.tensor([ids])).logits[0]
+
+    stream = driver.new(60)
+    got = torch.cat([*driver.logits([(stream, ids[:45])]), *driver.logits([(stream, ids[45:])])])
+
+    assert (got - exact).norm() < 1.5 * (theirs.float() - exact).norm()
 
 
 def test_a_batch_may_mix_prompts_chunks_and_decoding_of_all_lengths(driver, make_checkpoint, reference):
@@ -91,6 +145,26 @@ def paths(parents):
     for row, parent in enumerate(parents):
         found.append(([] if parent < 0 else found[parent]) + [row])
     return found
+
+
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_mixes_prompts_chunks_trees_and_decoding(changes, make_checkpoint, load_driver, reference):
+    folder = make_checkpoint(**changes)
+    driver, nodes = load_driver(folder), tokens(len(TREE), seed=9)
+    prompts = [tokens(n, seed=n) for n in (110, 90, 40, 17, 2)]
+    streams = [driver.new(120) for _ in prompts]
+    cached = (109, 50, 0, 17, 1)
+    driver.run([(s, p[:n]) for s, p, n in zip(streams, prompts, cached, strict=True) if n])
+    chunks = [(s, p[n:] or nodes) for s, p, n in zip(streams, prompts, cached, strict=True)]
+    chains = [range(-1, len(chunk) - 1) for _, chunk in chunks]
+
+    mixed = driver.logits(chunks, parents=[*chains[:3], TREE, *chains[4:]])
+
+    for index, (prompt, count) in enumerate(zip(prompts, cached, strict=True)):
+        if index != 3:
+            assert close(mixed[index], reference(folder, prompt)[count:])
+    for row, path in enumerate(paths(TREE)):
+        assert close(mixed[3][row], reference(folder, prompts[3] + [nodes[node] for node in path])[-1])
 
 
 @pytest.mark.parametrize("context", [0, 1, 21])

@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import InternalError
 from core.types import SamplingParams
 from engine.sampler import sample, sampling_law, uniforms
-from engine.step import SamplingRow
+from engine.step import UNDRAWABLE, SamplingRow
 
 P_VALUE = 1e-6
 """Seeds are fixed, so this is no rate of false alarms: the tests pass or fail always."""
@@ -221,7 +220,16 @@ def test_no_logprobs_are_computed_unless_asked_for() -> None:
     assert sample(torch.tensor([LOGITS]), [row()])[1] == ()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}], ids=str)
-def test_logits_that_are_not_numbers_are_an_error_not_a_token(settings: dict[str, Any]) -> None:
-    with pytest.raises(InternalError, match="not numbers"):
-        sample(torch.tensor([[1.0, math.nan, 0.0]]), [row(**settings)])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"min_p": 0.1, "logprobs": 1}], ids=str)
+def test_a_row_without_a_law_fails_alone(settings: dict[str, Any]) -> None:
+    nan, whole = [1.0, math.nan, 0.0], [1.0, 3.0, 0.0]
+    tokens, _ = sample(torch.tensor([nan, whole, whole]), [row(**settings), row(**settings), row(temperature=0.0)])
+    assert tokens[0] == UNDRAWABLE
+    assert tokens[1] in range(3)
+    assert tokens[2] == 1
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}], ids=str)
+def test_a_row_whose_tokens_are_all_forbidden_is_undrawable(settings: dict[str, Any]) -> None:
+    tokens, _ = sample(torch.tensor([[1.0, 3.0]]), [row(forbidden=(0, 1), **settings)])
+    assert tokens.tolist() == [UNDRAWABLE]

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import ConfigError, ModelError
-from engine.model_config import ModelConfig, RopeConfig
+from engine.model_config import ModelConfig
+from engine.rope_config import RopeConfig
 from engine.runner import ModelRunner
 from engine.weights import fingerprint
 from tests.engine.driver import Driver, tokens
@@ -61,6 +62,35 @@ def test_a_tensor_that_does_not_fit_is_named(folder: Path, change: Callable[[Ten
     with pytest.raises(ModelError) as caught:
         load(folder)
     assert named in caught.value.message
+
+
+ATTENTION = "model.layers.1.self_attn."
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "named"),
+    [
+        ("Qwen2", lambda t: t.pop(ATTENTION + "k_proj.bias"), "k_proj.bias is missing"),
+        ("Qwen2", lambda t: t.update({ATTENTION + "o_proj.bias": torch.zeros(48)}), "no place for tensor"),
+        ("Qwen3", lambda t: t.pop(ATTENTION + "q_norm.weight"), "q_norm.weight is missing"),
+        ("Qwen3", lambda t: t.update({ATTENTION + "k_norm.weight": torch.ones(16)}), "config.json makes it [8]"),
+        ("Phi3", lambda t: t.update({ATTENTION + "qkv_proj.weight": torch.ones(48, 48)}), "makes it [80, 48]"),
+        ("Mistral", lambda t: t.update({ATTENTION + "q_proj.bias": torch.zeros(48)}), "no place for tensor"),
+    ],
+)
+def test_every_family_names_the_tensor_it_lacks_or_has_no_place_for(
+    architecture: str,
+    change: Callable[[Tensors], object],
+    named: str,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(make_checkpoint(architecture, pad_token_id=None), tmp_path / "model"))
+    rewrite(folder, change)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert named in caught.value.message
+    assert "\n" not in caught.value.message
 
 
 def test_a_copy_of_the_tied_head_and_derived_tensors_are_let_pass(folder: Path) -> None:
@@ -132,6 +162,15 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         load(folder)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+WINDOWED = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -145,12 +184,30 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         ({"head_dim": 7}, "head_dim"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "factor of rope_type dynamic"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope_type mrope"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor of rope_type longrope must be 4 numbers"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1.0] * 3}}, "long_factor of rope_type longrope"),
+        ({"rope_parameters": LONGROPE | {"short_factor": [1.0, 1, -1, 1]}}, "short_factor of rope_type longrope"),
+        (
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 0},
+            "original_max_position_embeddings",
+        ),
+        (
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 1},
+            "original_max_position_embeddings",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor of rope_type linear"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor of rope_type llama3"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.4}, "partial_rotary_factor"),
+        ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        (WINDOWED | {"sliding_window": 0}, "sliding_window"),
+        (WINDOWED | {"max_window_layers": -1}, "max_window_layers"),
+        (WINDOWED | {"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
+        (WINDOWED | {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused_by_its_field(
@@ -168,8 +225,8 @@ def test_the_older_spelling_of_rope_is_understood(folder: Path) -> None:
     raw.pop("rope_parameters")
     scaling = {"type": "linear", "factor": 2.0}
     config = ModelConfig.from_dict({**raw, "rope_theta": 5e5, "rope_scaling": scaling})
-    assert config.rope == RopeConfig("linear", {"rope_theta": 5e5, "factor": 2.0})
-    assert ModelConfig.from_dict(raw).rope == RopeConfig("default", {"rope_theta": 10000.0})
+    assert config.rope == RopeConfig("linear", {"rope_theta": 5e5, "factor": 2.0}, size=8)
+    assert ModelConfig.from_dict(raw).rope == RopeConfig("default", {"rope_theta": 10000.0}, size=8)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
@@ -187,9 +244,50 @@ def test_end_tokens_are_those_of_both_files(folder: Path) -> None:
     assert ModelConfig.from_folder(folder).eos_token_ids == (7,)
 
 
-def test_a_sliding_window_bounds_the_length(folder: Path) -> None:
-    configure(folder, sliding_window=128)
-    assert ModelConfig.from_folder(folder).max_position_embeddings == 128
+def test_a_sequence_ends_where_the_frequencies_would_change_for_all_of_it(folder: Path) -> None:
+    configure(folder, rope_parameters=LONGROPE)
+    assert ModelConfig.from_folder(folder).max_position_embeddings == 64
+    configure(folder, max_position_embeddings=32)
+    assert ModelConfig.from_folder(folder).max_position_embeddings == 32
+    configure(folder, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    assert ModelConfig.from_folder(folder).max_position_embeddings == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({"sliding_window": 8}, (None, None, None)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, (8, 8, 8)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None, None, None)),
+        ({"architectures": ["MistralForCausalLM"]}, (4096, 4096, 4096)),
+        ({"architectures": ["Phi3ForCausalLM"]}, (None, None, None)),
+        (WINDOWED, (None, None, None)),
+        (WINDOWED | {"max_window_layers": 1}, (None, 8, 8)),
+        (WINDOWED | {"use_sliding_window": False, "max_window_layers": 1}, (None, None, None)),
+        (
+            WINDOWED | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+            (8, None, 8),
+        ),
+    ],
+)
+def test_which_layers_have_a_window_is_read_as_the_architecture_reads_it(
+    folder: Path, settings: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    configure(folder, **settings)
+    assert ModelConfig.from_folder(folder).windows == windows
+
+
+def test_what_a_configuration_leaves_out_is_as_its_architecture_has_it(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 32}
+    for name in ("head_dim", "num_key_value_heads", "rms_norm_eps"):
+        raw.pop(name)
+    llama, mistral, phi, qwen = (
+        ModelConfig.from_dict(raw | {"architectures": [f"{name}ForCausalLM"], "hidden_size": 256})
+        for name in ("Llama", "Mistral", "Phi3", "Qwen3")
+    )
+    assert (llama.num_kv_heads, mistral.num_kv_heads, qwen.num_kv_heads) == (32, 8, 32)
+    assert (llama.head_size, qwen.head_size) == (8, 128)
+    assert (llama.rms_norm_eps, phi.rms_norm_eps) == (1e-6, 1e-5)
 
 
 def test_reading_a_configuration_loads_neither_torch_nor_transformers() -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from typing import Any
+
+import pytest
 from scripted import MakeGateway
 
 from core.types import Role
 from core.wire import WorkerCounters, WorkerStatus
+from gateway.protocol import parse
 
 
 async def test_models_are_listed_under_every_name(gateway: MakeGateway) -> None:
@@ -63,6 +69,38 @@ async def test_tokenize_names_what_is_wrong(gateway: MakeGateway) -> None:
         response = await one.post(path, **body)
         assert response.status_code in (400, 404)
         assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "hello " * 1000, "return_token_strs": True}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "hello"}] * 200}),
+        ("/detokenize", {"tokens": [1] * 5000}),
+    ],
+)
+async def test_long_texts_take_turns_in_a_thread_and_too_many_are_refused(
+    gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    one = gateway(max_waiting_texts=2, retry_after_s=3)
+    entered, go, running = threading.Semaphore(0), threading.Event(), []
+
+    def held(*args: Any) -> Any:
+        running.append(threading.current_thread())
+        entered.release()
+        go.wait(10)
+        return parse(*args)
+
+    monkeypatch.setattr("gateway.app.parse", held)
+    waiting = [asyncio.create_task(one.post(path, **body)) for _ in range(2)]
+    assert await asyncio.to_thread(entered.acquire, timeout=10)
+    refused = await one.post(path, **body)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+    assert len(running) == 1
+    go.set()
+    assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
+    assert threading.current_thread() not in running
+    assert (await one.post("/tokenize", prompt="short")).status_code == 200
 
 
 async def test_the_metrics_page_shows_gateway_and_workers(gateway: MakeGateway) -> None:

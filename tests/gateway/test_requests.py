@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from scripted import MAX_MODEL_LEN, MakeGateway, fails, hangs
 
 from core.errors import Overloaded, Unavailable
+from gateway.protocol import parse
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -36,6 +38,12 @@ BAD_CHATS: list[tuple[str, dict[str, Any]]] = [
     ("presence_penalty", {"presence_penalty": 3}),
     ("frequency_penalty", {"frequency_penalty": -3}),
     ("repetition_penalty", {"repetition_penalty": 0}),
+    ("repetition_penalty", {"repetition_penalty": 1e-300}),
+    ("repetition_penalty", {"repetition_penalty": 101}),
+    ("top_k", {"top_k": 2**31}),
+    ("top_k", {"top_k": 2**64 - 1}),
+    ("stop_token_ids", {"stop_token_ids": [1] * 1025}),
+    ("logit_bias", {"logit_bias": {"1" * 5000: 1}}),
     ("n", {"n": 0}),
     ("n", {"n": 10_000}),
     ("seed", {"seed": 2**64}),
@@ -93,6 +101,8 @@ async def test_bad_chat_parameters_are_named(gateway: MakeGateway, param: str, b
         ("logprobs", {"logprobs": -1}),
         ("logprobs", {"logprobs": 21}),
         ("echo", {"echo": True, "logprobs": 1}),
+        ("prompt", {"prompt": [1, 10**4000]}),
+        ("prompt", {"prompt": [[1], [-(10**400)]]}),
         ("n", {"prompt": ["a"] * 40, "n": 2}),
     ],
 )
@@ -148,7 +158,7 @@ async def test_a_large_body_is_refused_before_it_is_read(gateway: MakeGateway) -
     assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
     assert sent <= 4 * 2**20 + 20_000
     declared = await one.client.post("/v1/completions", content=b"x" * 10_000_000)
-    assert declared.status_code == 413
+    assert (declared.status_code, declared.json()["error"]["param"]) == (413, "body")
 
 
 async def test_an_unknown_model_is_not_found(gateway: MakeGateway) -> None:
@@ -166,6 +176,105 @@ async def test_a_prompt_over_the_context_is_refused_with_the_numbers(gateway: Ma
     assert all(number in error["message"] for number in (str(MAX_MODEL_LEN), "200", "100"))
     assert (await one.complete(prompt=[1] * MAX_MODEL_LEN)).status_code == 400
     assert (await one.complete(prompt=[1] * (MAX_MODEL_LEN - 1), max_tokens=1)).status_code == 200
+
+
+INTEGERS = {
+    "/v1/chat/completions": ("n", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed", "priority"),
+    "/v1/completions": ("n", "max_tokens", "min_tokens", "top_k", "seed", "priority", "logprobs"),
+}
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1, 10**4000, -(10**4000)])
+async def test_integers_of_more_than_64_bits_are_refused_by_name(gateway: MakeGateway, number: int) -> None:
+    one = gateway()
+    needed: dict[str, Any] = {"/v1/chat/completions": {"messages": USER}, "/v1/completions": {"prompt": "a"}}
+    cases = [(path, name, {**needed[path], name: number}) for path, names in INTEGERS.items() for name in names]
+    cases += [(path, "stop_token_ids[1]", {**body, "stop_token_ids": [0, number]}) for path, body in needed.items()]
+    cases += [(path, "logit_bias", {**body, "logit_bias": {str(number): 1}}) for path, body in needed.items()]
+    cases += [
+        ("/v1/chat/completions", "top_logprobs", {"messages": USER, "logprobs": True, "top_logprobs": number}),
+        ("/v1/completions", "prompt", {"prompt": [number]}),
+        ("/detokenize", "tokens[0]", {"tokens": [number]}),
+    ]
+    for path, param, body in cases:
+        response = await one.post(path, **body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert len(error["message"]) < 250
+        assert "sys." not in error["message"]
+
+
+async def test_integers_nobody_can_write_out_are_no_json(gateway: MakeGateway) -> None:
+    response = await gateway().client.post("/v1/completions", content=b'{"prompt":"a","n":1' + b"0" * 5000 + b"}")
+    assert response.status_code == 400
+    assert "number out of range" in response.json()["error"]["message"]
+
+
+async def test_stop_tokens_may_not_be_all_tokens_when_some_must_come(gateway: MakeGateway) -> None:
+    one = gateway()
+    every = list(range(one.model.vocab_size))
+    some = [i for i in every if i not in one.model.eos_token_ids]
+    for body in ({"stop_token_ids": every, "ignore_eos": True}, {"stop_token_ids": some}):
+        response = await one.chat(**body, min_tokens=1)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "stop_token_ids")
+        assert (await one.chat(**body)).status_code == 200
+    assert (await one.chat(stop_token_ids=some, ignore_eos=True, min_tokens=1)).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_a_limit_that_does_not_fit_beside_the_prompt_is_what_is_named(gateway: MakeGateway, name: str) -> None:
+    one = gateway()
+    error = (await one.chat(**{name: 100_000})).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", name)
+    room = int(error["message"].rpartition(f"lower {name} to ")[2])
+    assert (await one.chat(**{name: room})).status_code == 200
+    assert (await one.chat(**{name: room + 1})).status_code == 400
+    full = await one.complete(prompt=[1] * MAX_MODEL_LEN, max_tokens=1)
+    assert full.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_more_messages_than_tokens_are_refused_before_they_are_rendered(
+    gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    one = gateway()
+    monkeypatch.setattr(type(one.model), "render_chat", lambda *_, **__: pytest.fail("rendered"))
+    response = await one.post(path, messages=USER * (MAX_MODEL_LEN + 1))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("words", ["a" * 4_000_000, "how are you " * 300_000])
+async def test_text_that_cannot_fit_is_refused_without_being_tokenized(
+    gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    one = gateway()
+    monkeypatch.setattr(type(one.model), "encode", lambda *_, **__: pytest.fail("tokenized"))
+    for response, param in (
+        (await one.complete(prompt=words), "prompt"),
+        (await one.chat(messages=[{"role": "user", "content": words}]), "messages"),
+    ):
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+
+
+async def test_large_bodies_are_parsed_and_rendered_off_the_loop(
+    gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, threads = gateway(), []
+
+    def noted(work: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            threads.append(threading.current_thread())
+            return work(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr("gateway.completions.parse", noted(parse))
+    monkeypatch.setattr(type(one.model), "render_chat", noted(type(one.model).render_chat))
+    await one.chat(messages=USER * 200, cache_salt="x", metadata={"k": "x" * 40_000})
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
 
 
 async def test_output_takes_what_room_the_prompt_leaves_by_default(gateway: MakeGateway) -> None:

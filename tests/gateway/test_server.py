@@ -230,7 +230,7 @@ async def test_the_openai_client_raises_its_own_errors(gateway: MakeGateway) -> 
             await client.chat.completions.create(model="gpt-9", messages=CHAT["messages"])
         with pytest.raises(openai.BadRequestError) as caught:
             await client.chat.completions.create(model="tiny", messages=CHAT["messages"], max_tokens=10_000)
-    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
 
 
 async def test_the_openai_client_sees_an_error_in_a_stream(gateway: MakeGateway, model: ServedModel) -> None:

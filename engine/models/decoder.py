@@ -1,4 +1,6 @@
-"""Llama, and Mistral, which differs by its configuration only. Equal to Transformers' LlamaForCausalLM in float32."""
+"""The decoder that Llama, Mistral, Phi-3, Qwen2 and Qwen3 share; ModelConfig says in what they differ. Equal to their
+classes in Transformers in float32. Differences are settled when the model is built: a running layer asks nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +11,46 @@ import torch.nn.functional as F  # noqa: N812
 
 from core.errors import ModelError
 from engine.attention import PagedAttention
-from engine.layers import RMSNorm, SwiGLU
+from engine.layers import HeadNorms, RMSNorm, SwiGLU
 from engine.linear import Linear, make_linear
 from engine.model_config import ModelConfig
-from engine.rope import Angles, Rope
+from engine.rope import Angles, Rope, make_rope
 from engine.weights import Weights
 
 
-class LlamaLayer:
-    __slots__ = ("_attention_norm", "_heads", "_index", "_mlp", "_mlp_norm", "_out", "_qkv", "_rope", "_split")
+class DecoderLayer:
+    __slots__ = (
+        "_attention_norm",
+        "_heads",
+        "_index",
+        "_mlp",
+        "_mlp_norm",
+        "_out",
+        "_qkv",
+        "_rotate_",
+        "_split",
+        "_window",
+    )
 
     def __init__(self, index: int, config: ModelConfig, rope: Rope, weights: Weights) -> None:
         prefix, hidden = f"model.layers.{index}.", config.hidden_size
         queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         inner = config.intermediate_size
         self._index = index
-        self._rope = rope
+        self._window = config.windows[index]
         self._heads = (config.num_heads, config.num_kv_heads, config.head_size)
         self._split = (queries, queries + keys)
         self._attention_norm = RMSNorm(weights.take(prefix + "input_layernorm.weight", hidden), config.rms_norm_eps)
         self._mlp_norm = RMSNorm(weights.take(prefix + "post_attention_layernorm.weight", hidden), config.rms_norm_eps)
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        self._qkv = _linear(weights, attention, sizes, hidden, config.attention_bias)
-        self._out = _linear(weights, attention, {"o_proj": hidden}, queries, config.attention_bias)
+        qkv, gate_up = {"q_proj": queries, "k_proj": keys, "v_proj": keys}, {"gate_proj": inner, "up_proj": inner}
+        if config.fused:
+            qkv, gate_up = {"qkv_proj": queries + 2 * keys}, {"gate_up_proj": 2 * inner}
+        self._qkv = _linear(weights, attention, qkv, hidden, config.qkv_bias)
+        self._out = _linear(weights, attention, {"o_proj": hidden}, queries, config.out_bias)
+        self._rotate_ = _head_norms(weights, attention, config, rope) if config.head_norms else rope.rotate_
         self._mlp = SwiGLU(
-            _linear(weights, mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
+            _linear(weights, mlp, gate_up, hidden, config.mlp_bias),
             _linear(weights, mlp, {"down_proj": hidden}, inner, config.mlp_bias),
             inner,
         )
@@ -43,24 +59,25 @@ class LlamaLayer:
         heads, kv_heads, head_size = self._heads
         queries, rotated = self._split
         qkv = self._qkv(self._attention_norm(hidden))  # [tokens, (heads + 2 kv_heads) * head_size]
-        self._rope.rotate_(qkv[:, :rotated].view(-1, heads + kv_heads, head_size), angles)
+        self._rotate_(qkv[:, :rotated].view(-1, heads + kv_heads, head_size), angles)
         mixed = attention(
             self._index,
             qkv[:, :queries].view(-1, heads, head_size),
             qkv[:, queries:].view(-1, 2, kv_heads, head_size),
+            self._window,
         )
         hidden = self._out.add(mixed, hidden)
         return self._mlp.add(self._mlp_norm(hidden), hidden)
 
 
-class Llama:
+class Decoder:
     """Implements engine.models.registry.Model."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
-        self._rope = Rope(config, weights.device, weights.dtype)
-        self._layers = [LlamaLayer(index, config, self._rope, weights) for index in range(config.num_layers)]
+        self._rope = make_rope(config, weights.device, weights.dtype)
+        self._layers = [DecoderLayer(index, config, self._rope, weights) for index in range(config.num_layers)]
         self._norm = RMSNorm(weights.take("model.norm.weight", config.hidden_size), config.rms_norm_eps)
         self._head = make_linear(self._head_weight(config, weights))
 
@@ -93,8 +110,8 @@ class Llama:
         return self._head(self._norm(hidden))
 
 
-def build(config: ModelConfig, weights: Weights) -> Llama:
-    model = Llama(config, weights)
+def build(config: ModelConfig, weights: Weights) -> Decoder:
+    model = Decoder(config, weights)
     weights.check_all_taken()
     return model
 
@@ -104,3 +121,9 @@ def _linear(weights: Weights, prefix: str, sizes: dict[str, int], inputs: int, b
     weight = weights.take_stacked([f"{prefix}{name}.weight" for name in sizes], *[(n, inputs) for n in sizes.values()])
     stacked = [f"{prefix}{name}.bias" for name in sizes]
     return make_linear(weight, weights.take_stacked(stacked, *[(n,) for n in sizes.values()]) if bias else None)
+
+
+def _head_norms(weights: Weights, prefix: str, config: ModelConfig, rope: Rope) -> HeadNorms:
+    query, key = (weights.take(f"{prefix}{name}.weight", config.head_size) for name in ("q_norm", "k_norm"))
+    scales = torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
+    return HeadNorms(scales, config.rms_norm_eps, rope)
