@@ -71,7 +71,7 @@ class EngineSection(Section):
     max_num_batched_tokens: int | None = Field(
         None,
         gt=0,
-        description="Tokens in one step; default: 2048 on prefill workers, 512 on the others, or max_num_seqs if higher",
+        description="Tokens in one step; default: 2048 on prefill workers, 512 on the others, or max_num_seqs if more",
     )
     prefix_caching: bool = Field(True, description="Reuse the KV of common prefixes")
 
@@ -117,8 +117,8 @@ class ClusterSection(Section):
             raise ValueError("prefill_replicas must be at least 1, unless colocated is set")
         if self.colocated and "prefill_replicas" in self.model_fields_set and self.prefill_replicas > 0:
             raise ValueError(
-                f"prefill_replicas {self.prefill_replicas} has no meaning with colocated, where decode_replicas workers "
-                "do both; leave it out"
+                f"prefill_replicas {self.prefill_replicas} has no meaning with colocated, where "
+                "decode_replicas workers do both; leave it out"
             )
         return self
 

@@ -49,14 +49,16 @@ def _serve(config: SlipstreamConfig, stop: Stop, console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     folder = _prepare(config, checklist)
-    with _ray(config, stop, checklist, say) as share:
-        with _application(config, folder, share, stop, checklist, say) as handle:
-            url = _wait_ready(config, handle, stop, checklist)
-            _print_urls(config, url, checklist, console)
-            _watch(stop, say)
-            stopping = time.monotonic()
-            console.quiet = console.is_terminal and stop.signum == signal.SIGHUP  # the terminal has gone
-            _drain(config, handle, say)
+    with (
+        _ray(config, stop, checklist, say) as share,
+        _application(config, folder, share, stop, checklist, say) as handle,
+    ):
+        url = _wait_ready(config, handle, stop, checklist)
+        _print_urls(config, url, checklist, console)
+        _watch(stop, say)
+        stopping = time.monotonic()
+        console.quiet = console.is_terminal and stop.signum == signal.SIGHUP  # the terminal has gone
+        _drain(config, handle, say)
     say(f"Stopped after {time.monotonic() - stopping:.1f} s.")
 
 
@@ -122,7 +124,8 @@ def _init_ray(config: SlipstreamConfig, folder: Path | None, stop: Stop) -> None
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"Ray does not start: {str(error).splitlines()[0]}") from error
+        hint = "; a cluster with token authentication needs RAY_AUTH_MODE=token here too" if folder is None else ""
+        raise ConfigError(f"Ray does not start: {str(error).splitlines()[0]}{hint}") from error
     except SystemExit as error:  # while it starts, SIGTERM goes to a handler of Ray's that ends in this
         stop.signum = signal.SIGTERM
         raise Stopped from error

@@ -59,10 +59,13 @@ class DecodeWorker:
         transfer = self._transfers.get(sequence.request_id)
         if transfer is None:  # it ended between the grant and this call; the engine has the abort queued
             return
-        reservation = self._taker.reservation(
-            list(sequence.block_table), start_token=sequence.num_computed_tokens, num_tokens=len(sequence.token_ids)
-        )
-        transfer.reserved.set_result(reservation)
+        blocks, start, stop = list(sequence.block_table), sequence.num_computed_tokens, len(sequence.token_ids)
+        try:
+            reservation = self._taker.reservation(blocks, start_token=start, num_tokens=stop)
+        except ValueError as error:  # the engine failed after the grant and took the blocks back
+            transfer.reserved.set_exception(error)
+        else:
+            transfer.reserved.set_result(reservation)
 
     def abort(self, request_id: str) -> None:
         if (transfer := self._transfers.get(request_id)) is not None:

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 
 NFC_CHARS = 4
 """Code points that canonical composition makes one at most (Unicode UAX 15: the expansion factor of NFD)."""
 
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level BPE: printable Latin-1 for itself, the rest from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+BYTE_LEVEL_ALPHABET = _byte_level_alphabet()
+
 _KEEPS_TEXT = {"ByteLevel", "Digits", "Metaspace", "Prepend"}
 
 
-def chars_per_token(backend: Tokenizer) -> int | None:
-    """At least as many characters as any token stands for; None where there is no such number, because the tokenizer
-    drops text (spaces, say) or takes any unknown word for one token."""
-    model = backend.model
-    stripping = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
-    if not isinstance(model, models.BPE) or stripping:
-        return None
-    factors = [_shrinks_by(part) for part in (*_parts(backend.normalizer), *_parts(backend.pre_tokenizer))]
+@dataclass(frozen=True)
+class TokenLength:
+    """`chars`: no token stands for more. `dropped`: ASCII characters the vocabulary lacks, which leave no token."""
+
+    chars: int
+    dropped: str = ""
+
+    def fewest_tokens(self, text: str) -> int:
+        """`text` has at least so many tokens, however it is cut."""
+        return -(-(len(text) - sum(map(text.count, self.dropped))) // self.chars)
+
+
+def token_length(backend: Tokenizer) -> TokenLength | None:
+    """None where there is no such number, because the tokenizer drops text (spaces, say) or takes any unknown word for
+    one token."""
     vocabulary = backend.get_vocab()
-    if not _knows_every_byte(backend, vocabulary):
+    stripping = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    dropped = _dropped(backend, vocabulary)
+    factors = [_shrinks_by(part) for part in (*_parts(backend.normalizer), *_parts(backend.pre_tokenizer))]
+    if not isinstance(backend.model, models.BPE) or stripping or dropped is None or None in factors:
         return None
-    longest = max(map(len, vocabulary))
-    for factor in factors:
-        if factor is None:
-            return None
-        longest *= factor
-    return longest
+    return TokenLength(math.prod(filter(None, factors)) * max(map(len, vocabulary)), dropped)
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
@@ -59,9 +76,15 @@ def _shrinks_by(part: dict[str, Any]) -> int | None:
     return 1 if kind in _KEEPS_TEXT else None
 
 
-def _knows_every_byte(backend: Tokenizer, vocabulary: dict[str, int]) -> bool:
-    """Otherwise what is not in the vocabulary vanishes, or many unknown characters become one token."""
-    if backend.model.byte_fallback:
-        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    return isinstance(backend.decoder, decoders.ByteLevel) and alphabet <= vocabulary.keys()
+def _dropped(backend: Tokenizer, vocabulary: Mapping[str, int]) -> str | None:
+    """The ASCII characters without a token, None if others have none too. A longer character needs only its
+    continuation bytes to leave a token; vocabularies do lack rare first bytes."""
+    if isinstance(backend.decoder, decoders.ByteLevel):
+        known = {byte for character, byte in BYTE_LEVEL_ALPHABET.items() if character in vocabulary}
+    elif getattr(backend.model, "byte_fallback", False) and all(f"<0x{b:02X}>" in vocabulary for b in range(256)):
+        return ""
+    else:
+        return None
+    if not known.issuperset(range(0x80, 0xC0)):
+        return None
+    return "".join(chr(byte) for byte in range(0x80) if byte not in known)

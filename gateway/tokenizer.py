@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from core.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelError, UnknownModel
-from gateway.lengths import chars_per_token
+from gateway.lengths import BYTE_LEVEL_ALPHABET, TokenLength, token_length
 from gateway.text import Detokenizer
 
 P = ParamSpec("P")
@@ -93,10 +93,11 @@ class ServedModel:
 
     def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises ContextLengthExceeded, before any work, for text that can't fit the context however it is cut."""
-        if self.longest_prompt is not None and len(text) > self.longest_prompt:
+        fewest = self.token_length.fewest_tokens(text) if self.token_length is not None else 0
+        if fewest > self.max_model_len:
             raise ContextLengthExceeded(
-                f"this model's context is {self.max_model_len} tokens, and a prompt of {len(text)} characters has "
-                f"more than that ({self.longest_prompt} characters at most); shorten it",
+                f"this model's context is {self.max_model_len} tokens, but the prompt has {len(text)} characters, "
+                f"which are {fewest} tokens at least; shorten it",
                 param=param,
             )
         return self.encode(text, add_special_tokens=add_special_tokens)
@@ -150,10 +151,8 @@ class ServedModel:
         return backend
 
     @cached_property
-    def longest_prompt(self) -> int | None:
-        """Characters above which no text fits the context; None for tokenizers without such a bound."""
-        per_token = chars_per_token(self.backend)
-        return None if per_token is None else per_token * self.max_model_len
+    def token_length(self) -> TokenLength | None:
+        return token_length(self.backend)
 
     @cached_property
     def _special_token_ids(self) -> frozenset[int]:
@@ -170,7 +169,7 @@ class ServedModel:
             text = backend.decode([token_id], skip_special_tokens=False)
             token = backend.id_to_token(token_id) or ""
             if byte_level and token_id not in added:
-                return text, [_BYTE_LEVEL_ALPHABET[c] for c in token]
+                return text, [BYTE_LEVEL_ALPHABET[c] for c in token]
             if len(token) == 6 and token.startswith("<0x"):
                 return text, [int(token[3:5], 16)]  # SentencePiece's byte fallback
             return text, list(text.encode())
@@ -178,14 +177,6 @@ class ServedModel:
         return describe
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level BPE: printable Latin-1 for itself, the rest from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (b for b in range(256) if b not in printable)
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_LEVEL_ALPHABET = _byte_level_alphabet()
 _RESERVED_TEMPLATE_KWARGS = {
     "messages",
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,

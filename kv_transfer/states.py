@@ -251,8 +251,9 @@ Instruction: TypeAlias = (
 
 @dataclass(slots=True)
 class GiverTransfer:
-    """Offered may come before, between or after Expected and Wanted. A transfer that ended before it was offered releases the blocks as
-    soon as they come. Once ended it answers whoever still asks, so keep it for as long as that may be."""
+    """Offered may come before, between or after Expected and Wanted. A transfer that ended before it was offered
+    releases the blocks as soon as they come. Once ended it answers whoever still asks, so keep it for as long as that
+    may be."""
 
     lease_s: float
     phase: Phase = Phase.NEW
@@ -298,8 +299,7 @@ class GiverTransfer:
             case CancelReceived(reason):
                 return self._end(Outcome.ABORTED, reason)
             case Withdraw(reason, outcome, finished):
-                self.finished = finished and self.phase not in _ENDED
-                return self._end(outcome, reason, tell=True)
+                return self._end(outcome, reason, tell=True, finished=finished)
             case LinkLost(reason):
                 return self._end(Outcome.FAILED, reason)
             case Tick() if now >= self.wake_at:
@@ -366,11 +366,11 @@ class GiverTransfer:
     def _renew(self, now: float) -> None:
         self.lease_until = now + self.lease_s
 
-    def _end(self, outcome: Outcome, reason: str, *, tell: bool = False) -> list[Instruction]:
+    def _end(self, outcome: Outcome, reason: str, *, tell: bool = False, finished: bool = False) -> list[Instruction]:
         if self.phase in _ENDED:
             return []
-        self.outcome, self.reason = outcome, reason
-        said: list[Instruction] = [SendWithdrawn(reason, outcome, self.finished)] if tell and self.awaited else []
+        self.outcome, self.reason, self.finished = outcome, reason, finished
+        said: list[Instruction] = [SendWithdrawn(reason, outcome, finished)] if tell and self.awaited else []
         if self.readers:
             self.phase = Phase.DRAINING
             return said

@@ -73,7 +73,7 @@ class Taking:
                 self._reservation = reserved.result()
                 self._feed(states.Begin())
             await asyncio.wait({self._over})  # unlike a plain await, it leaves the future alone when it is cancelled
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or there will be no blocks
             self._feed(states.CancelRequested())
             await self._quiet()
             raise

@@ -45,6 +45,10 @@ def test_leaf_names_are_unique_over_the_tree() -> None:
         ("gateway: 3", "must be mappings"),
         ("- a", "must be mappings"),
         ("a: [", "is not YAML"),
+        ("a: 2024-99-99", "cannot be read"),
+        ("engine: {kv_cache_memory: '" + "9" * 400 + "'}", "more than any machine has"),
+        ("cluster: {colocated: true, prefill_replicas: 7}", "prefill_replicas 7 has no meaning with colocated"),
+        ("engine: {max_num_batched_tokens: 8, max_num_seqs: 16}", "max_num_batched_tokens 8 is below max_num_seqs 16"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_setting(tmp_path: Path, text: str, message: str) -> None:
@@ -52,6 +56,17 @@ def test_a_bad_file_is_one_line_that_names_the_setting(tmp_path: Path, text: str
         load(write(tmp_path, text), {})
     assert message in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_file_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_bytes(b"model: caf\xe9")
+    with pytest.raises(ConfigError, match="is not UTF-8 text: byte 10 is 0xe9"):
+        load(path, {})
+
+
+def test_an_empty_section_leaves_the_defaults(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "engine:\n"), {"port": 9000}).gateway.port == 9000
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -90,6 +105,19 @@ def test_prefill_workers_take_larger_chunks_unless_told_otherwise() -> None:
     assert load(None, {"max_num_batched_tokens": 64}).engine.batched_tokens(Role.PREFILL) == 64
 
 
-@pytest.mark.parametrize(("text", "value"), [("512MiB", 2**29), ("1GiB", 2**30), ("1.5 kb", 1500), ("77", 77)])
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize(
+    ("settings", "sequences"), [({}, 64), ({"max_num_batched_tokens": 8}, 8), ({"max_num_seqs": 3000}, 3000)]
+)
+def test_a_step_has_a_token_for_each_of_its_sequences(settings: dict[str, int], sequences: int, role: Role) -> None:
+    engine = load(None, settings).engine
+    assert engine.sequences == sequences
+    assert engine.batched_tokens(role) >= sequences
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("512MiB", 2**29), ("1GiB", 2**30), ("1.5 kb", 1500), ("77", 77), ("10TB", 10**13), ("1TiB", 2**40)],
+)
 def test_sizes_take_the_usual_units(text: str, value: int) -> None:
     assert parse_bytes(text) == value

@@ -11,6 +11,7 @@ import pytest
 from cluster.checks import check_memory, check_port
 from cluster.config import load
 from cluster.limits import max_model_len
+from cluster.machine import available_memory, usable_cores
 from cluster.resources import Share, share_out
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
@@ -36,7 +37,7 @@ def test_cores_and_gpus_are_shared_out_evenly(settings: dict[str, Any], cores: i
     ("settings", "gpus", "named"),
     [
         ({"cpus_per_worker": 2.0}, 0, "--cpus-per-worker"),
-        ({"device": "cuda"}, 0, "need a GPU each and the cluster has 0"),
+        ({"device": "cuda"}, 0, "there is no GPU here"),
         ({}, 1, "--device cpu"),
     ],
 )
@@ -66,6 +67,35 @@ def test_a_port_in_use_is_named_with_what_to_do() -> None:
 def test_an_address_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1"):
         check_port("203.0.113.1", 8000)
+
+
+def test_a_host_nobody_knows_is_said_to_be_unknown() -> None:
+    with pytest.raises(ConfigError, match="cannot resolve --host no-such-host"):
+        check_port("no-such-host.invalid", 0)
+
+
+def cgroup(folder: Path, **files: str) -> tuple[Path, Path]:
+    """A cgroup /outer/inner with these files in outer; the root and what /proc/self/cgroup says."""
+    (folder / "outer" / "inner").mkdir(parents=True)
+    for name, text in files.items():
+        (folder / "outer" / name.replace("_", ".", 1)).write_text(text)
+    (folder / "self").write_text("0::/outer/inner\n")
+    return folder, folder / "self"
+
+
+@pytest.mark.parametrize(("quota", "most"), [("100000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", 10**6)])
+def test_the_quota_of_a_cgroup_limits_the_cores(tmp_path: Path, quota: str, most: int) -> None:
+    affinity = usable_cores(tmp_path, tmp_path / "none")
+    assert usable_cores(*cgroup(tmp_path, cpu_max=quota)) == min(affinity, most)
+
+
+def test_a_cgroup_leaves_the_memory_below_its_limit_that_is_not_page_cache(tmp_path: Path) -> None:
+    where = cgroup(tmp_path, memory_max="5000\n", memory_current="3000\n", memory_stat="anon 1\ninactive_file 500\n")
+    assert available_memory(*where) == 2500
+
+
+def test_without_a_limit_the_machine_counts(tmp_path: Path) -> None:
+    assert available_memory(*cgroup(tmp_path, memory_max="max\n", memory_current="3000\n")) > 2**20
 
 
 def test_too_little_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
@@ -101,6 +131,11 @@ LLAMA = {
 )
 def test_the_longest_sequence_is_what_model_and_cache_allow(settings: dict[str, Any], length: int) -> None:
     assert max_model_len(ModelConfig.from_dict(LLAMA), load(None, settings).engine) == length
+
+
+def test_a_cache_below_one_block_is_told_by_its_own_flag() -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-memory 1KB holds no block: 16 tokens of this model need"):
+        max_model_len(ModelConfig.from_dict(LLAMA), load(None, {"kv_cache_memory": "1KB"}).engine)
 
 
 def test_a_length_beyond_that_is_refused() -> None:

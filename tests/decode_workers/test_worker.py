@@ -34,9 +34,16 @@ class Outcomes:
 
     def __init__(self) -> None:
         self.ending: asyncio.Future[SequenceState] = asyncio.get_running_loop().create_future()
+        self.expected: list[str] = []
+        self.reserved: asyncio.Future[Any] | None = None
 
-    async def take(self, *_: Any, **__: Any) -> SequenceState:
+    async def expect(self, transfer_id: str, _: str, reserved: asyncio.Future[Any], **__: Any) -> SequenceState:
+        self.expected.append(transfer_id)
+        self.reserved = reserved
         return await self.ending
+
+    def reservation(self, block_ids: list[int], *, start_token: int, num_tokens: int) -> tuple[Any, ...]:
+        return (block_ids, start_token, num_tokens)
 
 
 class Harness:
@@ -72,6 +79,18 @@ async def test_kv_that_has_arrived_joins_the_batch() -> None:
     assert h.failed == []
 
 
+async def test_the_prefill_side_hears_of_a_taker_before_there_are_blocks() -> None:
+    h = Harness()
+    await asyncio.sleep(0)
+    assert h.taker.expected == ["t"]
+    assert h.taker.reserved is not None
+    assert not h.taker.reserved.done()
+    h.grant()
+    assert h.taker.reserved.result() == ([], 0, 3)
+    h.worker.abort("r")
+    await h.settle()
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_an_abort_at_any_moment_frees_the_blocks_once(steps: int) -> None:
     """Zero steps: the transfer's task is cancelled before it has begun."""
@@ -88,15 +107,18 @@ async def test_an_abort_at_any_moment_frees_the_blocks_once(steps: int) -> None:
     ("error", "told"),
     [
         (ChecksumMismatch("piece 3 is wrong"), [("r", "piece 3 is wrong")]),
-        (Withdrawn("ended at the first token"), []),
+        (Withdrawn("ended at the first token", finished=True), []),
+        (Withdrawn("aborted", finished=False), [("r", "aborted")]),
         (ValueError("a defect"), [("r", "a defect")]),
     ],
 )
+@pytest.mark.parametrize("granted", [True, False])
 async def test_a_failed_transfer_frees_the_blocks_before_the_gateway_hears(
-    error: Exception, told: list[tuple[str, str]]
+    granted: bool, error: Exception, told: list[tuple[str, str]]
 ) -> None:
     h = Harness()
-    h.grant()
+    if granted:
+        h.grant()
     h.taker.ending.set_exception(error)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -109,3 +131,22 @@ async def test_an_abort_before_the_grant_goes_to_the_engine() -> None:
     h.worker.abort("r")
     h.grant()
     assert await h.settle() == [("abort", "r")]
+
+
+async def test_a_grant_that_crosses_a_failure_is_ignored() -> None:
+    h = Harness()
+    h.taker.ending.set_exception(ChecksumMismatch("wrong"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    h.grant()
+    assert await h.settle() == [("abort", "r")]
+    assert h.failed == [("r", "wrong")]
+
+
+async def test_a_sequence_the_engine_has_ended_is_no_longer_waited_for() -> None:
+    h = Harness()
+    await asyncio.sleep(0)
+    h.worker.rejected("r")
+    await h.settle()
+    assert h.taker.ending.cancelled()
+    assert h.failed == []

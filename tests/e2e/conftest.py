@@ -54,8 +54,8 @@ class Server:
         title = f"ServeReplica:slipstream:{deployment}"
         return [p for p in self.tree if title in " ".join(p.cmdline())]
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        self.process.send_signal(number)
         with self.process:  # closes its output
             self.output.extend(self.process.stdout or [])
             return self.process.wait(60)
@@ -64,15 +64,20 @@ class Server:
         return httpx.get(f"{self.url}/metrics").text
 
 
-def start(folder: Path, *flags: str) -> Server:
-    """Start and wait for the URLs on standard output."""
+def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """Start, without waiting for anything; standard error goes to standard output."""
     command = [sys.executable, "-m", "cluster", "serve", str(folder), "--port", "0", "--served-model-name", "tiny"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, "--kv-cache-memory", "16MiB", "--dtype", "float32", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start(folder: Path, *flags: str) -> Server:
+    """Start and wait for the URLs on standard output."""
+    process = launch(folder, *flags)
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:

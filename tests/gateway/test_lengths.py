@@ -5,13 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from gateway.lengths import NFC_CHARS, chars_per_token
+from gateway.lengths import BYTE_LEVEL_ALPHABET, NFC_CHARS, token_length
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTES = {byte: character for character, byte in BYTE_LEVEL_ALPHABET.items()}
 
 
-def byte_level(*merges: tuple[str, str]) -> Tokenizer:
-    vocabulary = {token: i for i, token in enumerate([*ALPHABET, *("".join(pair) for pair in merges)])}
+def byte_level(*merges: tuple[str, str], without: tuple[int, ...] = ()) -> Tokenizer:
+    alphabet = [character for byte, character in BYTES.items() if byte not in without]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,21 +30,36 @@ def nfc() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("tokenizer", [byte_level(("a", "b"), ("ab", "ab")), byte_fallback(), nfc()])
-@given(text=st.text(max_size=60) | st.text("ab \u0345\u03b1\u0313\u0300", max_size=60))
+RARE = byte_level(("a", "b"), without=(0x04, 0xC0, 0xF1))
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(("a", "b"), ("ab", "ab")), byte_fallback(), nfc(), RARE])
+@given(text=st.text(max_size=60) | st.text("ab \x04\U00040000 \u0345\u03b1\u0313\u0300", max_size=60))
 def test_no_text_has_fewer_tokens_than_its_length_says(tokenizer: Tokenizer, text: str) -> None:
-    per_token = chars_per_token(tokenizer)
-    assert per_token is not None
-    assert len(text) <= per_token * len(tokenizer.encode(text).ids)
+    length = token_length(tokenizer)
+    assert length is not None
+    assert length.fewest_tokens(text) <= len(tokenizer.encode(text).ids)
+
+
+def chars(tokenizer: Tokenizer) -> int:
+    length = token_length(tokenizer)
+    assert length is not None
+    return length.chars
+
+
+def test_characters_without_a_token_are_not_counted() -> None:
+    length = token_length(RARE)
+    assert length is not None
+    assert [length.fewest_tokens(text) for text in ("\x04" * 99, "ab\x04ab", "ab" * 10 + "a")] == [0, 2, 11]
 
 
 def test_the_bound_is_the_longest_token() -> None:
     tokenizer = byte_level(("a", "b"), ("ab", "ab"))
-    assert chars_per_token(tokenizer) == 4
+    assert chars(tokenizer) == 4
     tokenizer.add_special_tokens([AddedToken("<|begin|>", special=True)])
-    assert chars_per_token(tokenizer) == 9
+    assert chars(tokenizer) == 9
     tokenizer.normalizer = normalizers.NFC()
-    assert chars_per_token(tokenizer) == 9 * NFC_CHARS
+    assert chars(tokenizer) == 9 * NFC_CHARS
 
 
 def changed(**parts: object) -> Tokenizer:
@@ -66,6 +82,7 @@ def stripping() -> Tokenizer:
         Tokenizer(models.BPE({"a": 0}, [])),
         byte_fallback(num_bytes=128),
         stripping(),
+        byte_level(without=(0x80,)),
         changed(pre_tokenizer=pre_tokenizers.WhitespaceSplit()),
         changed(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed")])),
         changed(normalizer=normalizers.Strip()),
@@ -73,4 +90,4 @@ def stripping() -> Tokenizer:
     ],
 )
 def test_a_tokenizer_that_drops_or_folds_text_has_no_bound(tokenizer: Tokenizer) -> None:
-    assert chars_per_token(tokenizer) is None
+    assert token_length(tokenizer) is None

@@ -41,6 +41,7 @@ class World:
     sealing: bool = False
     reads: int = 0
     pulling: bool = False
+    reserved: bool = False
     began: bool = False
     stopping: bool = False
     arrived: frozenset[int] = frozenset()
@@ -77,11 +78,14 @@ class World:
 
     def _owners(self) -> Iterator[tuple[str, World]]:
         if self.taker_alive and self.taker.phase is Phase.NEW:
-            yield self._do("begin", World.feed_taker, states.Begin())
+            yield self._do("expect", World.feed_taker, states.Expect())
+        if self.taker_alive and self.taker.phase in (Phase.NEW, Phase.EXPECTING):
+            yield self._do("begin", World.begin)
         if self.giver_alive and not self.offered:
             yield self._do("offer", World.offer)
         if self.giver_alive:
             yield from self._once("withdraw", World.feed_giver, states.Withdraw("withdrawn"))
+            yield from self._once("finish", World.feed_giver, states.Withdraw("finished", finished=True))
             yield from self._once("shut down", World.feed_giver, states.Withdraw("stopping", Outcome.FAILED))
         if self.taker_alive and self.taker.phase is not Phase.NEW:
             yield from self._once("cancel", World.feed_taker, states.CancelRequested())
@@ -155,6 +159,10 @@ class World:
         self.offered = True
         self.feed_giver(states.Offered())
 
+    def begin(self) -> None:
+        self.reserved = True
+        self.feed_taker(states.Begin())
+
     def sealed(self, error: str | None) -> None:
         self.sealing = False
         self.feed_giver(states.Prepared(error))
@@ -212,14 +220,16 @@ class World:
                     self._send("to_taker", states.OfferReceived(PIECES))
                 case states.SendRenewed(sent_at):
                     self._send("to_taker", states.Renewal(sent_at))
-                case states.SendWithdrawn(reason, outcome):
-                    self._send("to_taker", states.Withdraw(reason, outcome))
+                case states.SendWithdrawn(reason, outcome, finished):
+                    self._send("to_taker", states.Withdraw(reason, outcome, finished))
                 case Release(outcome):
                     self.giver_released += (outcome,)
 
     def feed_taker(self, event: states.Event) -> None:
         for instruction in self.taker.handle(event, self.now):
             match instruction:
+                case states.SendExpect():
+                    self._send("to_giver", states.Expected())
                 case states.SendWant():
                     self._send("to_giver", states.Wanted(0))
                 case states.SendRenew(sent_at):
@@ -246,6 +256,8 @@ class World:
         assert len(self.giver_released) <= 1, "the giver's blocks were freed twice"
         assert len(self.taker_released) <= 1, "the taker's blocks were freed twice"
         assert not self.giver_released or self.offered, "blocks were freed that were never given"
+        assert not self.taker_released or self.reserved, "blocks were freed that were never reserved"
+        assert not self.taker.finished or "finish" in self.spent, "the taker believes in a finish that was not"
         assert not self.giver_released or not (self.sealing or self.reads), "freed under a reader"
         assert not self.taker_released or not self.pulling, "freed under a transport"
         if self.taker_released == (Outcome.COMMITTED,):
@@ -256,7 +268,7 @@ class World:
             assert self.taker.lease_until <= self.giver.lease_until, "the giver's lease ends first"
         if self.giver.phase is Phase.RELEASED and self.offered:
             assert self.giver_released, "the giver's blocks leaked"
-        if self.taker.phase is Phase.RELEASED:
+        if self.taker.phase is Phase.RELEASED and self.reserved:
             assert self.taker_released, "the taker's blocks leaked"
 
     def wind_down(self) -> None:
@@ -277,7 +289,7 @@ class World:
         if world.giver_alive and world.offered:
             assert world.giver_released, "the giver's side never ended"
         if world.taker_alive and world.taker.phase is not Phase.NEW:
-            assert world.taker_released, "the taker's side never ended"
+            assert world.taker.phase is Phase.RELEASED, "the taker's side never ended"
 
 
 def _all_but(kind: type, *names: str) -> Callable[[object], tuple[object, ...]]:

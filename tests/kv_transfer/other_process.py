@@ -4,6 +4,7 @@ other_process.py giver LEASE_S           prints its address; reads "TRANSFER BLO
                                          prints "TRANSFER OUTCOME" for every release
 other_process.py taker TRANSPORT ADDRESS TRANSFER BLOCKS TOKENS
                                          prints "pulling" and hangs when the first bytes are there
+other_process.py waiter ADDRESS TRANSFER prints "waiting" and waits for blocks that it never gets
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from core.links import LinkServer
 from kv_transfer import pieces
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, ToGiver
-from kv_transfer.taker import Taker
+from kv_transfer.taker import Reservation, Taker
 from kv_transfer.transports import batches, shared_memory, torch_distributed
 
 LAYOUT = layout(num_layers=8)
@@ -68,7 +69,20 @@ async def take(transport: str, address: str, transfer_id: str, block_ids: str, n
     )
 
 
+async def wait(address: str, transfer_id: str) -> None:
+    print("waiting", flush=True)
+    taker = Taker(pool_of_noise(LAYOUT, seed=TAKER_SEED))
+    never: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+    await taker.expect(transfer_id, address, never, deadline=time.time() + 30)
+
+
 if __name__ == "__main__":
     many_small_messages()
     kind, *rest = sys.argv[1:]
-    asyncio.run(give(float(rest[0])) if kind == "giver" else take(*rest))
+    match kind:
+        case "giver":
+            asyncio.run(give(float(rest[0])))
+        case "taker":
+            asyncio.run(take(*rest))
+        case "waiter":
+            asyncio.run(wait(*rest))

@@ -20,7 +20,7 @@ from engine.kv_layout import KVLayout
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, SequenceState, ToGiver
 from kv_transfer.pieces import Rows, rows_of, slots_of
-from kv_transfer.taker import Taker
+from kv_transfer.taker import Reservation, Taker
 
 STATE = SequenceState(token_ids=[42], num_cached_tokens=3)
 
@@ -85,6 +85,14 @@ class Sides:
         return await self.taker.take(
             transfer_id, self.address, block_ids, start_token=start, num_tokens=stop, deadline=time.time() + wait_s
         )
+
+    def expect(
+        self, transfer_id: str, wait_s: float = 20.0
+    ) -> tuple[asyncio.Future[Reservation], asyncio.Task[SequenceState]]:
+        """Where the blocks go, and the transfer that waits for them."""
+        reserved: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        expecting = self.taker.expect(transfer_id, self.address, reserved, deadline=time.time() + wait_s)
+        return reserved, asyncio.create_task(expecting)
 
 
 @asynccontextmanager

@@ -283,6 +283,79 @@ async def test_a_taker_that_waits_keeps_its_lease() -> None:
         assert await sides.end() == ("t", "committed")
 
 
+async def test_an_offer_waits_longer_than_a_lease_for_a_taker_without_blocks() -> None:
+    async with connected(lease_s=0.2) as sides:
+        reserved, expecting = sides.expect("t")
+        await wanted(sides, "t")
+        sides.giver.offer("t", [5], 10, STATE)
+        for clock in ("one lease", "two leases", "three leases"):
+            sides.giver.offer(clock, [9], 10, STATE)
+            assert await sides.end() == (clock, "expired")
+        reserved.set_result(sides.taker.reservation([1], start_token=0, num_tokens=10))
+        assert await expecting == STATE
+        assert await sides.end() == ("t", "committed")
+        assert_same(sides, [5], [1], 0, 10)
+
+
+async def test_an_offer_does_not_outlive_a_taker_that_leaves_while_it_waits() -> None:
+    async with connected() as sides:
+        _, expecting = sides.expect("t")
+        await wanted(sides, "t")
+        sides.giver.offer("t", [5], 10, STATE)
+        await sides.taker.close()
+        with pytest.raises(TransferError, match="is gone"):
+            await expecting
+        assert await sides.end() == ("t", "failed")
+
+
+async def test_a_cancelled_wait_for_blocks_ends_the_offer() -> None:
+    async with connected() as sides:
+        _, expecting = sides.expect("t")
+        await wanted(sides, "t")
+        sides.giver.offer("t", [5], 10, STATE)
+        expecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await expecting
+        assert await sides.end() == ("t", "aborted")
+
+
+async def test_blocks_that_never_come_end_the_offer() -> None:
+    async with connected() as sides:
+        reserved, expecting = sides.expect("t")
+        await wanted(sides, "t")
+        sides.giver.offer("t", [5], 10, STATE)
+        reserved.set_exception(ValueError("no blocks"))
+        with pytest.raises(ValueError, match="no blocks"):
+            await expecting
+        assert await sides.end() == ("t", "aborted")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+async def test_a_taker_without_blocks_hears_of_a_withdrawal_and_whether_the_request_has_finished(
+    finished: bool,
+) -> None:
+    async with connected() as sides:
+        reserved, early = sides.expect("early")
+        await wanted(sides, "early")
+        sides.giver.withdraw("early", "dropped", finished=finished)
+        sides.giver.withdraw("late", "dropped", finished=finished)
+        for ending in (early, sides.expect("late")[1]):
+            with pytest.raises(Withdrawn, match="dropped") as ended:
+                await ending
+            assert ended.value.finished is finished
+        assert not reserved.done()
+
+
+async def test_a_deadline_ends_the_wait_for_blocks() -> None:
+    async with connected() as sides:
+        _, expecting = sides.expect("t", wait_s=0.5)
+        await wanted(sides, "t")
+        sides.giver.offer("t", [5], 10, STATE)
+        with pytest.raises(LeaseExpired, match="the deadline of the request has passed"):
+            await expecting
+        assert await sides.end() == ("t", "aborted")
+
+
 async def test_a_deadline_ends_the_wait() -> None:
     async with connected() as sides:
         with pytest.raises(LeaseExpired, match="the deadline of the request has passed"):

@@ -148,6 +148,21 @@ async def test_a_taker_killed_in_the_middle_frees_the_givers_blocks_once(transpo
         assert await sides.end() == ("u", "committed")
 
 
+@pytest.mark.parametrize(
+    ("number", "outcome"), [(signal.SIGKILL, "failed"), (signal.SIGSTOP, "expired")], ids=["dies", "falls silent"]
+)
+async def test_an_offer_ends_when_the_taker_that_waits_for_blocks(number: int, outcome: str) -> None:
+    async with connected(LAYOUT, LAYOUT, lease_s=0.8) as sides, other("waiter", sides.address, "t") as doomed:
+        assert await doomed.line() == "waiting"
+        while "t" not in sides.giver._live:
+            await asyncio.sleep(0.001)
+        sides.giver.offer("t", THEIRS, NUM_TOKENS, STATE)
+        sides.giver.offer("clock", [1], 10, STATE)
+        assert await sides.end() == ("clock", "expired")  # a lease has passed and "t" still stands
+        doomed.signal(number)
+        assert await sides.end() == ("t", outcome)
+
+
 async def test_a_giver_that_stops_answering_costs_one_lease() -> None:
     async with other("giver", 0.4) as giver, taking_here("shared_memory") as taker:
         address = await giver.line()

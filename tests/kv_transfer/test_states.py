@@ -15,6 +15,8 @@ USUAL_WAY = (
     *(f"piece {index}" for index in range(PIECES)),
     *("pull ends", "CommitReceived"),
 )
+LONG_WAIT = ("expect", "Expected", "offer", *("time passes", "Renewal", "Renewal") * 6, "begin", "Wanted")
+"""The taker is out of blocks for longer than a lease."""
 
 
 def giver(*events: states.Event) -> tuple[GiverTransfer, list[Instruction]]:
@@ -63,6 +65,27 @@ def test_renewals_keep_the_lease_and_are_answered() -> None:
     assert machine.wake_at == 19
 
 
+def test_an_offer_is_kept_for_a_taker_that_waits_for_blocks() -> None:
+    machine, said = giver(states.Offered(), states.Expected())
+    assert said == []
+    for now in (9.0, 18.0, 27.0):
+        assert machine.handle(states.Tick(), now) == []
+        assert machine.handle(states.Renewal(sent_at=now), now) == [states.SendRenewed(now)]
+    assert machine.handle(states.Wanted(3), 30) == [states.Prepare(3)]
+
+
+def test_an_offer_whose_taker_falls_silent_while_it_waits_expires() -> None:
+    machine, _ = giver(states.Expected(), states.Offered())
+    reason = "not asked for or renewed within 10 s"
+    ended = [states.SendWithdrawn(reason, Outcome.EXPIRED), Release(Outcome.EXPIRED, reason)]
+    assert machine.handle(states.Tick(), 10) == ended
+
+
+def test_an_offer_does_not_outlive_the_link_of_the_taker_that_waits_for_it() -> None:
+    _, said = giver(states.Expected(), states.Offered(), states.LinkLost("gone"))
+    assert said == [Release(Outcome.FAILED, "gone")]
+
+
 def test_a_cancel_while_the_blocks_are_read_drains_first() -> None:
     machine, said = giver(states.Offered(), states.Wanted(0), states.CancelReceived("gone"))
     assert said == [states.Prepare(0)]
@@ -81,6 +104,16 @@ def test_whoever_asks_after_the_end_hears_how_it_ended() -> None:
     told = [states.SendWithdrawn("already aborted: prompt aborted", Outcome.ABORTED)]
     assert machine.handle(states.Wanted(0), 1) == told
     assert machine.handle(states.Renewal(1), 1) == told
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_withdrawal_says_whether_the_request_has_finished(finished: bool) -> None:
+    withdraw = states.Withdraw("first token", finished=finished)
+    machine, said = giver(states.Expected(), withdraw)
+    assert said == [states.SendWithdrawn("first token", Outcome.ABORTED, finished)]
+    machine.handle(states.Withdraw("aborted", finished=not finished), 1)
+    late = [states.SendWithdrawn("already aborted: first token", Outcome.ABORTED, finished)]
+    assert machine.handle(states.Expected(), 1) == machine.handle(states.Wanted(0), 1) == late
 
 
 def test_what_was_committed_cannot_be_taken_again() -> None:
@@ -124,6 +157,37 @@ def test_a_lease_counts_from_the_sending_of_the_renewal_that_was_answered() -> N
     assert machine.lease_until == 12.5
 
 
+def test_a_taker_without_blocks_announces_itself_renews_and_asks_when_it_has_them() -> None:
+    machine, said = taker(states.Expect())
+    assert said == [states.SendExpect()]
+    assert machine.handle(states.Tick(), 2.5) == [states.SendRenew(2.5)]
+    machine.handle(states.Renewal(sent_at=2.5), now=3)
+    assert machine.handle(states.Begin(), 4) == [states.SendWant()]
+    assert machine.lease_until == 12.5, "asking is no sign of life of the giver"
+
+
+@pytest.mark.parametrize(
+    ("event", "now", "outcome"),
+    [
+        (states.Withdraw("gone"), 1, Outcome.ABORTED),
+        (states.LinkLost("gone"), 1, Outcome.FAILED),
+        (states.Tick(), 10, Outcome.EXPIRED),
+        (states.CancelRequested(), 1, Outcome.ABORTED),
+    ],
+)
+def test_a_wait_for_blocks_that_ends_has_nothing_to_release(event: states.Event, now: float, outcome: Outcome) -> None:
+    machine, _ = taker(states.Expect())
+    said = machine.handle(event, now)
+    assert not any(isinstance(instruction, Release) for instruction in said)
+    assert (machine.phase, machine.outcome) == (Phase.RELEASED, outcome)
+
+
+def test_a_wait_for_blocks_ends_with_the_deadline() -> None:
+    machine, _ = taker(states.Expect())
+    machine.handle(states.Renewal(sent_at=59), now=59)
+    assert machine.handle(states.Tick(), 60) == [states.SendCancel("the deadline of the request has passed")]
+
+
 def test_a_silent_giver_ends_the_transfer_with_the_lease() -> None:
     machine, _ = taker(states.Begin())
     ended = machine.handle(states.Tick(), 10)
@@ -148,6 +212,14 @@ def test_every_state_near_the_usual_way_keeps_the_laws() -> None:
     assert explore(walk(World(), *USUAL_WAY), depth=4) > 15_000
 
 
+def test_a_long_wait_for_blocks_keeps_the_laws_and_commits() -> None:
+    way = walk(World(), *LONG_WAIT)
+    assert way[-3].now > LEASE
+    assert explore(way[:9], depth=4) > 10_000
+    end = walk(way[-1], *USUAL_WAY[3:])[-1]
+    assert end.giver_released == end.taker_released == (Outcome.COMMITTED,)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_long_unlucky_runs_keep_the_laws(seed: int) -> None:
     chance = random.Random(seed)
@@ -156,9 +228,9 @@ def test_long_unlucky_runs_keep_the_laws(seed: int) -> None:
 
 
 class FreesUnderReaders(GiverTransfer):
-    def _end(self, outcome: Outcome, reason: str, *, tell: bool = False) -> list[Instruction]:
+    def _end(self, outcome: Outcome, reason: str, *, tell: bool = False, finished: bool = False) -> list[Instruction]:
         self.readers = 0 if self.phase is not Phase.RELEASED else self.readers
-        return GiverTransfer._end(self, outcome, reason, tell=tell)
+        return GiverTransfer._end(self, outcome, reason, tell=tell, finished=finished)
 
     def _on_read_ended(self) -> list[Instruction]:
         return []
@@ -167,6 +239,11 @@ class FreesUnderReaders(GiverTransfer):
 class ForgetsTheLease(GiverTransfer):
     def _renew(self, now: float) -> None:
         pass
+
+
+class KeepsTheOfferForWhoeverWaits(GiverTransfer):
+    def _renew(self, now: float) -> None:
+        self.lease_until = float("inf") if self.awaited and self.start_token is None else now + self.lease_s
 
 
 class BelievesAnyCommit(GiverTransfer):
@@ -189,7 +266,7 @@ class FreesTwice(GiverTransfer):
         self.readers -= 1
         return self._release() if self.phase in (Phase.DRAINING, Phase.RELEASED) else []
 
-    def _end(self, outcome: Outcome, reason: str, *, tell: bool = False) -> list[Instruction]:
+    def _end(self, outcome: Outcome, reason: str, *, tell: bool = False, finished: bool = False) -> list[Instruction]:
         self.outcome = outcome
         return self._release()
 
@@ -224,8 +301,26 @@ class NeverStopsTheTransport(TakerTransfer):
         return []
 
 
-GIVER_MUTANTS = [FreesUnderReaders, ForgetsTheLease, BelievesAnyCommit, KeepsBlocksOfferedLate, FreesTwice]
-TAKER_MUTANTS = [CommitsWithoutVerifying, FreesUnderTransport, LeaseFromTheAnswer, WaitsForEver, NeverStopsTheTransport]
+class ExpectsForEver(TakerTransfer):
+    def _on_expect(self, now: float) -> list[Instruction]:
+        self.phase, self.deadline = Phase.EXPECTING, float("inf")
+        return [states.SendExpect()]
+
+
+class FreesWhatItNeverHad(TakerTransfer):
+    def _on_expect(self, now: float) -> list[Instruction]:
+        self.reserved = True
+        return TakerTransfer._on_expect(self, now)
+
+
+GIVER_MUTANTS = [
+    *(FreesUnderReaders, ForgetsTheLease, KeepsTheOfferForWhoeverWaits, BelievesAnyCommit, KeepsBlocksOfferedLate),
+    FreesTwice,
+]
+TAKER_MUTANTS = [
+    *(CommitsWithoutVerifying, FreesUnderTransport, LeaseFromTheAnswer, WaitsForEver, ExpectsForEver),
+    *(FreesWhatItNeverHad, NeverStopsTheTransport),
+]
 
 
 @pytest.mark.parametrize("mutant", GIVER_MUTANTS)

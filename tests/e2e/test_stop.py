@@ -1,0 +1,87 @@
+"""Every way to stop the launcher leaves the machine as it was."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Server, launch, start
+
+pytestmark = pytest.mark.e2e
+
+
+def session(server: Server) -> Path:
+    """The folder of the cluster's Ray session."""
+    flags = (flag for process in server.tree for flag in process.cmdline())
+    return next(Path(flag.split("=", 1)[1]).parent for flag in flags if flag.startswith("--session-dir="))
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=10)[1]
+
+
+def stop_during(process: subprocess.Popen[str], step: str) -> tuple[int, str]:
+    """Send SIGINT once the checklist has passed `step`; the exit status and all of the output."""
+    lines: list[str] = []
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if re.search(rf"✓ {step} ", line):
+                process.send_signal(signal.SIGINT)
+        return process.wait(60), "".join(lines)
+
+
+def assert_drained(server: Server, number: signal.Signals) -> None:
+    processes, where = server.tree, session(server)
+    assert server.stop(number) == 0
+    text = "".join(server.output)
+    assert "Draining" in text
+    assert "Stopped after" in text
+    assert "SIGTERM received" not in text
+    assert alive(processes) == []
+    assert not where.exists()
+
+
+def test_ray_keeps_to_the_loopback_address_and_sighup_drains(folder: Path) -> None:
+    server = start(folder)
+    agents = [p for p in server.tree if p.cmdline()[0].startswith("ray::") and p.cmdline()[0].endswith("Agent")]
+    listens = {c.laddr.ip for p in agents for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert_drained(server, signal.SIGHUP)
+    assert agents
+    assert listens <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_what_a_killed_launcher_leaves_goes_with_the_next_start_and_sigterm_drains(folder: Path) -> None:
+    killed = start(folder)
+    processes, where = killed.tree, session(killed)
+    with killed.process:
+        killed.process.kill()
+    assert where.exists()
+    server = start(folder)
+    still_there, still_alive = where.exists(), alive(processes)
+    assert_drained(server, signal.SIGTERM)
+    assert not still_there
+    assert still_alive == []
+
+
+def test_ctrl_c_during_start_up_is_one_stopped_step_and_claims_nothing(folder: Path) -> None:
+    process = launch(folder)
+    status, text = stop_during(process, "ray")
+    assert status == 128 + signal.SIGINT
+    assert re.search(r"✗ \S+ +\d.*stopped", text)
+    for word in ("✓ ready", "Serving", "Draining", "Traceback", "Aborted"):
+        assert word not in text
+
+
+def test_ctrl_c_before_ray_ends_at_once_in_a_line(folder: Path) -> None:
+    status, text = stop_during(launch(folder), "model")
+    assert status == 128 + signal.SIGINT
+    assert "Traceback" not in text
+    assert "Aborted" not in text
+    assert "✓ ray" not in text
