@@ -73,8 +73,8 @@ class Taker:
         self, transfer_id: str, address: str, reserved: asyncio.Future[Reservation], *, deadline: float
     ) -> SequenceState:
         """Like `take`, for blocks that are still to be had: until `reserved` has them the giver is told that somebody
-        waits, and keeps its offer for as long as it hears so. Raises what `reserved` fails with. Ends early, without `reserved`, when the transfer does;
-        blocks that come later are the caller's to free."""
+        waits, and keeps its offer for as long as it hears so. Ends early, without `reserved`, when the transfer does;
+        blocks that come later are the caller's to free. Raises also what `reserved` fails with."""
         end = time.monotonic() + deadline - time.time()
         try:
             async with asyncio.timeout(end - time.monotonic()):
