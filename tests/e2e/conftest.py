@@ -72,7 +72,13 @@ def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_as_from_a_terminal,
     )
+
+
+def _as_from_a_terminal() -> None:
+    """Whoever runs the tests may ignore SIGHUP (nohup does), and children inherit that."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(folder: Path, *flags: str) -> Server:
