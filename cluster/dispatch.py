@@ -71,11 +71,6 @@ class Dispatch:
         self._attempts = 0
 
     @property
-    def workers(self) -> list[str]:
-        """Those asked by the attempt under way."""
-        return self._attempt.workers if self._attempt else []
-
-    @property
     def attempt_id(self) -> str | None:
         return self._attempt.attempt_id if self._attempt else None
 

@@ -147,9 +147,9 @@ class Engine:
     def _step(self, schedule: Schedule) -> list[SequenceUpdate]:
         self._step_started = time.monotonic()
         future = self._runner.submit(build_batch(schedule))
-        future.exception()  # waits
+        error = future.exception()  # waits
         self._step_started = None
-        if error := future.exception():
+        if error is not None:
             return self._fail(error)
         output = future.result()
         updates = self._scheduler.update(schedule, output.token_ids.tolist(), output.logprobs)

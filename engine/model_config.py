@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import ModelError
+from engine.checkpoints.folder import read_config
 from engine.models.registry import FAMILIES, SUPPORTED, Family
 from engine.rope_config import RopeConfig, read_rope
 
@@ -81,8 +81,8 @@ class ModelConfig:
         folder = Path(folder)
         generation = folder / "generation_config.json"
         return cls.from_dict(
-            _read_json(folder / "config.json"),
-            _read_json(generation) if generation.is_file() else {},
+            read_config(folder / "config.json"),
+            read_config(generation) if generation.is_file() else {},
             source=str(folder / "config.json"),
         )
 
@@ -144,18 +144,6 @@ class ModelConfig:
 def check_config(config: dict[str, Any]) -> None:
     """Raise ModelError for a config.json that can't be run."""
     ModelConfig.from_dict(config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"can't read {path} ({error.strerror}): name a folder in Hugging Face form") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}): fetch the model again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object: fetch the model again")
-    return value
 
 
 def _architecture(config: dict[str, Any], source: str) -> str:
