@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,18 +68,27 @@ class Server:
 def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
     """Start, without waiting for anything; standard error goes to standard output."""
     command = [sys.executable, "-m", "cluster", "serve", str(folder), "--port", "0", "--served-model-name", "tiny"]
-    return subprocess.Popen(
-        [*command, "--kv-cache-memory", "16MiB", "--dtype", "float32", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=_as_from_a_terminal,
-    )
+    with _hangup_as_from_a_terminal():
+        return subprocess.Popen(
+            [*command, "--kv-cache-memory", "16MiB", "--dtype", "float32", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
 
-def _as_from_a_terminal() -> None:
-    """Whoever runs the tests may ignore SIGHUP (nohup does), and children inherit that."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@contextmanager
+def _hangup_as_from_a_terminal() -> Iterator[None]:
+    """Whoever runs the tests may ignore SIGHUP (nohup does), and children inherit that.
+
+    Not a `preexec_fn`: that takes fork instead of vfork, and gRPC's fork handlers, with servers of
+    earlier tests still in this process, can crash the child before it executes anything.
+    """
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def start(folder: Path, *flags: str) -> Server:

@@ -26,14 +26,19 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def stop_during(process: subprocess.Popen[str], step: str) -> tuple[int, str]:
-    """Send SIGINT once the checklist has passed `step`; the exit status and all of the output."""
+    """Send one SIGINT once the checklist has passed `step`; the exit status and all of the output.
+
+    A signal inside the console's write makes it print that line again.
+    """
     lines: list[str] = []
+    sent = False
     with process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if re.search(rf"✓ {step} ", line):
+            if not sent and re.search(rf"✓ {step} ", line):
                 process.send_signal(signal.SIGINT)
+                sent = True
         return process.wait(60), "".join(lines)
 
 
