@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from core.errors import ModelError
 from engine.attention import PagedAttention
 from engine.layers import HeadNorms, RMSNorm, SwiGLU
-from engine.linear import Linear, make_linear
+from engine.linears import Linears
 from engine.model_config import ModelConfig
 from engine.rope import Angles, Rope, make_rope
 from engine.weights import Weights
@@ -32,7 +32,7 @@ class DecoderLayer:
         "_window",
     )
 
-    def __init__(self, index: int, config: ModelConfig, rope: Rope, weights: Weights) -> None:
+    def __init__(self, index: int, config: ModelConfig, rope: Rope, weights: Weights, linears: Linears) -> None:
         prefix, hidden = f"model.layers.{index}.", config.hidden_size
         queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         inner = config.intermediate_size
@@ -46,12 +46,12 @@ class DecoderLayer:
         qkv, gate_up = {"q_proj": queries, "k_proj": keys, "v_proj": keys}, {"gate_proj": inner, "up_proj": inner}
         if config.fused:
             qkv, gate_up = {"qkv_proj": queries + 2 * keys}, {"gate_up_proj": 2 * inner}
-        self._qkv = _linear(weights, attention, qkv, hidden, config.qkv_bias)
-        self._out = _linear(weights, attention, {"o_proj": hidden}, queries, config.out_bias)
+        self._qkv = linears.columns(attention, qkv, hidden, config.qkv_bias)
+        self._out = linears.row(attention + "o_proj", queries, hidden, config.out_bias)
         self._rotate_ = _head_norms(weights, attention, config, rope) if config.head_norms else rope.rotate_
         self._mlp = SwiGLU(
-            _linear(weights, mlp, gate_up, hidden, config.mlp_bias),
-            _linear(weights, mlp, {"down_proj": hidden}, inner, config.mlp_bias),
+            linears.columns(mlp, gate_up, hidden, config.mlp_bias),
+            linears.row(mlp + "down_proj", inner, hidden, config.mlp_bias),
             inner,
         )
 
@@ -77,9 +77,10 @@ class Decoder:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
         self._rope = make_rope(config, weights.device, weights.dtype)
-        self._layers = [DecoderLayer(index, config, self._rope, weights) for index in range(config.num_layers)]
+        linears = Linears(weights)
+        self._layers = [DecoderLayer(i, config, self._rope, weights, linears) for i in range(config.num_layers)]
         self._norm = RMSNorm(weights.take("model.norm.weight", config.hidden_size), config.rms_norm_eps)
-        self._head = make_linear(self._head_weight(config, weights))
+        self._head = linears.head(self._head_weight(config, weights))
 
     def _head_weight(self, config: ModelConfig, weights: Weights) -> torch.Tensor:
         name = "lm_head.weight"
@@ -114,13 +115,6 @@ def build(config: ModelConfig, weights: Weights) -> Decoder:
     model = Decoder(config, weights)
     weights.check_all_taken()
     return model
-
-
-def _linear(weights: Weights, prefix: str, sizes: dict[str, int], inputs: int, bias: bool) -> Linear:
-    """Projections of the same input as one layer."""
-    weight = weights.take_stacked([f"{prefix}{name}.weight" for name in sizes], *[(n, inputs) for n in sizes.values()])
-    stacked = [f"{prefix}{name}.bias" for name in sizes]
-    return make_linear(weight, weights.take_stacked(stacked, *[(n,) for n in sizes.values()]) if bias else None)
 
 
 def _head_norms(weights: Weights, prefix: str, config: ModelConfig, rope: Rope) -> HeadNorms:
