@@ -35,6 +35,7 @@ $(READY): pyproject.toml
 
 $(DEMO): $(READY)
 	$(BIN)/slipstream models pull demo
+	$(BIN)/python -m engine.native
 	touch $@
 
 clean:

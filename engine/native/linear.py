@@ -1,0 +1,86 @@
+"""Linear layers over weights in the kernels' own layout (csrc/gemm.h), alone or with the norm before them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+
+PANEL = 32
+"""Outputs that lie side by side."""
+Activation = Literal["silu", "gelu_tanh"]
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs] -> [panels, pairs of inputs, PANEL, 2], padded with zeros."""
+    outputs, inputs = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, inputs % 2, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, (inputs + 1) // 2, 2).transpose(1, 2).contiguous()
+
+
+class NativeLinear:
+    """Implements engine.linear.Linear for rows of bfloat16. Sums are float32 until the residual is in."""
+
+    __slots__ = ("_arguments", "_run", "bias", "outputs", "packed")
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        outputs: int,
+        bias: torch.Tensor | None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """`packed` is from `pack`; `bias` and the scale of an RMSNorm of the inputs are float32."""
+        self.packed = packed
+        self.outputs = outputs
+        self.bias = bias
+        self._arguments = (packed, outputs, bias, norm, eps)
+        self._run = torch.ops.slipstream.linear.default
+
+    @classmethod
+    def make(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Self:
+        return cls(pack(weight), weight.shape[0], None if bias is None else bias.float())
+
+    def after(self, scale: torch.Tensor, eps: float) -> NativeLinear:
+        """The same layer with an RMSNorm before it."""
+        return NativeLinear(self.packed, self.outputs, self.bias, scale.float(), eps)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._run(x, *self._arguments, None, False)
+        return y
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._run(x, *self._arguments, residual, False)
+        return y
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """y in float32, not rounded."""
+        y: torch.Tensor = self._run(x, *self._arguments, None, True)
+        return y
+
+
+class GatedLinear:
+    """activation(gate(norm(x))) * up(norm(x)), [rows, inputs] -> [rows, inner]."""
+
+    __slots__ = ("_arguments", "_run")
+
+    def __init__(
+        self, gate_up: NativeLinear, activation: Activation, norm: torch.Tensor | None = None, eps: float = 0.0
+    ) -> None:
+        """`gate_up` has as many outputs of the one as of the other, and a multiple of PANEL (`can_gate`)."""
+        inner = gate_up.outputs // 2
+        both = gate_up.packed.view(2, inner // PANEL, *gate_up.packed.shape[1:])
+        scale = None if norm is None else norm.float()
+        by_turns = both.transpose(0, 1).contiguous()
+        self._arguments = (by_turns, inner, gate_up.bias, scale, eps, _ACTIVATIONS[activation])
+        self._run = torch.ops.slipstream.gated_linear.default
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._run(x, *self._arguments)
+        return y
+
+
+def can_gate(gate_up: object) -> bool:
+    return isinstance(gate_up, NativeLinear) and gate_up.outputs % (2 * PANEL) == 0
