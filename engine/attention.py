@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 from engine.step import StepBatch
 from engine.visibility import Visibility
 
+CAPPED_ROWS = 256
+"""Scores with a soft-cap are held in memory for so many rows at a time."""
 FOLD_ROWS = 32
 """Chunks of at most this many rows attend together."""
 SLACK_BLOCKS = 16
 """Sequences attend together unless that pads a table to more than twice its length plus this."""
 
 Rows = slice | torch.Tensor
+Scoring = tuple[float | None, float | None]
+"""Factor on the scores (None: 1 / sqrt(head_size)), and the cap that tanh bends them to (None: no cap)."""
 
 
 class _Part(Protocol):
@@ -33,17 +37,43 @@ class _Part(Protocol):
 
     rows: Rows
 
-    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """query: [tokens, heads, head_size] and kv: [tokens, 2, kv_heads, head_size] of the whole step; cache:
         [2 * blocks, block_size, kv_heads, head_size], keys first. Returns [rows, heads * head_size]."""
         ...
 
 
-class PagedAttention:
-    """The attention of one step. `on_written(layer)` is called when a layer's K and V are in the cache."""
+class Attention(Protocol):
+    """The attention of one step, over the cache of one rank."""
 
-    def __init__(self, batch: StepBatch, cache: torch.Tensor, on_written: Callable[[int], None] | None = None) -> None:
-        """`cache`: KVPool.data, [layers, 2, blocks, block_size, kv_heads, head_size]."""
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """query: [tokens, heads, head_size], kv: [tokens, 2, kv_heads, head_size], both after RoPE; returns
+        [tokens, heads * head_size]. With a window, a row sees only the last `window` positions up to its own. Scores
+        are query * key * scale, by default 1 / sqrt(head_size), and with a softcap then softcap * tanh(score /
+        softcap)."""
+        ...
+
+
+class PagedAttention:
+    """Attention by PyTorch's operators. `on_written(layer)` is called when a layer's K and V are in the cache."""
+
+    def __init__(
+        self,
+        batch: StepBatch,
+        cache: torch.Tensor,
+        on_written: Callable[[int], None] | None = None,
+        first_layer: int = 0,
+    ) -> None:
+        """`cache`: KVPool.data, [layers, 2, blocks, block_size, kv_heads, head_size], from `first_layer` of the model
+        on."""
         self._slotted = cache.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_size]
         self._blocks = cache.flatten(1, 2)  # [layers, 2 * blocks, block_size, kv_heads, head_size]
         self._slots = torch.from_numpy(batch.slots).to(cache.device)
@@ -52,20 +82,29 @@ class PagedAttention:
         self._longest = int((batch.context_lens + np.diff(batch.query_starts)).max(initial=0))
         self._plans: dict[int | None, list[_Part]] = {}
         self._on_written = on_written
+        self._first_layer = first_layer
 
-    def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, window: int | None = None) -> torch.Tensor:
-        """query: [tokens, heads, head_size], kv: [tokens, 2, kv_heads, head_size], both after RoPE; returns
-        [tokens, heads * head_size]. With a window, a row sees only the last `window` positions up to its own."""
-        self._slotted[layer].index_copy_(1, self._slots, kv.transpose(0, 1))
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        own = layer - self._first_layer
+        self._slotted[own].index_copy_(1, self._slots, kv.transpose(0, 1))
         if self._on_written is not None:
             self._on_written(layer)
-        blocks = self._blocks[layer]
+        blocks = self._blocks[own]
         parts = self._plans.get(window) or self._plan(window)
+        scoring = (scale, softcap)
         if len(parts) == 1:
-            return parts[0](query, kv, blocks)
+            return parts[0](query, kv, blocks, scoring)
         mixed = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         for part in parts:
-            mixed[part.rows] = part(query, kv, blocks)
+            mixed[part.rows] = part(query, kv, blocks, scoring)
         return mixed
 
     def _plan(self, window: int | None) -> list[_Part]:
@@ -83,9 +122,9 @@ class _FreshChunk:
     def __init__(self, start: int, end: int) -> None:
         self.rows: Rows = slice(start, end)
 
-    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor, scoring: Scoring) -> torch.Tensor:  # noqa: ARG002
         own = kv[self.rows]
-        return _attend_grouped(query[self.rows], own[:, 0], own[:, 1], None)
+        return _attend_grouped(query[self.rows], own[:, 0], own[:, 1], None, scoring)
 
 
 class _Chunk:
@@ -96,10 +135,10 @@ class _Chunk:
         self._blocks = blocks  # [2 * blocks of the sequence] into the cache
         self._mask = mask  # [1, 1, rows, keys]
 
-    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor, scoring: Scoring) -> torch.Tensor:  # noqa: ARG002
         keys, values = cache.index_select(0, self._blocks).view(2, -1, *cache.shape[2:])
         length = self._mask.shape[-1]
-        return _attend_grouped(query[self.rows], keys[:length], values[:length], self._mask)
+        return _attend_grouped(query[self.rows], keys[:length], values[:length], self._mask, scoring)
 
 
 class _Fold:
@@ -111,7 +150,7 @@ class _Fold:
         self._blocks = blocks  # [2 * sequences * blocks of the longest] into the cache
         self._mask = mask  # [sequences, 1, rows of each, keys]
 
-    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         sequences, each = self._shape
         heads, head_size = query.shape[1:]
         kv_heads = kv.shape[2]
@@ -124,7 +163,7 @@ class _Fold:
         )
         mask = self._mask if each == 1 else self._mask.repeat_interleave(group, 2)
         gathered = cache.index_select(0, self._blocks).view(2, sequences, -1, kv_heads, head_size).transpose(2, 3)
-        mixed = F.scaled_dot_product_attention(folded, gathered[0], gathered[1], mask)
+        mixed = _attend(folded, gathered[0], gathered[1], mask, scoring)
         return (
             mixed.view(sequences, kv_heads, each, group, head_size)
             .permute(0, 2, 1, 3, 4)
@@ -133,21 +172,40 @@ class _Fold:
 
 
 def _attend_grouped(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
 ) -> torch.Tensor:
     """One sequence; query: [rows, heads, head_size], keys and values: [keys, kv_heads, head_size]; no mask is causal.
     A KV head is shown to its query heads by a stride of zero."""
     rows, heads, head_size = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    mixed = F.scaled_dot_product_attention(
+    mixed = _attend(
         query.view(rows, kv_heads, group, head_size).permute(1, 2, 0, 3),
         keys.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1),
         values.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1),
         mask,
-        is_causal=mask is None,
+        scoring,
     )
     return mixed.permute(2, 0, 1, 3).reshape(rows, heads * head_size)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
+) -> torch.Tensor:
+    """All [batch, heads, rows, head_size]; no mask is causal, with as many keys as rows."""
+    scale, softcap = scoring
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
+    rows, keys = query.shape[2], keys.transpose(2, 3)
+    if mask is None:
+        mask = torch.full((1, 1, rows, rows), float("-inf"), device=query.device).triu_(1)
+    mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for start in range(0, rows, CAPPED_ROWS):
+        own = slice(start, start + CAPPED_ROWS)
+        scores = (query[:, :, own] @ keys).float().mul_(query.shape[3] ** -0.5 if scale is None else scale)
+        scores = scores.div_(softcap).tanh_().mul_(softcap).add_(mask[:, :, own])
+        mixed[:, :, own] = scores.softmax(-1).to(values.dtype) @ values
+    return mixed
 
 
 # --- what is prepared once per step --------------------------------------------------------------------------------

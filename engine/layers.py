@@ -2,38 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine.linear import Linear
-from engine.rope import Angles, Rope
+from engine.rope import Angles, Rotate
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Branch(Protocol):
+    """What a layer adds to its residual stream, [rows, hidden]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + branch(x), as a new tensor."""
+        ...
 
 
 class RMSNorm:
     """arXiv:1910.07467. [rows, hidden] -> the same."""
 
-    __slots__ = ("_eps", "_shape", "_weight")
+    __slots__ = ("_shape", "eps", "scale")
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight = weight
+        self.scale = weight
+        self.eps = eps
         self._shape = tuple(weight.shape)
-        self._eps = eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.rms_norm(x, self._shape, self._weight, self._eps)
+        return torch.rms_norm(x, self._shape, self.scale, self.eps)
+
+
+class OffsetNorm:
+    """RMSNorm whose scale is 1 + weight, in float32 to the end, as Gemma has it."""
+
+    __slots__ = ("_shape", "eps", "scale")
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.scale = weight.float() + 1.0
+        self.eps = eps
+        self._shape = tuple(weight.shape)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.rms_norm(x.float(), self._shape, self.scale, self.eps).to(x.dtype)
+
+
+class PostNormed:
+    """A branch whose output is normed before it is added."""
+
+    __slots__ = ("_inner", "_norm")
+
+    def __init__(self, inner: Branch, norm: Norm) -> None:
+        self._inner = inner
+        self._norm = norm
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(self._inner(x))
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self._norm(self._inner(x)).add_(residual)
 
 
 class HeadNorms:
-    """RMSNorm of each query and key head, then RoPE, in place."""
+    """RMSNorm of each query and key head, then `rotate_`, in place."""
 
     __slots__ = ("_eps", "_rotate_", "_scales", "_shape")
 
-    def __init__(self, scales: torch.Tensor, eps: float, rope: Rope) -> None:
+    def __init__(self, scales: torch.Tensor, eps: float, rotate_: Rotate) -> None:
         """`scales`: [query heads + key heads, head_size]."""
         self._scales = scales
         self._shape = tuple(scales.shape[1:])
         self._eps = eps
-        self._rotate_ = rope.rotate_
+        self._rotate_ = rotate_
 
     def __call__(self, heads: torch.Tensor, angles: Angles) -> None:
         """heads: [tokens, query heads + key heads, head_size]."""
@@ -51,8 +96,22 @@ class SwiGLU:
         self._down = down
         self._size = intermediate_size
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._down(self._inner(x))
+
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual + mlp(x)."""
+        return self._down.add(self._inner(x), residual)
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self._gate_up(x)  # [rows, 2 * intermediate]
-        hidden = F.silu(gate_up[:, : self._size]).mul_(gate_up[:, self._size :])
-        return self._down.add(hidden, residual)
+        return F.silu(gate_up[:, : self._size]).mul_(gate_up[:, self._size :])
+
+
+class GeGLU(SwiGLU):
+    """arXiv:2002.05202, with the approximation of gelu by tanh."""
+
+    __slots__ = ()
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = self._gate_up(x)
+        return F.gelu(gate_up[:, : self._size], approximate="tanh").mul_(gate_up[:, self._size :])

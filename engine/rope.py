@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 
-from engine.model_config import ModelConfig
+from engine.model_config import DecoderConfig
+from engine.rope_config import RopeConfig
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """cos and signed sin of a step's positions, each [tokens, 1, rotated size]."""
 
 
+Rotate = Callable[[torch.Tensor, Angles], None]
+"""Changes heads, [tokens, heads, head_size], in place."""
+
+
+def keep(heads: torch.Tensor, angles: Angles) -> None:
+    """The rotation of layers that have none."""
+
+
 class Rope:
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        inv_freq, self._scale = inverse_frequencies(config)
-        self._size = config.rope.size
+    def __init__(self, rope: RopeConfig, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+        inv_freq, self._scale = inverse_frequencies(rope, config)
+        self._size = rope.size
         self._half = self._size // 2
         self._inv_freq = torch.cat((inv_freq, inv_freq)).to(device)  # [rotated size]
         half = torch.ones(self._half, device=device)
@@ -44,13 +54,12 @@ class PartialRope(Rope):
         super().rotate_(heads[..., : self._size], angles)
 
 
-def make_rope(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Rope:
-    return (Rope if config.rope.size == config.head_size else PartialRope)(config, device, dtype)
+def make_rope(rope: RopeConfig, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Rope:
+    return (Rope if rope.size == config.head_size else PartialRope)(rope, config, device, dtype)
 
 
-def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(rope: RopeConfig, config: DecoderConfig) -> tuple[torch.Tensor, float]:
     """[rotated size / 2] float32, and the factor on cos and sin. Scaled types are computed by Transformers."""
-    rope = config.rope
     if rope.rope_type in ("default", "dynamic"):  # the same for as long as we let a sequence get, see ROPE_TYPES
         exponents = torch.arange(0, rope.size, 2, dtype=torch.float32) / rope.size
         return 1.0 / rope.parameters["rope_theta"] ** exponents, 1.0

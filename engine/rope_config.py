@@ -21,6 +21,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 """The kinds of rotary embedding we run, and the numbers each must have. The frequencies of `dynamic` and `longrope`
 change for every position once the sequence outgrows a length, so keys cached before would be wrong: sequences end at
 that length, up to which the frequencies stay the same (`dynamic`: the default ones, `longrope`: the short ones)."""
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,11 @@ class RopeConfig:
     """How many dimensions of a head are rotated: the first ones."""
 
     def longest(self, max_position_embeddings: int) -> int:
-        """Tokens of a sequence up to which the frequencies stay the same."""
+        """Tokens of a sequence up to which the frequencies are as meant, and stay the same."""
         if self.rope_type == "longrope":
             return min(max_position_embeddings, int(self.parameters[_ORIGINAL]))
+        if self.rope_type == "yarn":  # configurations that leave max_position_embeddings as it was before scaling
+            return max(max_position_embeddings, int(self.parameters["factor"] * self.parameters[_ORIGINAL]))
         return max_position_embeddings
 
 
@@ -68,6 +71,9 @@ def read_rope(
     for name in ("rope_theta", *ROPE_TYPES[rope_type]):
         if not _is_positive(found.get(name)):
             raise ModelError(f"{source}: {name} of rope_type {rope_type} must be a number above 0")
+    for name in _OPTIONAL:
+        if found.get(name) is not None and not _is_positive(found[name]):
+            raise ModelError(f"{source}: {name} of rope_type {rope_type} must be a number above 0, or left out")
     size = _rotated(found.get("partial_rotary_factor", 1.0), head_size, may_be_partial, source)
     if rope_type == "longrope":
         _check_longrope(found, size, source)

@@ -25,7 +25,7 @@ def validate(folder: Path, check_config: CheckConfig | None = None) -> Path:
     config = read_config(folder / "config.json")
     if check_config is not None:
         check_config(config)
-    for shard in _shards(folder):
+    for shard in shards(folder):
         _check_shard(shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer.json: put the model's tokenizer files beside its weights")
@@ -49,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
     """The weight files: those the index names, else every safetensors file of the folder."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

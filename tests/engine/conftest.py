@@ -24,14 +24,16 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     """Saves a random model of the TINY shape, with changes, and returns its folder, one for the same changes."""
     made: dict[str, Path] = {}
 
-    def make(architecture: str = "Llama", **changes: Any) -> Path:
+    def make(architecture: str = "Llama", seed: int = 1, **changes: Any) -> Path:
         import transformers
 
-        key = f"{architecture} {sorted(changes.items())}"
+        key = f"{architecture} {seed} {sorted(changes.items())}"
         if key not in made:
-            config = getattr(transformers, f"{architecture}Config")(**(TINY | changes))
-            torch.manual_seed(1)
-            model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+            name = architecture if architecture.endswith("Model") else f"{architecture}ForCausalLM"
+            family = getattr(transformers, name)
+            config = family.config_class(**(TINY | changes))
+            torch.manual_seed(seed)
+            model = family(config)
             for parameter in model.parameters():  # biases and norms would be 0 and 1
                 torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.3)
             made[key] = tmp_path_factory.mktemp("checkpoint")

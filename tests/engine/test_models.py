@@ -31,7 +31,40 @@ PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor
 LONG_PARTIAL = LONGROPE | {"partial_rotary_factor": 0.75, "short_factor": [1.0, 1.2, 1.6], "long_factor": [2.0] * 3}
 SOME = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}
 
+GEMMA2 = {"architecture": "Gemma2", "num_hidden_layers": 4, "sliding_window": 21, "query_pre_attn_scalar": 11}
+GEMMA3 = {"architecture": "Gemma3", "num_hidden_layers": 4, "sliding_window": 21, "query_pre_attn_scalar": 5}
+GLOBAL = {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0}
+LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+MIXTRAL = {"architecture": "Mixtral", "num_local_experts": 5}
+QWEN3_MOE = {"architecture": "Qwen3Moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+SMOLLM3 = {"architecture": "SmolLM3", "pad_token_id": None, "num_hidden_layers": 4}
+
 FAMILIES = {
+    "gemma2": GEMMA2,
+    "gemma2, strong caps": GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "seed": 5},
+    "gemma2, no caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 3},
+    "gemma2, biases, untied": GEMMA2 | {"attention_bias": True, "tie_word_embeddings": False},
+    "gemma2, all layers with windows": GEMMA2 | {"layer_types": ["sliding_attention"] * 4, "num_key_value_heads": 6},
+    "gemma3": GEMMA3 | {"num_hidden_layers": 7},
+    "gemma3, two ropes": GEMMA3
+    | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"full_attention": GLOBAL, "sliding_attention": LOCAL},
+        "seed": 3,
+    },
+    "gemma3, capped logits": GEMMA3 | {"final_logit_softcapping": 2.0, "num_key_value_heads": 1, "head_dim": 16},
+    "mixtral": MIXTRAL,
+    "mixtral, windows, one expert of two": MIXTRAL
+    | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 21, "seed": 2},
+    "qwen3-moe": QWEN3_MOE,
+    "qwen3-moe, normalized, some layers": QWEN3_MOE
+    | {"norm_topk_prob": True, "decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [1]},
+    "qwen3-moe, windows, all experts": QWEN3_MOE
+    | {"use_sliding_window": True, "sliding_window": 21, "num_experts_per_tok": 6, "attention_bias": True, "seed": 4},
+    "smollm3": SMOLLM3,
+    "smollm3, windows and biases": SMOLLM3
+    | {"no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": 21, "attention_bias": True}
+    | {"mlp_bias": True, "tie_word_embeddings": False},
     "mistral": {"architecture": "Mistral", "sliding_window": None},
     "mistral, windows": {"architecture": "Mistral", "sliding_window": 21},
     "mistral, windows of one": {"architecture": "Mistral", "sliding_window": 1},
@@ -55,6 +88,10 @@ VARIANTS = {
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}},
     "llama3": {"rope_parameters": LLAMA3},
     "yarn": {"rope_parameters": YARN},
+    "yarn, tuned": {
+        "rope_parameters": YARN | {"beta_fast": 16, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.4},
+    },
+    "yarn, factor given": {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}},
     "epsilon": {"rms_norm_eps": 0.1},
     "longrope": {"rope_parameters": LONGROPE},
     "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 120},
@@ -84,6 +121,17 @@ def test_a_window_moves_on_with_every_token(window, make_checkpoint, load_driver
     stream = driver.new(32)
     got = [logits for token in ids for logits in driver.logits([(stream, [token])])]
     assert close(torch.cat(got), reference(folder, ids))
+
+
+@pytest.mark.parametrize("cached", [0, 20])
+def test_scores_are_capped_in_long_chunks_too(cached, make_checkpoint, load_driver, reference):
+    folder, ids = make_checkpoint(**GEMMA2 | {"attn_logit_softcapping": 2.0}), tokens(400)
+    driver = load_driver(folder)
+    stream = driver.new(400)
+    if cached:
+        driver.run([(stream, ids[:cached])])
+    [got] = driver.logits([(stream, ids[cached:])])
+    assert close(got, reference(folder, ids)[cached:])
 
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)

@@ -1,0 +1,97 @@
+"""`slipstream serve` refuses a checkpoint that can't be run before it starts anything: one line, status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cluster.launcher
+from cluster.cli import main
+from tests.tiny import save_tiny_llama
+
+Tensors = dict[str, torch.Tensor]
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_llama(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def started(*_arguments: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(cluster.launcher, "_ray", started)
+
+    def refused(*flags: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["slipstream", "serve", str(folder), "--port", "0", *flags])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return refused
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(NORM), f"tensor {NORM} is missing"),
+        (lambda t: t.update({NORM: torch.zeros(7)}), f"tensor {NORM} has shape [7], but config.json makes it [64]"),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), "no place for tensor model.extra"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    folder: Path, change: Callable[[Tensors], object], named: str, refusal: Callable[..., str]
+) -> None:
+    rewrite(folder, change)
+    assert named in refusal()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
+        ({"architectures": ["Mine"], "auto_map": {}}, "code that comes with the checkpoint (auto_map)"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run_is_named(
+    folder: Path, settings: dict[str, Any], named: str, refusal: Callable[..., str]
+) -> None:
+    configure(folder, **settings)
+    assert named in refusal()
+
+
+def test_a_pickle_is_refused(folder: Path, refusal: Callable[..., str]) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickled weights" in refusal()
+
+
+def test_heads_that_do_not_divide_are_named(refusal: Callable[..., str]) -> None:
+    assert "num_attention_heads 4" in refusal("--tensor-parallel-size", "3")
