@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 
@@ -9,46 +10,46 @@ import torch
 
 from core.errors import ConfigError
 from engine.kv_layout import KVLayout
+from engine.parallel.split import WHOLE
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class KVPool:
     """The blocks of one rank. On CPU the memory is a memfd, so that a peer on the same host can map it and copy blocks
-    out without a copy in between; `fd` is that descriptor, None elsewhere. The pool owns memory and descriptor."""
+    out without a copy in between; `fd` is that descriptor, None elsewhere. The pool owns memory and descriptor.
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+    The ranks of a group on CPU share one memory, which has the layout of an unsplit cache: `share` gives each a view of
+    its layers and heads. So whoever made the memory sees the whole cache, and a peer need not know of the split."""
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu", *, memory: int | None = None
+    ) -> None:
+        """`memory` is the descriptor of an unsplit cache that this pool becomes the owner of; by default a rank has
+        memory of its own. Raises ConfigError when there is not enough."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = torch.device(device)
         self.fd: int | None = None
-        self._map: mmap.mmap | None = None
-        shape = self.shape(layout, num_blocks)
         dtype = DTYPES[layout.dtype]
         if self.device.type == "cpu":
-            nbytes = layout.block_bytes * num_blocks
-            self.fd = os.memfd_create("slipstream-kv", os.MFD_CLOEXEC)
-            try:
-                os.ftruncate(self.fd, nbytes)
-                self._map = mmap.mmap(self.fd, nbytes)
-            except OSError as error:
-                os.close(self.fd)
-                raise ConfigError(
-                    f"cannot map {nbytes / 2**20:.0f} MiB for the KV cache ({error.strerror}); lower --kv-cache-memory"
-                ) from error
-            self.data = torch.frombuffer(self._map, dtype=dtype).view(shape)
+            whole = layout.of(WHOLE) if memory is not None else layout
+            self.fd, mapped = _map(memory, _nbytes(whole, num_blocks))
+            self.data = torch.frombuffer(mapped, dtype=dtype).view(self.shape(whole, num_blocks))
+            if memory is not None:
+                self.data = _share_of(self.data, layout)
         else:
-            self.data = torch.zeros(shape, dtype=dtype, device=self.device)
+            self.data = torch.zeros(self.shape(layout, num_blocks), dtype=dtype, device=self.device)
 
     @staticmethod
     def shape(layout: KVLayout, num_blocks: int) -> tuple[int, int, int, int, int, int]:
         """[layers, 2 (key, value), blocks, block_size, kv_heads, head_size] of this rank's share."""
         return (
-            layout.num_layers // layout.pp_size,
+            len(layout.split.layers(layout.num_layers)),
             2,
             num_blocks,
             layout.block_size,
-            max(1, layout.num_kv_heads // layout.tp_size),
+            len(layout.split.kv_heads(layout.num_kv_heads)),
             layout.head_size,
         )
 
@@ -57,3 +58,27 @@ class KVPool:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+def _nbytes(layout: KVLayout, num_blocks: int) -> int:
+    return math.prod(KVPool.shape(layout, num_blocks)) * DTYPES[layout.dtype].itemsize
+
+
+def _map(fd: int | None, nbytes: int) -> tuple[int, mmap.mmap]:
+    fresh = fd is None
+    fd = os.memfd_create("slipstream-kv", os.MFD_CLOEXEC) if fd is None else fd
+    try:
+        if fresh:
+            os.ftruncate(fd, nbytes)
+        return fd, mmap.mmap(fd, nbytes)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(
+            f"cannot map {nbytes / 2**20:.0f} MiB for the KV cache ({error.strerror}); lower --kv-cache-memory"
+        ) from error
+
+
+def _share_of(cache: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+    """The layers and heads of a rank in an unsplit cache. Heads that ranks have in common they all write, alike."""
+    layers, heads = layout.split.layers(layout.num_layers), layout.split.kv_heads(layout.num_kv_heads)
+    return cache[layers.start : layers.stop, ..., heads.start : heads.stop, :]

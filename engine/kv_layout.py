@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from core.errors import LayoutMismatch
+from engine.parallel.split import Split
 
+DEFAULT_KV_CACHE_BYTES = 2**30
+"""On the CPU."""
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -26,6 +29,16 @@ class KVLayout(Struct, frozen=True, kw_only=True):
     tp_rank: int = 0
     pp_size: int = 1
     pp_rank: int = 0
+
+    @property
+    def split(self) -> Split:
+        return Split(self.tp_size, self.pp_size, self.tp_rank, self.pp_rank)
+
+    def of(self, split: Split) -> KVLayout:
+        """The layout of a rank's share."""
+        return structs.replace(
+            self, tp_size=split.tp_size, tp_rank=split.tp_rank, pp_size=split.pp_size, pp_rank=split.pp_rank
+        )
 
     @property
     def token_bytes(self) -> int:

@@ -3,10 +3,13 @@ is twice as fast as F.linear, which reorders the weight in every call."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+
+from engine.native.linear import NativeLinear
 
 
 class Linear(Protocol):
@@ -17,6 +20,10 @@ class Linear(Protocol):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual + y, as a new tensor."""
         ...
+
+
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+"""From weight ([outputs, inputs], which the caller lets go of) and bias."""
 
 
 class PlainLinear:
@@ -64,3 +71,8 @@ def can_pack(weight: torch.Tensor) -> bool:
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """The fastest layer for `weight` ([out_features, in_features]), which the caller should then let go of."""
     return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
+
+
+def dense_maker(native: bool) -> MakeLinear:
+    """Of layers that are not quantized. `native`: engine.native is loaded, and rows are bfloat16 on the CPU."""
+    return NativeLinear.make if native else make_linear

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from core.errors import ConfigError, InternalError
+from core.errors import InternalError
 from core.types import SamplingParams, TokenLogprobs
 from engine.attention import PagedAttention
-from engine.device import resolve_device, resolve_dtype
+from engine.gpu_memory import CudaGpu, GpuShare, Meter, largest_step, let_go
 from engine.kv_cache import DTYPES, KVPool
-from engine.kv_layout import KVLayout
+from engine.linears import Linears
+from engine.lora.adapters import Adapters
+from engine.lora.checkpoint import Adapter
 from engine.model_config import ModelConfig
 from engine.models.registry import Model, build
+from engine.native import library
+from engine.native.attention import NativeAttention
+from engine.parallel.group import ALONE, Group
+from engine.plan import Plan, blocks_in, make_plan
+from engine.quantization.make import linear_maker
+from engine.quantization.methods import Method
 from engine.sampler import sample
-from engine.step import KVSink, SamplingRow, StepBatch, StepOutput
-from engine.weights import Weights, fingerprint
-
-DEFAULT_KV_CACHE_BYTES = 2**30
+from engine.scoring import score
+from engine.step import KVSink, Runner, SamplingRow, StepBatch, StepOutput
+from engine.weights import Weights
 
 
 class ModelRunner:
     """Implements engine.step.Runner. `pool`, `layout` and `config` say what it holds. `kv_sink` may be set between
     steps; it is called on the thread that runs the step."""
 
-    def __init__(self, config: ModelConfig, model: Model, pool: KVPool) -> None:
+    max_steps_in_flight = 1
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Model,
+        pool: KVPool,
+        adapters: Adapters | None = None,
+        group: Group = ALONE,
+        native: bool = False,
+    ) -> None:
+        """`config` is the whole model's; as a rank of a `group`, `model` and `pool` are its share. `native`: attention
+        is by our own kernel."""
         self.config = config
         self.pool = pool
         self.layout = pool.layout
         self.kv_sink: KVSink | None = None
         self._model: Model | None = model
+        self._adapters = adapters
+        self._group = group
+        self._first_layer = group.split.layers(config.num_layers).start
+        # The heads of a rank that shares its cache with others don't lie side by side, as the kernel wants them.
+        self._attend = NativeAttention if native else PagedAttention
 
     @classmethod
     def load(
@@ -47,30 +73,68 @@ class ModelRunner:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
+        quantization: Method | None = None,
+        adapters: Sequence[Adapter] = (),
+        gpu: GpuShare | None = None,
+        enforce_eager: bool = False,
     ) -> ModelRunner:
         """Read the model in folder `path`. The cache gets `num_blocks` blocks, else as many as fit in `kv_cache_bytes`
-        (default 1 GiB). `threads` bounds the cores that this process computes on.
+        (default: 1 GiB on the CPU, on a GPU what `gpu` leaves). `threads` bounds the cores that this process computes
+        on. `adapters` can be named by steps.
 
         Raises ModelError for a model that can't be run, ConfigError for a machine or memory that can't run it.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         config = ModelConfig.from_folder(path)
-        where = resolve_device(device)
-        name = resolve_dtype(dtype, where)
-        with torch.inference_mode(), Weights(path, device=where, dtype=DTYPES[name]) as weights:
-            model = build(config, weights)
-        layout = KVLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_size=config.head_size,
-            dtype=name,
+        plan = make_plan(
+            path,
+            config,
+            dtype=dtype,
+            device=device,
             block_size=block_size,
-            fingerprint=fingerprint(path, config),
+            num_blocks=num_blocks,
+            kv_cache_bytes=kv_cache_bytes,
+            quantization=quantization,
+            adapters=adapters,
+            gpu=gpu,
+            enforce_eager=enforce_eager,
         )
-        if num_blocks is None:
-            num_blocks = _blocks_in(DEFAULT_KV_CACHE_BYTES if kv_cache_bytes is None else kv_cache_bytes, layout)
-        return cls(config, model, KVPool(layout, num_blocks, where))
+        return cls.build(plan, config)
+
+    @classmethod
+    def build(
+        cls, plan: Plan, config: ModelConfig, *, group: Group = ALONE, device: str = "", memory: int | None = None
+    ) -> ModelRunner:
+        """Read what a rank of `group` computes, and no more, onto `device` (default: the plan's). `memory` is what the
+        ranks share of the cache (KVPool)."""
+        where, dtype = torch.device(device or plan.device), plan.layout.dtype
+        meter = Meter(CudaGpu(where), plan.gpu) if plan.gpu is not None else None
+        with torch.inference_mode(), Weights(plan.folder, device=where, dtype=DTYPES[dtype]) as weights:
+            lora = Adapters(plan.adapters, device=where, dtype=DTYPES[dtype])
+            native = _native(plan, where, dtype)
+            make = linear_maker(plan.quantization, where, dtype, native)
+            linears = Linears(weights, group, config.num_kv_heads, make=make, native=native, adapters=lora)
+            model = build(group.split.view(config), weights, linears)
+            lora.check_all_taken(group.split.layers(config.num_layers))
+        pool = KVPool(plan.layout.of(group.split), plan.num_blocks, where, memory=memory)
+        runner = cls(config, model, pool, lora, group, native)
+        if meter is not None and plan.gpu is not None:
+            runner._fill(meter, plan.gpu)
+        return runner
+
+    def _fill(self, meter: Meter, share: GpuShare) -> None:
+        """Find out what the largest step takes, and give the cache what it leaves."""
+        self.submit(largest_step(share, self.config.max_position_embeddings, self.layout.block_size)).result()
+        let_go()
+        self.resize(blocks_in(meter.left(), self.pool.data.nbytes // self.pool.num_blocks))
+
+    def resize(self, num_blocks: int) -> None:
+        """Before the first sequence: another cache in place of this one, which has memory of its own."""
+        device = self.pool.device
+        self.pool.close()
+        del self.pool
+        self.pool = KVPool(self.layout, num_blocks, device)
 
     def submit(self, batch: StepBatch) -> Future[StepOutput]:
         """Run the step on the caller's thread; the future is done on return. A step that failed is its exception."""
@@ -84,21 +148,10 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run a prompt and a decode step, so that the first request doesn't wait for kernels to be made. Writes to
         block 0: only before the first sequence."""
-        rows = np.arange(min(self.layout.block_size, self.config.max_position_embeddings), dtype=np.int64)
-        block = np.zeros(1, np.int64)
-        row = SamplingRow(SamplingParams(max_tokens=1, top_p=0.9, top_k=20), position=0)
-        for count in {len(rows), 1}:
-            batch = StepBatch(
-                token_ids=np.zeros(count, np.int64),
-                positions=rows[:count],
-                slots=rows[:count],
-                query_starts=np.array([0, count]),
-                context_lens=block,
-                block_tables=(block,),
-                logit_rows=np.array([count - 1]),
-                sampling=(row,),
-            )
-            self.submit(batch).result()
+        warm_up(self, min(self.layout.block_size, self.config.max_position_embeddings))
+
+    def check_health(self) -> None:
+        """A step that failed is the engine's to tell; there is nothing else that could."""
 
     def shutdown(self) -> None:
         """Let go of the weights; later steps fail. The pool is closed by whoever lends it out (KVPool.close)."""
@@ -113,21 +166,40 @@ class ModelRunner:
             raise InternalError("the runner was shut down; no step can be submitted any more")
         if batch.kv_moves is not None:
             self._move(batch.kv_moves)
+        if self._adapters is not None:
+            self._adapters.set_rows(batch)
         sink = partial(self._publish, batch) if batch.publish and self.kv_sink is not None else None
-        attention = PagedAttention(batch, self.pool.data, sink)
-        hidden = model.embed(self._tensor(batch.token_ids))
+        attention = self._attend(batch, self.pool.data, sink, self._first_layer)
+        hidden = self._enter(model, batch)
         hidden, taps = model.run_layers(hidden, self._tensor(batch.positions), attention, batch.taps)
+        if self._group.split.last:
+            output = self._answer(model, batch, hidden)
+        else:
+            self._group.send(hidden)
+            output = StepOutput(np.empty(0, np.int64))
+        return replace(output, taps=taps, seconds=time.perf_counter() - start)
+
+    def _enter(self, model: Model, batch: StepBatch) -> torch.Tensor:
+        """What goes into the first of our layers: [tokens, hidden]."""
+        if self._group.split.first:
+            return model.embed(self._tensor(batch.token_ids))
+        shape, dtype = (len(batch.token_ids), self.config.hidden_size), DTYPES[self.layout.dtype]
+        return self._group.receive(torch.empty(shape, dtype=dtype, device=self.pool.device))
+
+    def _answer(self, model: Model, batch: StepBatch, hidden: torch.Tensor) -> StepOutput:
+        """Of the ranks of the last stage all compute logits, and the first draws from them."""
+        scored = [score(hidden, rows, model.logits, self.config.vocab_size) for rows in batch.scored]
         tokens, logits = np.empty(0, np.int64), None
         logprobs: tuple[TokenLogprobs | None, ...] = ()
         if len(batch.logit_rows):
             logits = model.logits(hidden[self._tensor(batch.logit_rows)]).float()
-            tokens, logprobs = sample(logits, batch.sampling or (None,) * len(batch.logit_rows))
+            if self._group.split.tp_rank == 0:
+                tokens, logprobs = sample(logits, batch.sampling or (None,) * len(batch.logit_rows))
         return StepOutput(
             token_ids=tokens,
             logprobs=logprobs,
+            prompt_logprobs=tuple(scored),
             logits=logits if batch.return_logits else None,
-            taps=taps,
-            seconds=time.perf_counter() - start,
         )
 
     def _publish(self, batch: StepBatch, layer: int) -> None:
@@ -144,10 +216,25 @@ class ModelRunner:
         return torch.from_numpy(values).to(self.pool.device)
 
 
-def _blocks_in(nbytes: int, layout: KVLayout) -> int:
-    blocks = nbytes // layout.block_bytes
-    if blocks < 1:
-        raise ConfigError(
-            f"a KV cache of {nbytes} bytes holds no block of {layout.block_bytes} bytes; raise --kv-cache-memory"
+def _native(plan: Plan, device: torch.device, dtype: str) -> bool:
+    """Whether our own kernels run; they are compiled on the way where that has not been done."""
+    return device.type == "cpu" and dtype == "bfloat16" and not plan.enforce_eager and library.load()
+
+
+def warm_up(runner: Runner, num_tokens: int) -> None:
+    """A prompt of so many tokens, which fit a block, and a decode step."""
+    rows = np.arange(num_tokens, dtype=np.int64)
+    block = np.zeros(1, np.int64)
+    row = SamplingRow(SamplingParams(max_tokens=1, top_p=0.9, top_k=20), position=0)
+    for count in {len(rows), 1}:
+        batch = StepBatch(
+            token_ids=np.zeros(count, np.int64),
+            positions=rows[:count],
+            slots=rows[:count],
+            query_starts=np.array([0, count]),
+            context_lens=block,
+            block_tables=(block,),
+            logit_rows=np.array([count - 1]),
+            sampling=(row,),
         )
-    return blocks
+        runner.submit(batch).result()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,21 +16,32 @@ from safetensors import SafetensorError, safe_open
 
 from core.errors import ModelError
 from engine.model_config import ModelConfig
+from engine.weight_check import DERIVED, FLOATS
 
-_FLOATS = ("F32", "F16", "BF16")
-_DERIVED = ".rotary_emb.inv_freq"
-"""Old checkpoints store these buffers, which follow from the configuration."""
 _INDEX = "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a tensor to read: these rows, one range after the other, or these columns of all rows."""
+
+    rows: tuple[range, ...] | None = None
+    columns: range | None = None
+
+
+WHOLE = Part()
+
+
 class Weights:
-    """The tensors of a folder, as a context manager. Raises ModelError for anything that is not as asked for."""
+    """The tensors of a folder, as a context manager. Raises ModelError for anything that is not as asked for.
+    `bytes_read` counts what was read of them, as stored."""
 
     def __init__(self, folder: str | Path, *, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        self._folder = Path(folder)
+        self.bytes_read = 0
+        self.folder = self._folder = Path(folder)
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
         try:
@@ -53,16 +64,24 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor, in memory of its own. It can't be taken again."""
-        return self._read(name, shape).to(self.device, self.dtype, copy=True)
+    def take(self, name: str, *shape: int, part: Part = WHOLE) -> torch.Tensor:
+        """The tensor, which has `shape`, or a part of it, in memory of its own. It can't be taken again."""
+        return self._read(name, shape, part).to(self.device, self.dtype, copy=True)
 
-    def take_stacked(self, names: Sequence[str], *shapes: tuple[int, ...]) -> torch.Tensor:
-        """Several tensors in one, along the first axis."""
-        parts = [self._read(name, shape).to(self.dtype) for name, shape in zip(names, shapes, strict=True)]
-        return torch.cat(parts).to(self.device)
+    def take_stacked(
+        self, names: Sequence[str], *shapes: tuple[int, ...], parts: Sequence[Part] | None = None
+    ) -> torch.Tensor:
+        """Several tensors, or a part of each, in one, along the first axis."""
+        asked = zip(names, shapes, parts or [WHOLE] * len(names), strict=True)
+        found = [self._read(name, shape, part).to(self.dtype) for name, shape, part in asked]
+        return torch.cat(found).to(self.device)
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def leave(self, prefix: str) -> None:
+        """What starts with `prefix` is another rank's to take."""
+        for name in [name for name in self._files if name.startswith(prefix)]:
+            del self._files[name]
+
+    def _read(self, name: str, shape: tuple[int, ...], part: Part) -> torch.Tensor:
         file = self._files.pop(name, None)
         if file is None:
             raise ModelError(f"{self._folder}: tensor {name} is missing from the weights; fetch the model again")
@@ -72,17 +91,18 @@ class Weights:
                 f"{self._folder}: tensor {name} has shape {list(entry.get_shape())}, "
                 f"but config.json makes it {list(shape)}; config and weights must be of the same model"
             )
-        if entry.get_dtype() not in _FLOATS:
+        if entry.get_dtype() not in FLOATS:
             raise ModelError(
                 f"{self._folder}: tensor {name} is stored as {entry.get_dtype()}; "
                 "use the model's bfloat16, float16 or float32 weights"
             )
-        tensor: torch.Tensor = file.get_tensor(name)
+        tensor = read_part(file, name, part)
+        self.bytes_read += tensor.nbytes
         return tensor
 
     def check_all_taken(self) -> None:
         """Raise ModelError if the files hold a tensor that the model has no place for."""
-        extra = [name for name in self._files if not name.endswith(_DERIVED)]
+        extra = [name for name in self._files if not name.endswith(DERIVED)]
         if extra:
             raise ModelError(
                 f"{self._folder}: the model has no place for tensor {min(extra)} ({len(extra)} such in all); "
@@ -97,6 +117,18 @@ class Weights:
     ) -> None:
         self._files.clear()
         self._open.close()
+
+
+def read_part(file: Any, name: str, part: Part) -> torch.Tensor:
+    tensor: torch.Tensor
+    if part.columns is not None:
+        tensor = file.get_slice(name)[:, part.columns.start : part.columns.stop]
+    elif part.rows is not None:
+        entry = file.get_slice(name)
+        tensor = torch.cat([entry[rows.start : rows.stop] for rows in part.rows])
+    else:
+        tensor = file.get_tensor(name)
+    return tensor
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -119,12 +151,14 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def fingerprint(folder: str | Path, config: ModelConfig) -> str:
+def fingerprint(folder: str | Path, config: ModelConfig, *changes: str) -> str:
     """Identifies model and weights without reading all of them: configuration, safetensors headers (names, shapes,
-    offsets) and evenly spaced samples of the bytes. Equal on every machine that has the same files."""
+    offsets) and evenly spaced samples of the bytes. Equal on every machine that has the same files. `changes` are what
+    else the KV depends on."""
     numbers = asdict(config)
     del numbers["eos_token_ids"]  # changes no KV
     digest = hashlib.blake2b(json.dumps(numbers, sort_keys=True).encode(), digest_size=16)
+    digest.update("\0".join(filter(None, changes)).encode())
     for path in weight_files(Path(folder)):
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -18,6 +18,7 @@ from core.errors import ConfigError, ModelError
 from engine.model_config import ModelConfig
 from engine.rope_config import RopeConfig
 from engine.runner import ModelRunner
+from engine.weight_check import check_weights
 from engine.weights import fingerprint
 from tests.engine.driver import Driver, tokens
 
@@ -44,6 +45,11 @@ def load(folder: Path) -> ModelRunner:
     return ModelRunner.load(folder, dtype="float32", device="cpu", kv_cache_bytes=2**20)
 
 
+def check(folder: Path) -> None:
+    """What is done before a process is started."""
+    check_weights(folder, ModelConfig.from_folder(folder))
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 
 
@@ -59,11 +65,13 @@ NORM = "model.layers.1.input_layernorm.weight"
 )
 def test_a_tensor_that_does_not_fit_is_named(folder: Path, change: Callable[[Tensors], object], named: str) -> None:
     rewrite(folder, change)
-    with pytest.raises(ModelError) as caught:
-        load(folder)
-    assert named in caught.value.message
+    for refuse in (load, check):
+        with pytest.raises(ModelError) as caught:
+            refuse(folder)
+        assert named in caught.value.message
 
 
+LAYER = "model.layers.1."
 ATTENTION = "model.layers.1.self_attn."
 
 
@@ -76,6 +84,13 @@ ATTENTION = "model.layers.1.self_attn."
         ("Qwen3", lambda t: t.update({ATTENTION + "k_norm.weight": torch.ones(16)}), "config.json makes it [8]"),
         ("Phi3", lambda t: t.update({ATTENTION + "qkv_proj.weight": torch.ones(48, 48)}), "makes it [80, 48]"),
         ("Mistral", lambda t: t.update({ATTENTION + "q_proj.bias": torch.zeros(48)}), "no place for tensor"),
+        ("Gemma2", lambda t: t.pop(LAYER + "post_feedforward_layernorm.weight"), "post_feedforward_layernorm.weight"),
+        ("Gemma3", lambda t: t.pop(ATTENTION + "q_norm.weight"), "q_norm.weight is missing"),
+        ("Mixtral", lambda t: t.pop(LAYER + "block_sparse_moe.experts.2.w3.weight"), "experts.2.w3.weight is missing"),
+        ("Mixtral", lambda t: t.update({LAYER + "block_sparse_moe.gate.weight": torch.ones(8, 9)}), "[8, 9]"),
+        ("Mixtral", lambda t: t.update({LAYER + "block_sparse_moe.experts.8.w1.weight": torch.ones(1)}), "no place"),
+        ("Qwen3Moe", lambda t: t.update({LAYER + "mlp.experts.1.down_proj.weight": torch.ones(1)}), "makes it [48,"),
+        ("SmolLM3", lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)}), "differs from the embeddings"),
     ],
 )
 def test_every_family_names_the_tensor_it_lacks_or_has_no_place_for(
@@ -87,9 +102,10 @@ def test_every_family_names_the_tensor_it_lacks_or_has_no_place_for(
 ) -> None:
     folder = Path(shutil.copytree(make_checkpoint(architecture, pad_token_id=None), tmp_path / "model"))
     rewrite(folder, change)
-    with pytest.raises(ModelError) as caught:
-        load(folder)
-    assert named in caught.value.message
+    for refuse in (load, check):
+        with pytest.raises(ModelError) as caught:
+            refuse(folder)
+        assert named in caught.value.message
     assert "\n" not in caught.value.message
 
 
@@ -97,6 +113,7 @@ def test_a_copy_of_the_tied_head_and_derived_tensors_are_let_pass(folder: Path) 
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
     load(folder)
+    check(folder)
 
 
 def split(folder: Path) -> None:
@@ -133,8 +150,9 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 def test_a_tensor_in_two_files_is_named(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "more.safetensors")
-    with pytest.raises(ModelError, match=r"more\.safetensors: tensor .* is in another file too"):
-        load(folder)
+    for refuse in (load, check):
+        with pytest.raises(ModelError, match=r"more\.safetensors: tensor .* is in another file too"):
+            refuse(folder)
 
 
 def test_an_index_that_is_none_is_refused(folder: Path) -> None:
@@ -168,6 +186,8 @@ LONGROPE = {
     "short_factor": [1.0] * 4,
     "long_factor": [2.0] * 4,
 }
+GEMMA = {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": None}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"]}
 WINDOWED = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
 
 
@@ -208,6 +228,21 @@ WINDOWED = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "
         (WINDOWED | {"max_window_layers": -1}, "max_window_layers"),
         (WINDOWED | {"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
         (WINDOWED | {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        (GEMMA | {"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
+        (GEMMA | {"hidden_activation": "relu"}, "hidden_activation relu"),
+        (GEMMA | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        (GEMMA | {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
+        (GEMMA | {"final_logit_softcapping": "x"}, "final_logit_softcapping"),
+        (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA | {"rope_parameters": {"rope_type": "default"}}, "rope_parameters has rope_type"),
+        (GEMMA | {"rope_parameters": {"full_attention": 3}}, "full_attention of rope_parameters"),
+        (GEMMA | {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "factor of rope_type linear"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is above the 8 experts"),
+        (MIXTRAL | {"num_local_experts": -1}, "num_local_experts"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers names 1 layers"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}}, "beta_fast of rope_type yarn"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused_by_its_field(
@@ -225,8 +260,8 @@ def test_the_older_spelling_of_rope_is_understood(folder: Path) -> None:
     raw.pop("rope_parameters")
     scaling = {"type": "linear", "factor": 2.0}
     config = ModelConfig.from_dict({**raw, "rope_theta": 5e5, "rope_scaling": scaling})
-    assert config.rope == RopeConfig("linear", {"rope_theta": 5e5, "factor": 2.0}, size=8)
-    assert ModelConfig.from_dict(raw).rope == RopeConfig("default", {"rope_theta": 10000.0}, size=8)
+    assert config.ropes.kinds == (RopeConfig("linear", {"rope_theta": 5e5, "factor": 2.0}, size=8),)
+    assert ModelConfig.from_dict(raw).ropes.kinds == (RopeConfig("default", {"rope_theta": 10000.0}, size=8),)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
@@ -264,6 +299,11 @@ def test_a_sequence_ends_where_the_frequencies_would_change_for_all_of_it(folder
         (WINDOWED, (None, None, None)),
         (WINDOWED | {"max_window_layers": 1}, (None, 8, 8)),
         (WINDOWED | {"use_sliding_window": False, "max_window_layers": 1}, (None, None, None)),
+        ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": 8}, (8, None, 8)),
+        (GEMMA | {"sliding_window": 8}, (8, 8, 8)),
+        (GEMMA | {"sliding_window": 8, "sliding_window_pattern": 3}, (8, 8, None)),
+        (MIXTRAL, (None, None, None)),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "use_sliding_window": True, "sliding_window": 8}, (8, 8, 8)),
         (
             WINDOWED | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
             (8, None, 8),
@@ -319,3 +359,25 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_folder(folder: Path, tmp_p
     path = elsewhere / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     assert fingerprint(elsewhere, ModelConfig.from_folder(elsewhere)) != before
+
+
+def test_gemma_3_names_two_bases_and_its_older_scaling_is_for_layers_without_a_window(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | {"architectures": ["Gemma3ForCausalLM"]}
+    raw |= {"sliding_window": 8, "sliding_window_pattern": 2, "head_dim": 8}
+    raw.pop("rope_parameters")
+    older = {"rope_theta": 500000, "rope_local_base_freq": 3000, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    ropes = ModelConfig.from_dict(raw | older).ropes
+    assert ropes.kinds == (
+        RopeConfig("linear", {"rope_theta": 500000, "factor": 8.0}, size=8),
+        RopeConfig("default", {"rope_theta": 3000}, size=8),
+    )
+    assert ropes.of_layers == (1, 0, 1)
+    assert [rope.parameters["rope_theta"] for rope in ModelConfig.from_dict(raw).ropes.kinds] == [1e6, 1e4]
+
+
+def test_yarn_says_how_long_a_sequence_may_be(folder: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    configure(folder, rope_parameters=yarn, max_position_embeddings=256)
+    assert ModelConfig.from_folder(folder).max_position_embeddings == 1024
+    configure(folder, max_position_embeddings=4096)
+    assert ModelConfig.from_folder(folder).max_position_embeddings == 4096

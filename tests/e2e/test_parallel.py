@@ -1,0 +1,73 @@
+"""A worker whose model is split over processes, as `slipstream serve` starts it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import Server, launch, start
+
+pytestmark = pytest.mark.e2e
+RECOVERY_S = 60.0
+
+
+def ranks(server: Server) -> list[psutil.Process]:
+    return [process for process in server.tree if "engine.parallel.rank" in process.cmdline()]
+
+
+def complete(server: Server) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "hello there", "max_tokens": 12, "temperature": 0}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+
+def handed_over(server: Server) -> float:
+    name = "slipstream:handoff_bytes_total{"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in server.metrics().splitlines() if line.startswith(name))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + RECOVERY_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_workers_of_two_ranks_hand_over_their_kv_and_end_with_the_server(folder: Path) -> None:
+    server = start(folder, "--tensor-parallel-size", "2")
+    try:
+        assert "worker-tp2-pp1" in "".join(server.output)
+        assert complete(server).json()["usage"]["completion_tokens"] > 0
+        started = ranks(server)
+        assert len(started) == 4
+        wait_until(lambda: handed_over(server) > 0)  # told by a heartbeat
+    finally:
+        server.stop()
+    assert not psutil.wait_procs(started, 10)[1]
+
+
+def test_a_worker_that_has_lost_a_rank_is_replaced_as_a_whole(folder: Path) -> None:
+    server = start(folder, "--colocated", "--pipeline-parallel-size", "2")
+    try:
+        before = complete(server).json()["choices"][0]["text"]
+        lost = ranks(server)
+        lost[1].send_signal(signal.SIGKILL)
+        assert not psutil.wait_procs(lost, 10)[1]
+        wait_until(lambda: complete(server).status_code == 200)
+        assert complete(server).json()["choices"][0]["text"] == before
+        assert len(ranks(server)) == 2
+    finally:
+        server.stop()
+
+
+def test_heads_that_do_not_divide_are_refused_before_anything_is_started(folder: Path) -> None:
+    process = launch(folder, "--colocated", "--tensor-parallel-size", "3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--tensor-parallel-size 3 does not divide the model's num_attention_heads 4; use 1, 2 or 4" in output
+    assert "✓ ray" not in output
