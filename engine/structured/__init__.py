@@ -1,0 +1,1 @@
+"""Outputs that a grammar constrains: the grammars of a worker, compiled beside its loop, and what each allows next."""

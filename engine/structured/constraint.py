@@ -1,0 +1,86 @@
+"""What the grammar of one sequence allows next.
+
+A constraint stands behind the output tokens that it was given, wherever they were drawn: by this worker, by the prefill
+worker of a hand-off, or by a worker that has gone. Preemption leaves it as it is, since no token is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from llguidance import LLMatcher
+
+from core.errors import InvalidRequest
+from core.grammar import Vocabulary, describe
+from core.types import Finish, FinishReason
+
+Renew = Callable[[], LLMatcher]
+"""A matcher at the start of the text that shares nothing with those before it."""
+
+
+class Constraint:
+    """Belongs to one thread at a time.
+
+    `allowed` [ceil(vocab / 32)] uint32 has the bits of the tokens that may be drawn next: those that go on with a text
+    of the grammar and, where the text may end, the stop tokens. Elsewhere a stop token is allowed only if no other
+    token goes on, and cuts the text off, as it does without a grammar. `end` is None while the sequence goes on; where
+    nothing can follow it is STOP, and an error for a grammar that has become too costly.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, stop_token_ids: Sequence[int], renew: Renew) -> None:
+        self.end: Finish | None = None
+        self.allowed = vocabulary.words([])
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._renew = renew
+        self._num_renewed_at = -1
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stops = vocabulary.words(list(stop_token_ids))
+        self._token_ids: list[int] = []
+        self._look_ahead()
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """These came next. A stop token ends the output, so that nothing comes after it."""
+        text = [token_id for token_id in token_ids if token_id not in self._stop_token_ids]
+        self._token_ids += text
+        if text and self.end is None:
+            self._matcher.consume_tokens(text)
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        if self._matcher.is_error():
+            self._start_over()
+            return
+        vocabulary = self._vocabulary
+        may_end = bool(mask[vocabulary.end_id // 32] >> np.uint32(vocabulary.end_id % 32) & 1)
+        goes_on = mask[: len(self._stops)] & vocabulary.drawable & ~self._stops
+        if may_end:
+            self.allowed = goes_on | self._stops
+        else:
+            self.allowed = goes_on if goes_on.any() else mask[: len(self._stops)] & vocabulary.drawable
+        if self._matcher.is_stopped() or (may_end and not goes_on.any()):
+            self.end = Finish(reason=FinishReason.STOP)
+        elif not self.allowed.any():
+            self._fail("no token of the model goes on with it")
+
+    def _start_over(self) -> None:
+        """The copies of a matcher share a lexer with a bounded number of states, which others may have filled. A new
+        one that is at its bounds after the same tokens has only this text to blame."""
+        if self._num_renewed_at == len(self._token_ids):
+            self._fail(describe(self._matcher))
+            return
+        self._num_renewed_at = len(self._token_ids)
+        try:
+            self._matcher = self._renew()
+        except InvalidRequest as error:
+            self._fail(error.message)
+            return
+        self._matcher.consume_tokens(self._token_ids)
+        self._look_ahead()
+
+    def _fail(self, reason: str) -> None:
+        self.end = Finish.from_error(
+            InvalidRequest(f"the grammar can't be followed after {len(self._token_ids)} tokens: {reason}; simplify it")
+        )
