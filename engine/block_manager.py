@@ -22,13 +22,17 @@ UNIT = 16
 _pack_unit = struct.Struct(f"<{UNIT}i").pack
 
 
-def extend_unit_digests(digests: list[bytes], token_ids: list[int], cache_salt: str) -> None:
+def extend_unit_digests(digests: list[bytes], token_ids: list[int], cache_salt: str, adapter: str = "") -> None:
     """Append the digests of the full units of `token_ids` that `digests` lacks.
 
-    digest[k] = xxh3_128(digest[k - 1] + 16 token ids as little-endian int32), digest[-1] = xxh3_128(salt). The hash is
-    not a cryptographic one: what keeps tenants apart is that they don't know each other's salt.
+    digest[k] = xxh3_128(digest[k - 1] + 16 token ids as little-endian int32), digest[-1] = xxh3_128(salt), or with an
+    adapter, which computes KV of its own, xxh3_128(ff + adapter + ff + salt): no salt has such bytes in UTF-8. The hash
+    is not a cryptographic one: what keeps tenants apart is that they don't know each other's salt.
     """
-    parent = digests[-1] if digests else xxh3_128_digest(cache_salt.encode())
+    salt = cache_salt.encode()
+    parent = (
+        digests[-1] if digests else xxh3_128_digest(b"\xff%b\xff%b" % (adapter.encode(), salt) if adapter else salt)
+    )
     for start in range(len(digests) * UNIT, len(token_ids) - UNIT + 1, UNIT):
         parent = xxh3_128_digest(parent + _pack_unit(*token_ids[start : start + UNIT]))
         digests.append(parent)
@@ -69,10 +73,10 @@ class BlockManager:
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that hold the first tokens of the sequence, in order. At least one token is left out:
-        without a token to compute there would be no logits."""
-        if not self.enable_prefix_caching:
+        without a token to compute there would be no logits; and all of them while the prompt's logprobs are owed."""
+        if not self.enable_prefix_caching or sequence.owes_prompt_logprobs:
             return []
-        extend_unit_digests(sequence.unit_digests, sequence.token_ids, sequence.request.cache_salt)
+        self._extend_digests(sequence)
         hits: list[int] = []
         last = min(len(sequence.token_ids) - 1, len(sequence.unit_digests) * UNIT) // self.block_size
         for index in range(last):
@@ -99,8 +103,8 @@ class BlockManager:
         return True
 
     def count_query(self, sequence: Sequence) -> None:
-        """Count what `allocate` has just found."""
-        if self.enable_prefix_caching:
+        """Count what `allocate` has just found, if it has looked."""
+        if self.enable_prefix_caching and not sequence.owes_prompt_logprobs:
             self.num_queried_tokens += len(sequence.token_ids)
             self.num_hit_tokens += sequence.num_computed_tokens
 
@@ -122,7 +126,7 @@ class BlockManager:
         num_full = sequence.num_computed_tokens // granule * granule // self.block_size
         if num_full <= sequence.num_cacheable_blocks:
             return
-        extend_unit_digests(sequence.unit_digests, sequence.token_ids, sequence.request.cache_salt)
+        self._extend_digests(sequence)
         for index in range(sequence.num_cacheable_blocks, num_full):
             self._remember(sequence.block_table[index], self._key_of(sequence, index))
         sequence.num_cacheable_blocks = num_full
@@ -136,6 +140,11 @@ class BlockManager:
         sequence.block_array = None
         sequence.num_computed_tokens = 0
         sequence.num_cacheable_blocks = 0
+
+    @staticmethod
+    def _extend_digests(sequence: Sequence) -> None:
+        request = sequence.request
+        extend_unit_digests(sequence.unit_digests, sequence.token_ids, request.cache_salt, request.adapter)
 
     def _key_of(self, sequence: Sequence, index: int) -> bytes:
         """Name of block `index`: the digest of the unit it ends with or, if smaller, of the unit it is in with its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import click
@@ -40,10 +41,26 @@ def parse_prefill(text: str) -> tuple[int, int]:
 @click.option("--threads", type=click.IntRange(1), help="Cores to compute on; default: what PyTorch takes.")
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--quantization", type=click.Choice(["int8", "fp8"]), help="As for serve.")
+@click.option(
+    "--perplexity-texts",
+    type=click.Path(exists=True, path_type=Path),
+    help="Print the perplexity of these texts, a file or a folder of them, and how quantization changes it.",
+)
+@click.option("--perplexity-tokens", default=8192, type=click.IntRange(1), help="At most. [default: 8192]")
 @click.option("--temperature", default=1.0, type=click.FloatRange(0), help="0 is greedy. [default: 1, OpenAI's own]")
 @click.option("--runs", default=5, type=click.IntRange(1), help="Interleaved; medians are printed. [default: 5]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def engine(model: str, batch: str, prefill: str, runs: int, as_json: bool, **flags: Any) -> None:
+def engine(
+    model: str,
+    batch: str,
+    prefill: str,
+    runs: int,
+    as_json: bool,
+    perplexity_texts: Path | None,
+    perplexity_tokens: int,
+    **flags: Any,
+) -> None:
     """Measure an engine alone: decode step times, prefill speed, where a step goes, and the roofline."""
     try:
         batches, (prompts, length) = parse_batches(batch), parse_prefill(prefill)
@@ -51,7 +68,13 @@ def engine(model: str, batch: str, prefill: str, runs: int, as_json: bool, **fla
         from engine.checkpoints import Silent, resolve
 
         options = Options(batches=batches, prompts=prompts, prompt_tokens=length, runs=runs, **flags)
-        result = {"model": model, **measure(resolve(model, progress=Silent()), options)}
+        folder = resolve(model, progress=Silent())
+        result = {"model": model, **measure(folder, options)}
+        if perplexity_texts is not None:
+            from bench.engine_speed.perplexity import measure_perplexity
+
+            load = {name: flags[name] for name in ("dtype", "device", "threads", "quantization")}
+            result |= measure_perplexity(folder, perplexity_texts, perplexity_tokens, **load)
     except ConfigError as error:
         raise _BadFlag(error.message) from error
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
@@ -70,4 +93,13 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{batch:>5}{milliseconds:>9.2f}{low:>8.2f}{high:>8.2f}{roofline:>10.0%}  {shares}")
     low, high = result["prefill_tokens_per_s_min"], result["prefill_tokens_per_s_max"]
     speed = f"{result['prefill_tokens_per_s']:.0f} tokens/s ({low:.0f} to {high:.0f})"
-    return "\n".join([*lines, f"prefill of {result['prefill']}: {speed}"])
+    return "\n".join([*lines, f"prefill of {result['prefill']}: {speed}", *_perplexity_line(result)])
+
+
+def _perplexity_line(result: dict[str, Any]) -> list[str]:
+    if "perplexity" not in result:
+        return []
+    line = "perplexity {perplexity:.3f} over {perplexity_tokens} tokens".format(**result)
+    if "perplexity_quantized" in result:
+        line += ", {quantization} {perplexity_quantized:.3f} ({perplexity_change:+.2%})".format(**result)
+    return [line]

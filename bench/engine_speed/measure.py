@@ -28,6 +28,7 @@ from engine.batching import build_batch
 from engine.block_manager import BlockManager
 from engine.kv_layout import DTYPE_BYTES
 from engine.model_config import ModelConfig
+from engine.quantization.methods import Method
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence
@@ -50,6 +51,7 @@ class Options:
     dtype: str
     device: str
     temperature: float
+    quantization: Method | None = None
 
     def check(self, longest: int) -> None:
         """Raise ConfigError unless a model of `longest` positions can be measured so."""
@@ -85,6 +87,7 @@ class Bench:
             dtype=options.dtype,
             device=options.device,
             threads=options.threads,
+            quantization=options.quantization,
             block_size=block_size,
             num_blocks=max(*options.batches, options.prompts) * -(-longest // block_size),
         )
@@ -215,7 +218,7 @@ def _shares(bench: Bench, batch: int, runs: list[Step]) -> dict[str, float]:
 
 def _roofline(folder: Path, runner: ModelRunner, options: Options, decode: dict[int, list[Step]]) -> dict[str, Any]:
     bandwidth = copy_bandwidth(runner.pool.device)
-    weights = weight_bytes(folder, runner.config, DTYPE_BYTES[runner.layout.dtype])
+    weights = weight_bytes(folder, runner.config, DTYPE_BYTES[runner.layout.dtype], options.quantization is not None)
     moved = {batch: step_bytes(weights, runner.layout.token_bytes, batch, options.context) for batch in decode}
     fractions = {
         batch: moved[batch] / bandwidth / statistics.median(step.seconds for step in runs)
@@ -231,6 +234,7 @@ def _setting(runner: ModelRunner, options: Options) -> dict[str, Any]:
         "dtype": runner.layout.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "quantization": options.quantization,
         "context": options.context,
         "prefill": f"{options.prompts}x{options.prompt_tokens}",
         "temperature": options.temperature,

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from engine.model_config import ModelConfig
+from engine.quantization.methods import is_quantized
 from engine.weights import weight_files
 
 COPY_BYTES = 2**29
@@ -41,16 +42,19 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def weight_bytes(folder: Path, config: ModelConfig, item_bytes: int) -> int:
+def weight_bytes(folder: Path, config: ModelConfig, item_bytes: int, quantized: bool = False) -> int:
     """Bytes of weights that a decode step reads: all but the input embeddings, of which it reads a row per sequence.
-    Embeddings that are the output layer too are read once. Every expert of a mixture is counted."""
+    Embeddings that are the output layer too are read once. Every expert of a mixture is counted.
+    `quantized`: projections have a byte for each weight."""
     skipped = "lm_head.weight" if config.tie_word_embeddings else "model.embed_tokens.weight"
     total = 0
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name != skipped]  # noqa: SIM118  not a mapping
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-    return total * item_bytes
+            for name in file.keys():  # noqa: SIM118  not a mapping
+                shape = tuple(file.get_slice(name).get_shape())
+                if name != skipped:
+                    total += math.prod(shape) * (1 if quantized and is_quantized(name, shape) else item_bytes)
+    return total
 
 
 def step_bytes(weights: int, kv_token_bytes: int, batch: int, context: int) -> int:
