@@ -8,12 +8,13 @@ from bench.cost import cost
 from bench.engine_speed.cli import engine
 from bench.exactness import exactness
 from bench.serving.cli import serve
+from bench.soak.cli import soak_command
 
 
 @click.group()
 def bench() -> None:
-    """Measure a server or an engine, or compare output with Transformers'."""
+    """Measure or soak a server, measure an engine, or compare output with Transformers'."""
 
 
-for command in (serve, engine, cost, exactness):
+for command in (serve, engine, soak_command, cost, exactness):
     bench.add_command(command)

@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from cluster.client import ClusterBackend
-from cluster.config import SlipstreamConfig
+from cluster.config import SlipstreamConfig, on_device
 from cluster.membership import ANNOUNCE_PERIOD_S, Member, Membership
 from cluster.resources import Share
 from core.types import Role
@@ -53,7 +53,7 @@ class Controller:
 
 
 class Worker:
-    """One group of devices with one model on it. The replica is rank 0 of its group."""
+    """One group of devices with one model on it. With more than one device, the replica leads a process for each."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: SlipstreamConfig, folder: str, threads: int, controller: DeploymentHandle
@@ -65,7 +65,7 @@ class Worker:
         worker_id = f"worker-{uuid.uuid4().hex[:8]}"
         runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads)
         role = await controller.admit.remote(worker_id, runner.layout)
-        self._node = make_node(worker_id, role, runner, config)
+        self._node = make_node(worker_id, role, runner, config, Path(folder))
         address = await self._node.start(_host(config))
         self._member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)
         await self._announce_once()
@@ -147,7 +147,8 @@ def _host(config: SlipstreamConfig) -> str:
 
 def build(config: SlipstreamConfig, folder: str, share: Share) -> serve.Application:
     """The application for a model that is in `folder` on every node. `share` is what each worker gets."""
-    threads = max(1, int(share.cpus))
+    config = on_device(config, "cuda" if share.gpus else "cpu")
+    threads = max(1, int(share.cpus / config.engine.ranks))
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     drain_s = config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S
     common: dict[str, Any] = {**HEALTH, "logging_config": quiet}
@@ -156,7 +157,7 @@ def build(config: SlipstreamConfig, folder: str, share: Share) -> serve.Applicat
     ).bind({role.value: count for role, count in config.cluster.roles.items()})
     workers = serve.deployment(
         Worker,
-        name="worker-tp1-pp1",
+        name=config.engine.group_name,
         num_replicas=config.cluster.num_workers,
         ray_actor_options={
             "num_cpus": share.cpus,

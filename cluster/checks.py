@@ -4,15 +4,21 @@ resources that never come."""
 from __future__ import annotations
 
 import errno
+import math
 import socket
 from pathlib import Path
 
-from cluster.config import SlipstreamConfig, parse_bytes
+from cluster.config import SlipstreamConfig
 from cluster.machine import available_memory
 from core.errors import ConfigError
+from engine.lora.checkpoint import WEIGHTS
+from engine.quantization.methods import is_quantized
+from engine.weight_check import stored_tensors
 
 PROCESS_BYTES = 600 * 2**20
 """Interpreter, torch and Ray in one worker, without weights and KV cache."""
+RANK_BYTES = 400 * 2**20
+"""Interpreter and torch in one process of a group, the same."""
 RAY_BYTES = 900 * 2**20
 """Ray's own processes, the controller and the gateway."""
 
@@ -42,8 +48,9 @@ def _why(error: OSError) -> str:
 
 def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     """Raises ConfigError when the workers would not fit; returns what they need, for the checklist."""
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    each = weights + parse_bytes(config.engine.kv_cache_memory) + PROCESS_BYTES
+    adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.lora_modules.values())
+    each = _weight_bytes(config, folder) + adapters + _cache_bytes(config) + PROCESS_BYTES
+    each += RANK_BYTES * config.engine.ranks if config.engine.ranks > 1 else 0
     needed = each * config.cluster.num_workers + RAY_BYTES
     available = available_memory()
     if needed > available:
@@ -52,6 +59,18 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
             "lower --kv-cache-memory, use fewer replicas, or --colocated"
         )
     return f"{_gib(needed)} of {_gib(available)} free memory"
+
+
+def _cache_bytes(config: SlipstreamConfig) -> int:
+    """Of one worker, in this machine's memory and not on a GPU."""
+    return 0 if config.engine.device == "cuda" else config.engine.kv_cache_bytes or 0
+
+
+def _weight_bytes(config: SlipstreamConfig, folder: Path) -> int:
+    if config.engine.quantization is None:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    tensors = stored_tensors(folder).items()
+    return sum(math.prod(t.shape) if is_quantized(name, t.shape) else t.end - t.start for name, t in tensors)
 
 
 def _gib(count: float) -> str:

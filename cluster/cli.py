@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cluster.config import load
-from cluster.options import config_options
+from cluster.options import ListOptions, config_options
 from core.errors import SlipstreamError
 
 LAZY = {
@@ -48,7 +48,7 @@ def cli() -> None:
     """Serve language models with prefill and decode on separate device groups."""
 
 
-@cli.command()
+@cli.command(cls=ListOptions)
 @click.argument("model", required=False)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file with the same settings.")
 @config_options

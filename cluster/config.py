@@ -8,42 +8,22 @@ refused with the nearest known name.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from cluster.notation import CountOrAuto, DtypeName, NamedPaths, Size, SizeOrAuto, parse_bytes
 from core.errors import ConfigError
 from core.types import Role
+from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
+from engine.lora.checkpoint import DEFAULT_MAX_RANK
+from engine.quantization.methods import Method, check_method
 
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", start=1)}
-_UNITS |= {f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
-_MAX_BYTES = 2**63
 _DEFAULT_SEQUENCES = 64
-
-
-def parse_bytes(text: str) -> int:
-    """ "512MiB" -> 536870912. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB or TiB, such as 512MiB")
-    size = float(match[1]) * _UNITS[match[2].lower()]
-    if size >= _MAX_BYTES:
-        raise ValueError("more than any machine has; write a number with KiB, MiB, GiB or TiB, such as 512MiB")
-    return int(size)
-
-
-def _check_bytes(text: str) -> str:
-    parse_bytes(text)
-    return text
-
-
-Size = Annotated[str, AfterValidator(_check_bytes)]
 
 
 class Section(BaseModel):
@@ -51,16 +31,30 @@ class Section(BaseModel):
 
 
 class EngineSection(Section):
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    dtype: DtypeName = Field(
         "auto", description="Type of weights and KV cache; auto: bfloat16 where the device has it, else float32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where workers compute; auto: a GPU each if the cluster has them, else the CPU"
     )
     block_size: Literal[8, 16, 32, 64] = Field(16, description="Tokens per KV cache block")
-    kv_cache_memory: Size = Field("1GiB", description="KV cache of one worker, such as 512MiB")
-    max_model_len: int | None = Field(
-        None, gt=0, description="Longest prompt plus output, in tokens; default: what the model and the KV cache allow"
+    kv_cache_memory: SizeOrAuto = Field(
+        None,
+        description="KV cache of one worker, such as 512MiB; default, and auto: 1GiB on the CPU, on a GPU what "
+        "gpu_memory_utilization leaves",
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that a worker may use: weights, the largest step, and the rest for the KV "
+        "cache, unless kv_cache_memory says how much; default: 0.9. Refused on the CPU",
+    )
+    max_model_len: CountOrAuto = Field(
+        None,
+        gt=0,
+        description="Longest prompt plus output, in tokens, such as 8192 or 8K; default, and auto: what the model and "
+        "the KV cache allow",
     )
     max_num_seqs: int | None = Field(
         None,
@@ -68,12 +62,29 @@ class EngineSection(Section):
         le=4096,
         description=f"Sequences in one step; default: {_DEFAULT_SEQUENCES}, or max_num_batched_tokens if that is lower",
     )
-    max_num_batched_tokens: int | None = Field(
+    max_num_batched_tokens: CountOrAuto = Field(
         None,
         gt=0,
         description="Tokens in one step; default: 2048 on prefill workers, 512 on the others, or max_num_seqs if more",
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="Devices of a worker over which every layer is split; processes on the CPU"
+    )
+    pipeline_parallel_size: int = Field(
+        1, ge=1, le=64, description="Stages of a worker, each with a part of the layers on tensor_parallel_size devices"
+    )
     prefix_caching: bool = Field(True, description="Reuse the KV of common prefixes")
+    enforce_eager: bool = Field(
+        False,
+        description="Compute with PyTorch's own operators only: no compiled or native kernels, no captured graphs",
+    )
+    quantization: Method | None = Field(
+        None, description="Keep the projections in 8 bits: int8 on a CPU or GPU, fp8 on a GPU; default: as dtype says"
+    )
+    lora_modules: NamedPaths = Field(
+        {}, description="LoRA adapters to serve beside the model, name=path of a PEFT folder each, chosen by model name"
+    )
+    max_lora_rank: int = Field(DEFAULT_MAX_RANK, gt=0, description="Largest rank of an adapter")
 
     @model_validator(mode="after")
     def _a_token_per_sequence(self) -> EngineSection:
@@ -84,6 +95,35 @@ class EngineSection(Section):
                 "a step has room for a token of each sequence; raise the one or lower the other"
             )
         return self
+
+    @model_validator(mode="after")
+    def _quantization_runs(self) -> EngineSection:
+        if self.device != "auto":  # else known once the cluster is
+            check_method(self.quantization, self.device, self.dtype)
+        return self
+
+    @model_validator(mode="after")
+    def _a_gpu_to_share(self) -> EngineSection:
+        if self.device == "cpu" and self.gpu_memory_utilization is not None:
+            raise ValueError("gpu_memory_utilization has no meaning with device cpu; use kv_cache_memory")
+        return self
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Of one worker; None where the worker finds out, on its GPU."""
+        if self.kv_cache_memory is not None:
+            return parse_bytes(self.kv_cache_memory)
+        return DEFAULT_KV_CACHE_BYTES if self.device == "cpu" else None
+
+    @property
+    def ranks(self) -> int:
+        """Devices, or processes on the CPU, of one worker."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def group_name(self) -> str:
+        """Of the deployment: one for each shape of group."""
+        return f"worker-tp{self.tensor_parallel_size}-pp{self.pipeline_parallel_size}"
 
     @property
     def sequences(self) -> int:
@@ -141,6 +181,13 @@ class GatewaySection(Section):
     max_concurrent_requests: int = Field(256, gt=0, description="More than these at once are answered 429")
     request_timeout_s: float = Field(600.0, gt=0, description="Every request ends within this time, seconds")
     max_body: Size = Field("4MiB", description="Largest request body")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Requests that bring no seed get theirs from this one and their prompt, so that a run can be "
+        "repeated; default: every run differs",
+    )
     drain_timeout_s: float = Field(20.0, ge=0, description="On shutdown, how long running requests may go on, seconds")
 
 
@@ -150,6 +197,17 @@ class SlipstreamConfig(Section):
     engine: EngineSection = EngineSection()
     cluster: ClusterSection = ClusterSection()
     gateway: GatewaySection = GatewaySection()
+
+    @property
+    def served_name(self) -> str:
+        """Of the base model in the API."""
+        return self.gateway.served_model_name or self.model
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> SlipstreamConfig:
+        if self.served_name in self.engine.lora_modules:
+            raise ValueError(f"lora_modules {self.served_name}: that is the base model's name; choose another")
+        return self
 
 
 SECTIONS: dict[str, type[Section]] = {"engine": EngineSection, "cluster": ClusterSection, "gateway": GatewaySection}
@@ -174,6 +232,18 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
         return SlipstreamConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from error
+
+
+def on_device(config: SlipstreamConfig, device: Literal["cpu", "cuda"]) -> SlipstreamConfig:
+    """With device auto settled. Raises ConfigError for a setting that has no meaning there."""
+    if config.engine.device != "auto":
+        return config
+    given = config.engine.model_dump(exclude_unset=True)
+    try:
+        engine = EngineSection.model_validate(given | {"device": device})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, None)) from error
+    return config.model_copy(update={"engine": engine})
 
 
 def _read(path: Path) -> dict[str, Any]:

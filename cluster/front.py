@@ -7,8 +7,9 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from cluster.client import ClusterBackend
-from cluster.config import SlipstreamConfig, parse_bytes
+from cluster.config import SlipstreamConfig
 from cluster.limits import max_model_len
+from cluster.notation import parse_bytes
 from core.errors import InternalError
 from core.metrics import GatewayMetrics
 from engine.model_config import ModelConfig
@@ -24,15 +25,16 @@ class Front:
     def __init__(self, config: SlipstreamConfig, folder: Path, backend: ClusterBackend) -> None:
         self._backend = backend
         self._drain_timeout_s = config.gateway.drain_timeout_s
-        name = config.gateway.served_model_name or config.model
+        name = config.served_name
         longest = max_model_len(ModelConfig.from_folder(folder), config.engine)
-        model = ServedModel.load(folder, [name], max_model_len=longest)
+        model = ServedModel.load(folder, [name], max_model_len=longest, adapters=config.engine.lora_modules)
         settings = config.gateway
         limits = GatewayConfig(
             max_body_bytes=parse_bytes(settings.max_body),
             max_concurrent_requests=settings.max_concurrent_requests,
             max_choices=min(64, settings.max_concurrent_requests),
             request_timeout_s=settings.request_timeout_s,
+            seed=settings.seed,
         )
         metrics = GatewayMetrics(CollectorRegistry(), model_name=name)
         self._server = HttpServer(create_app(backend, model, limits, metrics), settings.host, settings.port)

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from cluster.checklist import Checklist
 from cluster.checks import check_memory, check_port
-from cluster.config import SlipstreamConfig
-from cluster.machine import usable_cores
+from cluster.config import SlipstreamConfig, on_device
+from cluster.machine import has_gpu, usable_cores
 from cluster.resources import Share, share_out
 from cluster.session import session_folder
 from cluster.signals import Stop, Stopped, stop_signals
@@ -48,6 +48,8 @@ def _serve(config: SlipstreamConfig, stop: Stop, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    if not config.cluster.ray_address and not has_gpu():
+        config = on_device(config, "cpu")
     folder = _prepare(config, checklist)
     with (
         _ray(config, stop, checklist, say) as share,
@@ -66,14 +68,21 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
     from cluster.limits import max_model_len
     from engine.checkpoints import resolve
     from engine.checkpoints.bars import Bars
+    from engine.lora.checkpoint import read_adapters
     from engine.model_config import ModelConfig
+    from engine.parallel.split import check_split
+    from engine.weight_check import check_weights
 
     check_port(config.gateway.host, config.gateway.port)
     with Bars() as progress:
         folder = resolve(config.model, revision=config.revision, progress=progress, check_config=ModelConfig.from_dict)
     with checklist.step("model") as line:
         model = ModelConfig.from_folder(folder)  # an unsupported model is refused before any process starts
+        check_split(model, config.engine.tensor_parallel_size, config.engine.pipeline_parallel_size)
+        check_weights(folder, model)
+        adapters = read_adapters(config.engine.lora_modules, folder, config.engine.max_lora_rank)
         line.note = f"{model.architecture}, up to {max_model_len(model, config.engine)} tokens, {folder}"
+        line.note += f", {len(adapters)} adapters" if adapters else ""
     with checklist.step("memory") as line:
         line.note = check_memory(config, folder)
     return folder
@@ -188,7 +197,7 @@ def _wait_ready(config: SlipstreamConfig, handle: Any, stop: Stop, checklist: Ch
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    for name in ("controller", "worker-tp1-pp1", "gateway"):
+    for name in ("controller", config.engine.group_name, "gateway"):
         with checklist.step(name) as line:
             _wait_healthy(name, stop)
             line.note = "running"
@@ -239,7 +248,7 @@ def _last_line(message: str) -> str:
 
 
 def _print_urls(config: SlipstreamConfig, url: str, checklist: Checklist, console: Console) -> None:
-    name = config.gateway.served_model_name or config.model
+    name = config.served_name
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     console.print(f"\nServing {name} after {checklist.seconds:.1f} s. Ctrl-C stops.\n", highlight=False)
     for title, path in (("API", "/v1"), ("health", "/health"), ("metrics", "/metrics")):

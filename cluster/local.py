@@ -36,7 +36,7 @@ class LocalCluster:
 
     async def add_worker(self, worker_id: str, role: Role) -> WorkerNode:
         runner = load_runner(self._folder, self._config.engine, self._threads)
-        node = make_node(worker_id, role, runner, self._config)
+        node = make_node(worker_id, role, runner, self._config, self._folder)
         address = await node.start("127.0.0.1")
         self.nodes[worker_id] = node
         self._members[worker_id] = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)

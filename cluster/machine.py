@@ -24,6 +24,11 @@ def available_memory(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUP) -> int:
     return min([psutil.virtual_memory().available, *_headrooms(root, own)])
 
 
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether a GPU may be here: told without loading torch, and without a driver's word that it can be used."""
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+
+
 def _quotas(root: Path, own: Path) -> Iterator[float]:
     for group in _groups(root, own):
         quota, _, period = _read(group / "cpu.max").partition(" ")

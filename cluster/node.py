@@ -29,8 +29,10 @@ from core.wire import (
 )
 from decode_workers.worker import DecodeWorker
 from engine.engine import Engine, Report
+from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SequenceUpdate
+from engine.structured.grammars import Grammars
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE as TRANSFER_SERVICE
 from kv_transfer.messages import ToGiver
@@ -56,12 +58,20 @@ class _Owned:
 class WorkerNode:
     """`await start()` brings it up and returns its address; `await stop()` frees everything it holds."""
 
-    def __init__(self, worker_id: str, role: Role, runner: ModelRunner, scheduler: Scheduler, lease_s: float) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        role: Role,
+        runner: ModelRunner | GroupRunner,
+        scheduler: Scheduler,
+        lease_s: float,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.worker_id = worker_id
         self.role = role
         self.runner = runner
         self._scheduler = scheduler
-        self._engine = Engine(runner, scheduler, self._on_report)
+        self._engine = Engine(runner, scheduler, self._on_report, grammars)
         self._lease_s = lease_s
         self._owned: dict[str, _Owned] = {}
         self._sessions: set[Session] = set()
@@ -97,6 +107,7 @@ class WorkerNode:
         """Raises InternalError when the engine can't serve any more."""
         if not self._engine.alive:
             raise self._engine.failure or InternalError("the engine thread has ended")
+        self.runner.check_health()
         if (seconds := self._engine.seconds_in_step) > STEP_TIMEOUT_S:
             raise InternalError(f"a step has been running for {seconds:.0f} s")
 
@@ -243,6 +254,7 @@ def to_delta(update: SequenceUpdate) -> TokenDelta:
         index=update.index,
         token_ids=list(update.token_ids),
         logprobs=update.logprobs,
+        prompt_logprobs=update.prompt_logprobs,
         num_cached_tokens=update.num_cached_tokens,
         finish=update.finish,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cluster.config import SlipstreamConfig
 from core.errors import ConfigError
+from engine.quantization.methods import check_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Share:
         return {"CPU": self.cpus} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
     def __str__(self) -> str:
-        return f"{self.cpus:g} cores per worker" + (f", {self.gpus} GPU" if self.gpus else "")
+        return f"{self.cpus:g} cores per worker" + (f", {self.gpus} GPU{'s' * (self.gpus > 1)}" if self.gpus else "")
 
 
 def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> Share:
@@ -37,12 +38,20 @@ def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> Share:
     wanted = config.engine.device == "cuda" or (config.engine.device == "auto" and gpus >= 1)
     if wanted and gpus < 1:
         raise ConfigError("--device cuda: there is no GPU here; use --device cpu or auto")
-    if wanted and gpus < workers:
+    ranks = config.engine.ranks
+    if wanted and gpus < workers * ranks:
+        each = "a GPU" if ranks == 1 else f"{ranks} GPUs"
         raise ConfigError(
-            f"{workers} workers need a GPU each and the cluster has {gpus:g}; "
+            f"{workers} workers need {each} each and the cluster has {gpus:g}; "
             "use fewer replicas, --colocated, or --device cpu"
         )
-    return Share(cpus, 1 if wanted else 0)
+    if wanted and ranks > 1 and not config.cluster.colocated:
+        flag = "--tensor-parallel-size" if config.engine.tensor_parallel_size > 1 else "--pipeline-parallel-size"
+        raise ConfigError(
+            f"{flag}: KV that is spread over several GPUs can't be handed over; use --colocated, or one GPU a worker"
+        )
+    check_method(config.engine.quantization, "cuda" if wanted else "cpu", config.engine.dtype)
+    return Share(cpus, ranks if wanted else 0)
 
 
 def _even_share(cores: float, workers: int) -> float:

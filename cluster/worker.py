@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from cluster.config import EngineSection, SlipstreamConfig, parse_bytes
+from cluster.config import EngineSection, SlipstreamConfig
 from cluster.limits import max_model_len
 from cluster.node import WorkerNode
 from core.types import Role
 from engine.block_manager import BlockManager
+from engine.gpu_memory import GpuShare
+from engine.lora.checkpoint import read_adapters
+from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
+from engine.structured.grammars import Grammars
 
 
-def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunner:
-    """The model with its KV cache, on this process's device, ready for its first request."""
-    runner = ModelRunner.load(
+def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunner | GroupRunner:
+    """The model with its KV cache, on this process's device or those of a group of processes, ready for its first
+    request. Each process computes on `threads` cores."""
+    tp_size, pp_size = engine.tensor_parallel_size, engine.pipeline_parallel_size
+    load = ModelRunner.load if engine.ranks == 1 else partial(GroupRunner.load, tp_size=tp_size, pp_size=pp_size)
+    runner = load(
         folder,
         dtype=engine.dtype,
         device=engine.device,
         block_size=engine.block_size,
-        kv_cache_bytes=parse_bytes(engine.kv_cache_memory),
+        kv_cache_bytes=None if engine.kv_cache_memory is None else engine.kv_cache_bytes,
+        gpu=_gpu_share(engine),
+        enforce_eager=engine.enforce_eager,
         threads=threads,
+        quantization=engine.quantization,
+        adapters=read_adapters(engine.lora_modules, folder, engine.max_lora_rank),
     )
     runner.warm_up()
     return runner
 
 
-def make_node(worker_id: str, role: Role, runner: ModelRunner, config: SlipstreamConfig) -> WorkerNode:
+def _gpu_share(engine: EngineSection) -> GpuShare:
+    """With the steps of a prefill worker, which are the larger ones: any worker can become one."""
+    return GpuShare(
+        utilization=engine.gpu_memory_utilization,
+        max_num_batched_tokens=engine.batched_tokens(Role.PREFILL),
+        max_num_seqs=engine.sequences,
+    )
+
+
+def make_node(
+    worker_id: str, role: Role, runner: ModelRunner | GroupRunner, config: SlipstreamConfig, folder: Path
+) -> WorkerNode:
+    """`folder` is the model's: its tokenizer is read when a request comes with a grammar."""
     engine = config.engine
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=engine.sequences,
             max_num_batched_tokens=engine.batched_tokens(role),
-            max_model_len=max_model_len(runner.config, engine, runner.layout.dtype),
+            max_model_len=max_model_len(runner.config, engine, cache_tokens=runner.pool.num_blocks * engine.block_size),
+            adapters=frozenset(engine.lora_modules),
+            max_steps_in_flight=runner.max_steps_in_flight,
         ),
         BlockManager(runner.pool.num_blocks, engine.block_size, enable_prefix_caching=engine.prefix_caching),
     )
-    return WorkerNode(worker_id, role, runner, scheduler, lease_s=config.cluster.lease_s)
+    grammars = Grammars(folder, runner.config.vocab_size)
+    return WorkerNode(worker_id, role, runner, scheduler, config.cluster.lease_s, grammars)

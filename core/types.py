@@ -6,6 +6,7 @@ users are checked by the gateway before they become one of these; inside, they a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 from msgspec import Struct
@@ -21,6 +22,20 @@ class Role(StrEnum):
     BOTH = "both"
 
 
+class GrammarKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    EBNF = "ebnf"
+    """Lark's notation as llguidance reads it, or GBNF as llama.cpp and vLLM's users write it."""
+
+
+class Grammar(Struct, frozen=True):
+    """What the text of an output has to match, from its first character to its last."""
+
+    kind: GrammarKind
+    text: str
+
+
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn. `seed` is always set: the gateway draws one when the user gave none.
 
@@ -30,6 +45,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     max_tokens: int
+    """0 computes the prompt, for the logprobs of its tokens, and draws nothing."""
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -42,8 +58,13 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     """Ends the output, the end-of-sequence tokens of the model included unless the user said ignore_eos."""
+    grammar: Grammar | None = None
+    """Tokens are drawn among those that can go on with a text of the grammar, a stop token where the text may end.
+    Where nothing can follow, the output ends, whatever min_tokens says."""
     logprobs: int | None = None
     """How many alternatives to report beside the drawn token; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """How many to report beside each token of the prompt; None reports nothing."""
 
 
 class Slo(Struct, frozen=True, kw_only=True):
@@ -67,7 +88,9 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
     """Lower goes first."""
     cache_salt: str = ""
-    """Prefix-cache blocks are shared only between requests with the same salt."""
+    """Prefix-cache blocks are shared only between requests with the same salt, and the same adapter."""
+    adapter: str = ""
+    """Name of the LoRA adapter to compute with; empty is the base model."""
 
 
 class FinishReason(StrEnum):
@@ -108,6 +131,27 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     """(token id, logprob), most likely first."""
 
 
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """What the model gave the tokens of a prompt, each after those before it, so none for the first. Natural logs under
+    the model's own law. Little-endian arrays, row by row: a prompt may be long."""
+
+    num_top: int
+    logprobs: bytes
+    """float32 [tokens]."""
+    ranks: bytes
+    """int32 [tokens]; 1 is the most likely token."""
+    top_ids: bytes
+    """int32 [tokens, num_top], most likely first."""
+    top_logprobs: bytes
+    """float32 [tokens, num_top]."""
+
+    @staticmethod
+    def joined(parts: Sequence[PromptLogprobs]) -> PromptLogprobs:
+        """Consecutive parts of one prompt, at least one, with the same num_top."""
+        fields = ("logprobs", "ranks", "top_ids", "top_logprobs")
+        return PromptLogprobs(parts[0].num_top, *(b"".join(getattr(part, name) for part in parts) for name in fields))
+
+
 class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request. `index` is the position in the output of the first of them: prefill and decode workers
     speak over separate connections, and the receiver puts their deltas in order by it."""
@@ -116,6 +160,8 @@ class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: int
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """Set, if asked for, on the delta that carries the first token, or the finish when no token is wanted."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from a prefix cache; set on the delta that carries the first token."""
     finish: Finish | None = None

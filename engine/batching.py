@@ -6,11 +6,12 @@ On the path of every step: a decode row costs a few scalar writes, and block tab
 from __future__ import annotations
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from engine.schedule import Schedule
+from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence
-from engine.step import SamplingRow, StepBatch
+from engine.step import SamplingRow, ScoredRows, StepBatch
 
 _SPARE_BLOCKS = 32
 """Room that a block array is given to grow: it is copied once in this many blocks."""
@@ -39,6 +40,7 @@ def build_batch(schedule: Schedule) -> StepBatch:
             slots[row:end] = block_array(sequence)[index // block_size] * block_size + index % block_size
             row = end
         query_starts.append(row)
+    adapters = tuple([chunk.sequence.request.adapter for chunk in chunks])
     return StepBatch(
         token_ids=token_ids,
         positions=positions,
@@ -50,12 +52,22 @@ def build_batch(schedule: Schedule) -> StepBatch:
             [end - 1 for chunk, end in zip(chunks, query_starts[1:], strict=True) if chunk.samples], np.int64
         ),
         sampling=tuple([sampling_row(chunk.sequence) for chunk in chunks if chunk.samples]),
+        adapters=adapters if any(adapters) else (),
+        scored=tuple([_scored(c, row) for c, row in zip(chunks, query_starts, strict=False) if c.num_scored]),
     )
+
+
+def _scored(chunk: Chunk, row: int) -> ScoredRows:
+    sequence, following = chunk.sequence, chunk.start + 1
+    token_ids = sequence.token_ids[following : following + chunk.num_scored]
+    return ScoredRows(row, np.array(token_ids, np.int64), sequence.request.sampling.prompt_logprobs or 0)
 
 
 def sampling_row(sequence: Sequence) -> SamplingRow:
     """How the next token of the sequence is to be drawn."""
     params = sequence.request.sampling
+    if params.grammar is not None:
+        params = replace(params, grammar=None)  # the mask says all of it, and is shorter
     position = sequence.num_output_tokens
     repetition = params.repetition_penalty != 1.0
     penalized = repetition or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
@@ -65,6 +77,7 @@ def sampling_row(sequence: Sequence) -> SamplingRow:
         prompt_token_ids=sequence.request.prompt_token_ids if repetition else (),
         output_token_ids=sequence.output_token_ids if penalized else (),
         forbidden=params.stop_token_ids if position < params.min_tokens else (),
+        allowed=None if sequence.constraint is None else sequence.constraint.allowed,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from core.errors import ConfigError, InvalidRequest
-from core.types import Finish, FinishReason, TokenLogprobs
+from core.types import Finish, FinishReason, PromptLogprobs, TokenLogprobs
 from engine.sequence import Sequence
 
 
@@ -17,9 +17,13 @@ class SchedulerConfig:
     """Tokens of one step."""
     max_model_len: int
     """Tokens of prompt and output together."""
+    adapters: frozenset[str] = frozenset()
+    """Names of the LoRA adapters that a request may ask for."""
+    max_steps_in_flight: int = 1
+    """Steps that the runner works on at a time (Runner.max_steps_in_flight); the sequences are spread over them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_steps_in_flight"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -31,12 +35,14 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute token_ids[start : start + num_tokens] of a sequence and, if `samples`, draw the token that follows."""
+    """Compute token_ids[start : start + num_tokens] of a sequence and, if `samples`, draw the token that follows. The
+    first `num_scored` of them want the logprob of the prompt's token that follows them."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    num_scored: int = 0
 
 
 @dataclass(slots=True)
@@ -60,6 +66,7 @@ class SequenceUpdate:
     token_ids: list[int]
     index: int
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finish: Finish | None = None
     num_cached_tokens: int = 0
     """Set on the update with the first token of the output."""
@@ -68,11 +75,13 @@ class SequenceUpdate:
 def check_fits(sequence: Sequence, config: SchedulerConfig, kv_tokens: int) -> None:
     """Raise InvalidRequest, naming the parameter, if the sequence could not end by its own rules in a cache of
     `kv_tokens` tokens that it has to itself. A sequence held after prefill needs no room for its output."""
+    if (adapter := sequence.request.adapter) and adapter not in config.adapters:
+        raise InvalidRequest(f"model {adapter!r} is not served by this worker; name another", param="model")
     num_tokens, limit = len(sequence.token_ids), config.max_model_len
     max_tokens, num_output_tokens = sequence.request.sampling.max_tokens, sequence.num_output_tokens
     if not sequence.num_prompt_tokens:
         raise InvalidRequest("prompt is empty; give at least one token", param="prompt")
-    if num_tokens >= limit:
+    if num_tokens + (max_tokens > 0) > limit:
         raise InvalidRequest(
             f"prompt has {num_tokens} tokens, which leaves no room for output in a context of {limit}; shorten it",
             param="prompt",
@@ -81,7 +90,7 @@ def check_fits(sequence: Sequence, config: SchedulerConfig, kv_tokens: int) -> N
         raise InvalidRequest(
             f"prompt has {num_tokens} tokens and the KV cache holds {kv_tokens}; shorten it", param="prompt"
         )
-    if num_output_tokens >= max_tokens:
+    if num_output_tokens >= max_tokens and (max_tokens or num_output_tokens):
         raise InvalidRequest(
             f"max_tokens is {max_tokens}, but {num_output_tokens} tokens have been generated; raise it",
             param="max_tokens",
@@ -100,6 +109,8 @@ def finish_after(sequence: Sequence, max_model_len: int) -> Finish | None:
     params, num_output_tokens, token_id = sequence.request.sampling, sequence.num_output_tokens, sequence.token_ids[-1]
     if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
         return Finish(reason=FinishReason.STOP, stop_token_id=token_id)
+    if sequence.constraint is not None and sequence.constraint.end is not None:
+        return sequence.constraint.end
     if num_output_tokens >= params.max_tokens or len(sequence.token_ids) >= max_model_len:
         return Finish(reason=FinishReason.LENGTH)
     return None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.types import Request
+from core.types import PromptLogprobs, Request
+
+if TYPE_CHECKING:
+    from engine.structured.constraint import Constraint
 
 
 class Status(Enum):
@@ -46,6 +50,12 @@ class Sequence:
     in_flight: bool = False
     """Part of a step that was scheduled and has not been updated yet."""
     num_preemptions: int = 0
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    """Of the chunks of the prompt computed so far, until they are reported."""
+
+    # Set by the engine.
+    constraint: Constraint | None = None
+    """What the grammar allows after token_ids; None without one."""
 
     # Set by the block manager.
     unit_digests: list[bytes] = field(default_factory=list)
@@ -78,6 +88,12 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether this engine still has to report them, for which it has to compute all of the prompt itself."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and not self.awaits_kv and self.num_output_tokens == 0
 
     @property
     def num_pending_tokens(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.types import SamplingParams, TokenLogprobs
+from core.types import PromptLogprobs, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,19 @@ class SamplingRow:
     """Read only when a penalty is set."""
     forbidden: tuple[int, ...] = ()
     """Token ids that may not be drawn (stop tokens below min_tokens)."""
+    allowed: NDArray[np.uint32] | None = None
+    """[ceil(vocab / 32)] bit i % 32 of word i // 32: whether a grammar allows token i. None allows all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Rows of a prompt whose next tokens are known and wanted with their logprobs."""
+
+    start: int
+    """Row of the first, in the batch."""
+    next_token_ids: NDArray[np.int64]  # [rows]
+    num_top: int
+    """How many of the most likely tokens to report beside each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +67,11 @@ class StepBatch:
     kv_moves: NDArray[np.int64] | None = None  # [moves, 2] (from slot, to slot), all read before any is written
     taps: tuple[int, ...] = ()
     """Layers whose input hidden states are wanted; num_layers taps the output of the last layer, before the norm."""
+    adapters: tuple[str, ...] = ()
+    """[sequences] names of the LoRA adapters to compute with, "" for the base model; empty when it is all of them."""
     publish: bool = False
     """Call the runner's KV sink after each layer has written its KV."""
+    scored: tuple[ScoredRows, ...] = ()
     return_logits: bool = False
 
 
@@ -69,6 +85,7 @@ UNDRAWABLE = -2
 class StepOutput:
     token_ids: NDArray[np.int64]  # [logit rows], with NOT_ASKED and UNDRAWABLE
     logprobs: tuple[TokenLogprobs | None, ...] = ()  # [logit rows] or empty when no row asked
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # one for each of the batch's `scored`
     logits: torch.Tensor | None = None  # [logit rows, vocab] float32, the raw ones
     taps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [tokens, hidden]
     seconds: float = 0.0
@@ -82,6 +99,15 @@ KVSink = Callable[[int, StepBatch], None]
 class Runner(Protocol):
     """One model on one group of devices. Steps run in the order they were submitted; several may be in flight."""
 
+    @property
+    def max_steps_in_flight(self) -> int:
+        """How many it works on at a time: more would only queue."""
+        ...
+
     def submit(self, batch: StepBatch) -> Future[StepOutput]: ...
+
+    def check_health(self) -> None:
+        """Raises InternalError when no step can be run any more."""
+        ...
 
     def shutdown(self) -> None: ...

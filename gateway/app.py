@@ -24,7 +24,9 @@ from gateway.config import GatewayConfig
 from gateway.exchange import Exchange, error_body
 from gateway.params import check_messages, check_token_ids
 from gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from gateway.seeds import make_seeds
 from gateway.tokenizer import INLINE_CHARS, ServedModel
+from gateway.vetting import Vetting
 
 Handler = Callable[[Exchange, Scope], Awaitable[None]]
 
@@ -32,7 +34,8 @@ Handler = Callable[[Exchange, Scope], Awaitable[None]]
 def create_app(backend: Backend, model: ServedModel, config: GatewayConfig, metrics: GatewayMetrics) -> Starlette:
     """An ASGI application for one event loop. `app.state.admission` drains it (gateway.server does)."""
     admission = Admission(config.max_concurrent_requests, config.retry_after_s)
-    service = Service(backend, model, config, metrics, admission)
+    vetting = Vetting(model.tokenizer_json, model.vocab_size)
+    service = Service(backend, model, config, metrics, admission, make_seeds(config.seed), vetting)
     metrics.registry.register(WorkerCollector(lambda: backend.status().workers, model_name=model.names[0]))
     pages = Pages(service)
     routes = [
@@ -85,7 +88,8 @@ class Pages:
     # --- models and text -------------------------------------------------------------------------------------------
 
     async def models(self, exchange: Exchange, _: Scope) -> None:
-        cards = [self._card(name) for name in self._service.model.names]
+        model = self._service.model
+        cards = [self._card(name) for name in (*model.names, *model.adapters)]
         await exchange.reply({"object": "list", "data": cards})
 
     async def model(self, exchange: Exchange, scope: Scope) -> None:
@@ -99,8 +103,8 @@ class Pages:
             "object": "model",
             "created": self._started,
             "owned_by": "slipstream",
-            "root": model.names[0],
-            "parent": None,
+            "root": model.adapters.get(name, model.names[0]),
+            "parent": model.names[0] if name in model.adapters else None,
             "max_model_len": model.max_model_len,
         }
 

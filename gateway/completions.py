@@ -18,11 +18,14 @@ from gateway.admission import Admission
 from gateway.backend import Backend
 from gateway.config import GatewayConfig
 from gateway.exchange import Exchange, Guard
-from gateway.generation import Choice, Piece, merge, run
+from gateway.generation import Choice, Piece, best, merge, run
 from gateway.params import build_requests, check_limits, check_token_ids, max_tokens, slo_from_headers
 from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, parse
 from gateway.render import Renderer, renderer_for
+from gateway.seeds import Seeds
+from gateway.structured import wanted_grammar
 from gateway.tokenizer import MESSAGE_CHARS, ServedModel, inline_or_thread
+from gateway.vetting import Vetting
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ class Service:
     config: GatewayConfig
     metrics: GatewayMetrics
     admission: Admission
+    seeds: Seeds
+    vetting: Vetting
 
 
 def template_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:
@@ -89,21 +94,29 @@ class CompletionsEndpoint:
             name = service.model.check_name(body.model)
             num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
             check_limits(body, num_prompts, service.model, service.config)
-            with service.admission.admit(num_prompts * body.n, guard.end):
+            with service.admission.admit(num_prompts * body.num_candidates, guard.end):
                 guard.watch(exchange.receive)
                 base_id = uuid.uuid4().hex
                 requests = await self._requests(body, exchange, base_id)
                 choices = [Choice(i, request, body, service.model) for i, request in enumerate(requests)]
                 renderer = renderer_for(body, service.model, name, base_id, choices)
-                await (self._stream if body.stream else self._answer)(exchange, choices, renderer)
+                if body.stream:
+                    await self._stream(exchange, choices, renderer)
+                else:
+                    await self._answer(exchange, body, choices, renderer)
 
     async def _requests(self, body: GenerationRequest, exchange: Exchange, base_id: str) -> list[Request]:
         config = self._service.config
+        wanted = wanted_grammar(body, config.max_grammar_bytes)
+        if wanted is not None:
+            await self._service.vetting.check(*wanted)
         elapsed = time.perf_counter() - exchange.arrived
         return build_requests(
             body,
             await self._tokenize(body),
             self._service.model,
+            self._service.seeds,
+            grammar=wanted[1] if wanted else None,
             base_id=base_id,
             deadline=time.time() + config.request_timeout_s - elapsed,
             slo=slo_from_headers(exchange.headers),
@@ -136,12 +149,16 @@ class CompletionsEndpoint:
                     await exchange.write(data)
         await exchange.end(renderer.closing())
 
-    async def _answer(self, exchange: Exchange, choices: list[Choice], renderer: Renderer) -> None:
+    async def _answer(
+        self, exchange: Exchange, body: GenerationRequest, choices: list[Choice], renderer: Renderer
+    ) -> None:
         whole = [Piece(choice.index, "", []) for choice in choices]
         async with aclosing(self._run(exchange, choices)) as pieces:
             async for piece in pieces:
                 whole[piece.choice].extend(piece)
-        await exchange.reply(renderer.whole(whole))
+        answer = best(whole, body)
+        size = renderer.num_prompt_entries(answer)
+        await exchange.reply(await inline_or_thread(size, renderer.encoded, answer))
 
     def _run(self, exchange: Exchange, choices: list[Choice]) -> AsyncGenerator[Piece]:
         backend, metrics = self._service.backend, self._service.metrics

@@ -22,8 +22,12 @@ class GatewayConfig(BaseModel):
     max_stop_strings: int = Field(16, ge=1)
     max_stop_chars: int = Field(256, ge=1)
     max_logprobs: int = Field(20, ge=0)
+    """Alternatives per token, of output and prompt."""
     max_logit_bias: int = Field(300, ge=0)
     max_stop_token_ids: int = Field(1024, ge=0)
+    max_grammar_bytes: int = Field(65536, ge=1)
+    seed: int | None = Field(None, ge=0)
+    """What the seeds of requests that bring none are derived from; None makes every run different."""
     max_waiting_texts: int = Field(32, ge=1)
     """Long texts sent to /tokenize and /detokenize that are held at once. They are worked on one after the other, so
     that streams are not starved; one more is refused with 429."""

@@ -10,7 +10,7 @@ from typing import cast
 
 from core.errors import Cancelled, InternalError, SlipstreamError, Unavailable
 from core.metrics import RequestTimer
-from core.types import Finish, FinishReason, Request, TokenDelta, TokenLogprobs
+from core.types import Finish, FinishReason, PromptLogprobs, Request, TokenDelta, TokenLogprobs
 from gateway.backend import Backend
 from gateway.protocol import GenerationRequest
 from gateway.text import StopMatcher
@@ -29,6 +29,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or the stop token id that ended it; None for the model's own end of sequence."""
+    prompt_logprobs: PromptLogprobs | None = None
 
     def extend(self, later: Piece) -> None:
         """Append the next piece of the same choice."""
@@ -36,6 +37,12 @@ class Piece:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, which all have logprobs; 0 without tokens."""
+        return sum(entry.logprob for entry in self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
 
 
 class Choice:
@@ -66,6 +73,7 @@ class Choice:
                 break
         self.num_tokens += num_kept
         piece = Piece(self.index, text, delta.token_ids[:num_kept], (delta.logprobs or [])[:num_kept])
+        piece.prompt_logprobs = delta.prompt_logprobs
         if self._matcher.matched is not None:
             piece.finish_reason, piece.stop_reason = FinishReason.STOP, self._matcher.matched
         elif delta.finish is not None:
@@ -95,6 +103,20 @@ class Choice:
 def _for_client(error: SlipstreamError) -> SlipstreamError:
     """Cancelled says that the client has gone, which this one has not."""
     return Unavailable(error.message) if isinstance(error, Cancelled) else error
+
+
+def best(pieces: list[Piece], body: GenerationRequest) -> list[Piece]:
+    """Of the finished candidates of each prompt, the n with the highest log probability per token, the highest first,
+    as OpenAI defines best_of; all of them in their order if n are all. Each gets what was reported of its prompt."""
+    chosen: list[Piece] = []
+    for start in range(0, len(pieces), body.num_candidates):
+        group = pieces[start : start + body.num_candidates]
+        for piece in group:
+            piece.prompt_logprobs = group[0].prompt_logprobs
+        if body.num_candidates > body.n:
+            group = sorted(group, key=lambda piece: piece.mean_logprob, reverse=True)[: body.n]
+        chosen += group
+    return chosen
 
 
 async def run(backend: Backend, choice: Choice, timer: RequestTimer) -> AsyncGenerator[Piece]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from core.errors import ContextLengthExceeded, InvalidRequest
-from core.types import Request, SamplingParams, Slo
+from core.types import Grammar, Request, SamplingParams, Slo
 from gateway.config import GatewayConfig
 from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
+from gateway.seeds import SEED_RANGE, Seeds
 from gateway.tokenizer import ServedModel
 
 GREEDY_BELOW = 1e-5
@@ -19,12 +19,11 @@ GREEDY_BELOW = 1e-5
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for max_tokens of text completions."""
 _SEED_STRIDE = 0x9E3779B97F4A7C15
-_SEED_RANGE = 2**63
 
 
 def check_limits(body: GenerationRequest, num_prompts: int, model: ServedModel, config: GatewayConfig) -> None:
     """What can be refused before tokenization. Raises InvalidRequest."""
-    _refuse_if(num_prompts * body.n > config.max_choices, "n", f"at most {config.max_choices} choices in one request")
+    _check_choices(body, num_prompts, config)
     _refuse_if(len(body.stop) > config.max_stop_strings, "stop", f"at most {config.max_stop_strings} stop strings")
     too_long = any(len(s) > config.max_stop_chars for s in body.stop)
     _refuse_if(too_long, "stop", f"a stop string has at most {config.max_stop_chars} characters")
@@ -40,6 +39,9 @@ def check_limits(body: GenerationRequest, num_prompts: int, model: ServedModel, 
         body.stream_options is not None and not body.stream, "stream_options", "only allowed when stream is true"
     )
     _check_logprobs(body, config)
+    if isinstance(body, CompletionRequest) and body.max_tokens == 0:
+        no_use = not body.echo and body.prompt_logprobs is None
+        _refuse_if(no_use, "max_tokens", "0 generates nothing, which is of use with echo or prompt_logprobs only")
     if isinstance(body, ChatRequest):
         check_messages(body.messages, model)
     if isinstance(body, ChatRequest) and body.max_tokens and body.max_completion_tokens:
@@ -47,13 +49,23 @@ def check_limits(body: GenerationRequest, num_prompts: int, model: ServedModel, 
         _refuse_if(differ, "max_tokens", "differs from max_completion_tokens; send one of them")
 
 
+def _check_choices(body: GenerationRequest, num_prompts: int, config: GatewayConfig) -> None:
+    name = "n" if body.best_of is None else "best_of"
+    too_many = num_prompts * body.num_candidates > config.max_choices
+    _refuse_if(too_many, name, f"at most {config.max_choices} choices in one request")
+    _refuse_if(body.num_candidates < body.n, "best_of", f"{body.best_of} is below n, which is {body.n}; raise it")
+    hidden = body.stream and body.num_candidates > body.n
+    _refuse_if(hidden, "best_of", "above n it can't be streamed: which are best is known at the end; leave out stream")
+
+
 def _check_logprobs(body: GenerationRequest, config: GatewayConfig) -> None:
     name = "logprobs" if isinstance(body, CompletionRequest) else "top_logprobs"
     _refuse_if((body.alternatives or 0) > config.max_logprobs, name, f"at most {config.max_logprobs}")
     if isinstance(body, ChatRequest):
         _refuse_if(body.top_logprobs is not None and not body.logprobs, "top_logprobs", "needs logprobs true")
-    elif isinstance(body, CompletionRequest):
-        _refuse_if(body.echo and body.logprobs is not None, "echo", "logprobs of the prompt are not supported")
+    _refuse_if((body.prompt_logprobs or 0) > config.max_logprobs, "prompt_logprobs", f"at most {config.max_logprobs}")
+    streamed = body.stream and body.prompt_logprobs is not None
+    _refuse_if(streamed, "prompt_logprobs", "not available in a stream; leave out stream")
 
 
 def check_messages(messages: Sequence[ChatMessage], model: ServedModel) -> None:
@@ -85,7 +97,7 @@ def max_tokens(body: GenerationRequest, num_prompt_tokens: int, model: ServedMod
     if num_prompt_tokens == 0:
         raise InvalidRequest(f"{param} has no tokens; send at least one", param=param)
     wanted = body.token_limit
-    if room < (wanted or 1):
+    if room < (1 if wanted is None else wanted):
         limit = body.token_limit_param
         asked = f" and {limit} asks for {wanted}" if wanted else ", which leaves no room for output"
         advice = f"lower {limit} to {room}" if room > 0 else "shorten the prompt"
@@ -100,8 +112,8 @@ def max_tokens(body: GenerationRequest, num_prompt_tokens: int, model: ServedMod
     return min(room, int(model.defaults.get("max_new_tokens", default)))
 
 
-def sampling_params(body: GenerationRequest, limit: int, model: ServedModel) -> SamplingParams:
-    """`limit` is max_tokens. A seed is drawn when the client gave none."""
+def sampling_params(body: GenerationRequest, limit: int, seed: int, model: ServedModel) -> SamplingParams:
+    """`limit` is max_tokens."""
     if body.min_tokens > limit:
         raise InvalidRequest(f"min_tokens: {body.min_tokens} is above max_tokens {limit}", param="min_tokens")
     stop_token_ids = {*body.stop_token_ids, *(() if body.ignore_eos else model.eos_token_ids)}
@@ -122,9 +134,11 @@ def sampling_params(body: GenerationRequest, limit: int, model: ServedModel) -> 
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=_choose(body.repetition_penalty, model.defaults, "repetition_penalty", 1.0),
         logit_bias=body.logit_bias,
-        seed=(secrets.randbits(63) if body.seed is None else body.seed) % _SEED_RANGE,
+        seed=seed % SEED_RANGE,
         stop_token_ids=tuple(sorted(stop_token_ids)),
-        logprobs=body.alternatives,
+        # Which candidates are best is told by the logprobs of their tokens.
+        logprobs=0 if body.alternatives is None and body.num_candidates > body.n else body.alternatives,
+        prompt_logprobs=body.prompt_alternatives,
     )
 
 
@@ -134,7 +148,7 @@ def _choose(given: float | None, defaults: Mapping[str, float], name: str, other
 
 def derived_seed(seed: int, choice: int) -> int:
     """The seed of the n-th choice: the request's own for the first, spread over the range for the others."""
-    return (seed + choice * _SEED_STRIDE) % _SEED_RANGE
+    return (seed + choice * _SEED_STRIDE) % SEED_RANGE
 
 
 def slo_from_headers(headers: Mapping[str, str]) -> Slo | None:
@@ -159,25 +173,32 @@ def build_requests(
     body: GenerationRequest,
     prompts: list[list[int]],
     model: ServedModel,
+    seeds: Seeds,
     *,
+    grammar: Grammar | None = None,
     base_id: str,
     deadline: float,
     slo: Slo | None,
 ) -> list[Request]:
-    """One per choice: prompts in order, the n choices of a prompt next to each other (OpenAI's index)."""
+    """One per candidate: prompts in order, the candidates of a prompt next to each other (OpenAI's index). `seeds` are
+    for clients that gave none. What the prompt's logprobs are is the same for all candidates: where the answer is
+    written as a whole, only the first has to report them."""
     requests: list[Request] = []
     for prompt in prompts:
-        sampling = sampling_params(body, max_tokens(body, len(prompt), model), model)
-        for choice in range(body.n):
+        seed = seeds.draw(prompt) if body.seed is None else body.seed
+        sampling = replace(sampling_params(body, max_tokens(body, len(prompt), model), seed, model), grammar=grammar)
+        for choice in range(body.num_candidates):
+            scored = sampling.prompt_logprobs if choice == 0 or body.stream else None
             requests.append(
                 Request(
                     request_id=f"{base_id}-{len(requests)}",
                     prompt_token_ids=prompt,
-                    sampling=replace(sampling, seed=derived_seed(sampling.seed, choice)),
+                    sampling=replace(sampling, seed=derived_seed(sampling.seed, choice), prompt_logprobs=scored),
                     deadline=deadline,
                     slo=slo,
                     priority=body.priority,
                     cache_salt=body.cache_salt,
+                    adapter=model.adapter_of(body.model),
                 )
             )
     return requests

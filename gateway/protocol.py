@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from core.errors import InvalidRequest
+from gateway.structured import StructuredFields
 
 INT64 = 2**63 - 1
 """No integer is above it: they travel as MessagePack."""
@@ -29,28 +30,20 @@ TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
@@ -132,13 +125,14 @@ class ChatMessage(_Body):
     reasoning_content: str | None = None
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(StructuredFields, _Body):
     """What chat and text completions have in common. Ranges that depend on the model are checked in params.py."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=INT64)
+    best_of: int | None = Field(None, ge=1, le=INT64)
     max_tokens: int | None = Field(None, ge=1, le=INT64)
     min_tokens: int = Field(0, ge=0, le=INT64)
     temperature: float | None = Field(None, ge=0, le=100)
@@ -150,6 +144,7 @@ class GenerationRequest(_Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = {}
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    prompt_logprobs: int | None = Field(None, ge=0, le=INT64)
     stop: Annotated[tuple[str, ...], PlainValidator(_strings)] = ()
     stop_token_ids: list[TokenId] = []
     include_stop_str_in_output: bool = False
@@ -173,9 +168,19 @@ class GenerationRequest(_Body):
         return "max_tokens"
 
     @property
+    def num_candidates(self) -> int:
+        """Sequences to generate for each prompt; the best n of them are returned."""
+        return self.best_of or self.n
+
+    @property
     def alternatives(self) -> int | None:
         """How many alternatives to report per token; None reports no logprobs."""
         raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives are needed per token of the prompt; None needs no logprobs of it."""
+        return self.prompt_logprobs
 
 
 class ChatRequest(GenerationRequest):
@@ -203,6 +208,8 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=0, le=INT64)
+    """0 is for who wants the prompt's logprobs only."""
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=INT64)
     add_special_tokens: bool = True
@@ -210,6 +217,11 @@ class CompletionRequest(GenerationRequest):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        asked = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
+        return max(asked, default=None)
 
 
 class TokenizeRequest(_Body):

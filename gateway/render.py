@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
+
 from core.types import Request, TokenLogprobs
 from gateway.exchange import event
 from gateway.generation import Choice, Piece
+from gateway.prompt_scores import finite, prompt_logprobs_body, scored_tokens
 from gateway.protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
 from gateway.tokenizer import ServedModel
 
-LOWEST_LOGPROB = -9999.0
-"""JSON has no minus infinity."""
-
 Json = dict[str, Any]
+Entry = tuple[int, TokenLogprobs | None]
+"""A token and what the model gave it; None for the first of a prompt."""
 
 
 class Renderer:
@@ -42,7 +44,7 @@ class Renderer:
         data = b""
         if piece.choice not in self._opened:
             self._opened.add(piece.choice)
-            data = self._opening(piece.choice)
+            data = self._opening(piece)
         has_news = piece.text or piece.finish_reason is not None or piece.logprobs or self._body.return_token_ids
         return data + self._event(self._chunk_choice(piece)) if has_news else data
 
@@ -60,7 +62,7 @@ class Renderer:
             payload["usage"] = None
         return event(payload)
 
-    def _opening(self, choice: int) -> bytes:
+    def _opening(self, first: Piece) -> bytes:
         """What comes before the first piece of a choice."""
         raise NotImplementedError
 
@@ -69,17 +71,26 @@ class Renderer:
 
     # --- whole answers ---------------------------------------------------------------------------------------------
 
+    def encoded(self, pieces: list[Piece]) -> msgspec.Raw:
+        """`whole` as JSON."""
+        return msgspec.Raw(msgspec.json.encode(self.whole(pieces)))
+
+    def num_prompt_entries(self, pieces: list[Piece]) -> int:
+        """How many logprobs of prompt tokens there are to write."""
+        each = 1 + (self._body.prompt_alternatives or 0)
+        return sum(each * len(self._request(p.choice).prompt_token_ids) for p in pieces if p.prompt_logprobs)
+
     def whole(self, pieces: list[Piece]) -> Json:
-        """The answer to a request that does not stream, from one joined piece per choice."""
-        choices = [self._whole_choice(piece) for piece in pieces]
+        """The answer to a request that does not stream, from one joined piece per choice that is returned."""
+        choices = [{**self._whole_choice(piece), "index": index} for index, piece in enumerate(pieces)]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
 
     def _whole_choice(self, piece: Piece) -> Json:
         raise NotImplementedError
 
     def usage(self) -> Json:
-        """Each prompt counts once, however many choices it has."""
-        firsts = self._choices[:: self._body.n]
+        """Each prompt counts once, however many choices it has; candidates that are not returned count too."""
+        firsts = self._choices[:: self._body.num_candidates]
         num_prompt = sum(len(c.request.prompt_token_ids) for c in firsts)
         num_output = sum(c.num_tokens for c in self._choices)
         return {
@@ -103,9 +114,13 @@ class Renderer:
     def _request(self, choice: int) -> Request:
         return self._choices[choice].request
 
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+    def _prompt_logprobs(self, piece: Piece) -> Json:
+        """vLLM's field, for those who asked for it."""
+        num_top = self._body.prompt_logprobs
+        if num_top is None:
+            return {}
+        prompt = self._request(piece.choice).prompt_token_ids
+        return {"prompt_logprobs": prompt_logprobs_body(self._model, prompt, piece.prompt_logprobs, num_top)}
 
 
 class ChatRenderer(Renderer):
@@ -113,7 +128,8 @@ class ChatRenderer(Renderer):
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
-    def _opening(self, choice: int) -> bytes:
+    def _opening(self, first: Piece) -> bytes:
+        choice = first.choice
         opening: Json = {
             "index": choice,
             "delta": {"role": "assistant", "content": ""},
@@ -130,7 +146,7 @@ class ChatRenderer(Renderer):
         return {"index": piece.choice, "delta": delta, "logprobs": self._logprobs(piece), **self._ending(piece)}
 
     def whole(self, pieces: list[Piece]) -> Json:
-        answer = super().whole(pieces)
+        answer = {**super().whole(pieces), **self._prompt_logprobs(pieces[0])}
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = self._request(0).prompt_token_ids
         return answer
@@ -154,7 +170,7 @@ class ChatRenderer(Renderer):
         model = self._model
         return {
             "token": model.token_text(token_id),
-            "logprob": _finite(logprob),
+            "logprob": finite(logprob),
             "bytes": model.token_bytes(token_id),
         }
 
@@ -176,51 +192,70 @@ class CompletionRenderer(Renderer):
         self._prompt_texts = [self._prompt_text(body, c.index) for c in choices] if body.echo else None
 
     def _prompt_text(self, body: CompletionRequest, choice: int) -> str:
-        prompt = body.prompt[choice // body.n]
+        prompt = body.prompt[choice // body.num_candidates]
         return prompt if isinstance(prompt, str) else self._model.decode(prompt)
 
-    def _opening(self, choice: int) -> bytes:
+    def _opening(self, first: Piece) -> bytes:
         if self._prompt_texts is None and not self._body.return_token_ids:
             return b""
+        choice, logprobs = first.choice, None
         echo = self._prompt_texts[choice] if self._prompt_texts is not None else ""
-        opening: Json = {"index": choice, "text": echo, "logprobs": None, "finish_reason": None}
+        if self._prompt_texts is not None and self._body.alternatives is not None:
+            logprobs = self._entries(choice, self._prompt_entries(first))
+        opening: Json = {"index": choice, "text": echo, "logprobs": logprobs, "finish_reason": None}
         if self._body.return_token_ids:
             opening["prompt_token_ids"] = self._request(choice).prompt_token_ids
         return self._event(opening)
 
     def _chunk_choice(self, piece: Piece) -> Json:
-        return {"index": piece.choice, "text": piece.text, "logprobs": self._logprobs(piece), **self._ending(piece)}
+        logprobs = None
+        if self._body.alternatives is not None:
+            logprobs = self._entries(piece.choice, self._output_entries(piece))
+        return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, **self._ending(piece)}
 
     def _whole_choice(self, piece: Piece) -> Json:
-        echo = self._prompt_texts[piece.choice] if self._prompt_texts is not None else ""
-        choice = self._chunk_choice(piece)
-        choice["text"] = echo + piece.text
+        choice = {"index": piece.choice, "text": piece.text, "logprobs": None, **self._ending(piece)}
+        if self._body.alternatives is not None:
+            prompt = self._prompt_entries(piece) if self._prompt_texts is not None else []
+            choice["logprobs"] = self._entries(piece.choice, [*prompt, *self._output_entries(piece)])
+        if self._prompt_texts is not None:
+            choice["text"] = self._prompt_texts[piece.choice] + piece.text
         if self._body.return_token_ids:
             choice["prompt_token_ids"] = self._request(piece.choice).prompt_token_ids
-        return choice
+        return choice | self._prompt_logprobs(piece)
 
-    def _logprobs(self, piece: Piece) -> Json | None:
-        if self._body.alternatives is None:
-            return None
-        tokens = [self._model.token_text(i) for i in piece.token_ids]
-        offsets, offset = [], self._text_offsets[piece.choice]
+    def _output_entries(self, piece: Piece) -> list[Entry]:
+        return list(zip(piece.token_ids, piece.logprobs, strict=True))
+
+    def _prompt_entries(self, piece: Piece) -> list[Entry]:
+        prompt = self._request(piece.choice).prompt_token_ids
+        scored = scored_tokens(prompt, piece.prompt_logprobs)
+        return [(prompt[0], None), *((token.token_id, token.logprobs) for token in scored)]
+
+    def _entries(self, choice: int, entries: list[Entry]) -> Json:
+        """The next tokens of a choice in OpenAI's shape: one list per property."""
+        tokens = [self._model.token_text(token_id) for token_id, _ in entries]
+        offsets, offset = [], self._text_offsets[choice]
         for token in tokens:
             offsets.append(offset)
             offset += len(token)
-        self._text_offsets[piece.choice] = offset
+        self._text_offsets[choice] = offset
         return {
             "tokens": tokens,
-            "token_logprobs": [_finite(entry.logprob) for entry in piece.logprobs],
-            "top_logprobs": [self._top(t, e) for t, e in zip(tokens, piece.logprobs, strict=True)],
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for _, entry in entries],
+            "top_logprobs": [
+                None if entry is None else self._top(token, entry)
+                for token, (_, entry) in zip(tokens, entries, strict=True)
+            ],
             "text_offset": offsets,
         }
 
     def _top(self, token: str, logprobs: TokenLogprobs) -> dict[str, float]:
-        """The most likely tokens, and the one that was drawn."""
+        """The most likely tokens, and the one that is there."""
         top: dict[str, float] = {}
         for other, logprob in logprobs.top[: self._body.alternatives]:
-            top.setdefault(self._model.token_text(other), _finite(logprob))
-        top.setdefault(token, _finite(logprobs.logprob))
+            top.setdefault(self._model.token_text(other), finite(logprob))
+        top.setdefault(token, finite(logprobs.logprob))
         return top
 
 

@@ -53,9 +53,17 @@ class ServedModel:
     """Rows of the embedding: token ids from clients must be below it."""
     eos_token_ids: tuple[int, ...]
     defaults: Mapping[str, float] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters of it that clients may ask for in its place: where each comes from, by name."""
 
     @classmethod
-    def load(cls, folder: str | Path, names: Sequence[str], max_model_len: int | None = None) -> ServedModel:
+    def load(
+        cls,
+        folder: str | Path,
+        names: Sequence[str],
+        max_model_len: int | None = None,
+        adapters: Mapping[str, str] | None = None,
+    ) -> ServedModel:
         """Read a Hugging Face folder. Raises ModelError for what cannot be read, ConfigError for a `max_model_len`
         the model was not made for."""
         folder = Path(folder)
@@ -72,17 +80,23 @@ class ServedModel:
             vocab_size=int(text_config.get("vocab_size", len(tokenizer))),
             eos_token_ids=tuple(sorted(ids)),
             defaults={name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None},
+            adapters=adapters or {},
         )
 
     def check_name(self, name: str | None) -> str:
         """The name to answer with. Raises UnknownModel."""
         if name is None:
             return self.names[0]
-        if name not in self.names:
+        known = (*self.names, *self.adapters)
+        if name not in known:
             raise UnknownModel(
-                f"model {name!r} is not served here; this server has {', '.join(map(repr, self.names))}", param="model"
+                f"model {name!r} is not served here; this server has {', '.join(map(repr, known))}", param="model"
             )
         return name
+
+    def adapter_of(self, name: str | None) -> str:
+        """The adapter that `name`, as a client gave it, asks for; "" is none."""
+        return name if name is not None and name in self.adapters else ""
 
     # --- text to tokens --------------------------------------------------------------------------------------------
 
@@ -149,6 +163,11 @@ class ServedModel:
         backend.no_truncation()
         backend.no_padding()
         return backend
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        text: str = self.backend.to_str()
+        return text
 
     @cached_property
     def token_length(self) -> TokenLength | None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from cluster.config import SlipstreamConfig, leaves, load, parse_bytes
+from cluster.config import SlipstreamConfig, leaves, load, on_device
+from cluster.notation import parse_bytes
 from cluster.options import config_options
 from core.errors import ConfigError
 from core.types import Role
@@ -117,7 +119,91 @@ def test_a_step_has_a_token_for_each_of_its_sequences(settings: dict[str, int], 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("512MiB", 2**29), ("1GiB", 2**30), ("1.5 kb", 1500), ("77", 77), ("10TB", 10**13), ("1TiB", 2**40)],
+    [
+        ("4G", 2**32),
+        ("4g", 4 * 10**9),
+        ("512MiB", 2**29),
+        ("1GiB", 2**30),
+        ("1.5 kb", 1500),
+        ("77", 77),
+        ("10TB", 10**13),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes_take_the_usual_units(text: str, value: int) -> None:
     assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8192", 8192), ("8K", 8192), ("8k", 8000), ("25.6k", 25600), ("auto", None), ("-1", None)]
+)
+def test_token_counts_are_written_as_for_vllm(text: str, value: int | None, tmp_path: Path) -> None:
+    assert load(None, {"max_model_len": text}).engine.max_model_len == value
+    assert (
+        load(write(tmp_path, f"engine: {{max_num_batched_tokens: {text}}}"), {}).engine.max_num_batched_tokens == value
+    )
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "8KiB", "", "-8"])
+def test_a_count_that_is_none_is_refused_by_the_name_of_its_setting(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine.max_model_len: .* is not a count; write a number such as 8192"):
+        load(None, {"max_model_len": text})
+
+
+@pytest.mark.parametrize(("short", "name"), [("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16")])
+def test_dtypes_have_vllms_short_names_too(short: str, name: str) -> None:
+    assert load(None, {"dtype": short}).engine.dtype == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "size"),
+    [
+        ({}, "cpu", 2**30),
+        ({"kv_cache_memory": "auto"}, "cpu", 2**30),
+        ({}, "cuda", None),
+        ({"kv_cache_memory": "2GiB", "gpu_memory_utilization": 0.5}, "cuda", 2**31),
+    ],
+)
+def test_the_cache_has_the_size_given_or_what_the_device_has(
+    settings: dict[str, object], device: Literal["cpu", "cuda"], size: int | None
+) -> None:
+    assert on_device(load(None, settings), device).engine.kv_cache_bytes == size
+
+
+def test_a_share_of_a_gpu_is_refused_on_the_cpu_as_soon_as_that_is_known() -> None:
+    settings = {"gpu_memory_utilization": 0.5}
+    with pytest.raises(ConfigError, match="gpu_memory_utilization has no meaning with device cpu"):
+        load(None, settings | {"device": "cpu"})
+    config = load(None, settings)
+    with pytest.raises(ConfigError, match="gpu_memory_utilization has no meaning with device cpu"):
+        on_device(config, "cpu")
+    assert on_device(config, "cuda").engine.gpu_memory_utilization == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gpu_memory_utilization": 0}, {"gpu_memory_utilization": 1.1}, {"seed": -1}, {"seed": 2**63}]
+)
+def test_values_out_of_range_are_refused_by_name(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        load(None, settings)
+
+
+def test_vllms_flags_arrive() -> None:
+    seen: dict[str, object] = {}
+
+    @click.command()
+    @config_options
+    def command(**flags: object) -> None:
+        seen.update({name: value for name, value in flags.items() if value is not None})
+
+    text = "--max-model-len 8K --max-num-batched-tokens auto --kv-cache-memory 4G --seed 7 --enforce-eager --dtype half"
+    result = CliRunner().invoke(command, [*text.split(), "--gpu-memory-utilization", "0.5"])
+    assert result.exit_code == 0, result.output
+    config = load(None, seen)
+    assert config.engine.model_dump(include={"max_model_len", "max_num_batched_tokens", "enforce_eager", "dtype"}) == {
+        "max_model_len": 8192,
+        "max_num_batched_tokens": None,
+        "enforce_eager": True,
+        "dtype": "float16",
+    }
+    assert (config.engine.kv_cache_bytes, config.gateway.seed) == (2**32, 7)

@@ -28,6 +28,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"colocated": True},
     "chunked": {"max_num_batched_tokens": 16, "max_num_seqs": 16},
     "two-by-two": {"prefill_replicas": 2, "decode_replicas": 2},
+    "split": {"tensor_parallel_size": 2},
+    "split, colocated": {"pipeline_parallel_size": 2, "colocated": True},
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from cluster.checks import check_memory, check_port
 from cluster.config import load
 from cluster.limits import max_model_len
-from cluster.machine import available_memory, usable_cores
+from cluster.machine import available_memory, has_gpu, usable_cores
 from cluster.resources import Share, share_out
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
@@ -27,6 +27,8 @@ from engine.model_config import ModelConfig
         ({"cpus_per_worker": 0.5}, 8, 0, Share(0.5)),
         ({}, 16, 2, Share(8.0, 1)),
         ({"device": "cpu"}, 16, 2, Share(8.0)),
+        ({"colocated": True, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 16, 4, Share(16.0, 4)),
+        ({"tensor_parallel_size": 2}, 16, 0, Share(8.0)),
     ],
 )
 def test_cores_and_gpus_are_shared_out_evenly(settings: dict[str, Any], cores: int, gpus: int, share: Share) -> None:
@@ -39,6 +41,9 @@ def test_cores_and_gpus_are_shared_out_evenly(settings: dict[str, Any], cores: i
         ({"cpus_per_worker": 2.0}, 0, "--cpus-per-worker"),
         ({"device": "cuda"}, 0, "there is no GPU here"),
         ({}, 1, "--device cpu"),
+        ({"colocated": True, "tensor_parallel_size": 2}, 1, "1 workers need 2 GPUs each"),
+        ({"tensor_parallel_size": 2}, 4, "--tensor-parallel-size: KV that is spread over several GPUs"),
+        ({"pipeline_parallel_size": 2}, 4, "use --colocated"),
     ],
 )
 def test_resources_that_do_not_go_round_are_refused_with_the_numbers(
@@ -141,3 +146,18 @@ def test_a_cache_below_one_block_is_told_by_its_own_flag() -> None:
 def test_a_length_beyond_that_is_refused() -> None:
     with pytest.raises(ConfigError, match="--max-model-len 5000 is above"):
         max_model_len(ModelConfig.from_dict(LLAMA), load(None, {"max_model_len": 5000}).engine)
+
+
+def test_a_worker_goes_by_the_cache_it_has() -> None:
+    model, engine = ModelConfig.from_dict(LLAMA), load(None, {"device": "cuda"}).engine
+    assert max_model_len(model, engine) == 4096  # who has no GPU can't tell
+    assert max_model_len(model, engine, cache_tokens=640) == 640
+    with pytest.raises(ConfigError, match=r"the KV cache \(--gpu-memory-utilization\) holds 640"):
+        max_model_len(model, load(None, {"device": "cuda", "max_model_len": 1000}).engine, cache_tokens=640)
+
+
+def test_a_gpu_is_seen_by_its_device_file(tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    assert not has_gpu(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert has_gpu(tmp_path)
