@@ -36,17 +36,17 @@ class PreNormed:
 class GatedMLP:
     """arXiv:2002.05202, with norm, product, activation and gate in one kernel."""
 
-    __slots__ = ("_down", "_gated")
+    __slots__ = ("down", "gated")
 
     def __init__(self, gated: GatedLinear, down: Linear) -> None:
-        self._gated = gated
-        self._down = down
+        self.gated = gated
+        self.down = down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down(self._gated(x))
+        return self.down(self.gated(x))
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self._down.add(self._gated(x), residual)
+        return self.down.add(self.gated(x), residual)
 
 
 def normed(norm: Norm, linear: Linear) -> Projection:

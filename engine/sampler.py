@@ -3,11 +3,14 @@
 The law of a row: logit_bias and the penalties change the logits, ids that are forbidden or that a grammar does not
 allow get none; then temperature; then the tokens kept by min_p, top_k and top_p, in this order, each over what the one
 before it left. A token as likely as the last one kept is kept too, so the law doesn't depend on how a sort breaks ties.
-Below GREEDY_TEMPERATURE the most likely token is taken, the lowest id among equals. Everything is float32, but for the
-cumulative sum, which is float64.
+Below GREEDY_TEMPERATURE the most likely token is taken, the lowest id among equals.
 
-One uniform number per token, from a hash of (seed, position), inverts the cumulative law in the order of ids. So a draw
-depends on nothing but the row's logits, its parameters and its position.
+A draw is a race. Each token has a clock with an exponential time E of its own, from a hash of (seed, position, number),
+that rings at E / p: the first to ring is token i with probability p_i. So a draw depends on nothing but the row's
+logits, its parameters and its position, and hardly on rounding, which differs with the size of the batch: for two laws
+p and q the winners differ with a probability of the order of sum |p - q|. Inverting the cumulative law, each of whose
+steps a rounding anywhere before it moves, parts a thousand times as often. The race is run twice, among groups of ids
+and then in the group that has won, so that a few hundred clocks do for any vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 
 from core.types import SamplingParams, TokenLogprobs
 from engine.step import NOT_ASKED, UNDRAWABLE, SamplingRow
 
 GREEDY_TEMPERATURE = 1e-5
+_GROUP = 256
+"""Ids of a group in the race."""
 _CANDIDATES = (64, 1024)
 """A nucleus is looked for among this many of the most likely tokens before the whole vocabulary is sorted."""
 _RULED_OUT_BY_BYTE = np.where(
@@ -54,12 +60,14 @@ def sampling_law(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
     return law
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """Numbers in [0, 1), independent over seeds and positions: two rounds of the SplitMix64 finalizer (Steele, Lea and
-    Flood, OOPSLA 2014) over the seed and then the position. Vectorized; the same on every machine."""
+def uniforms(seeds: Sequence[int], positions: Sequence[int], count: int) -> NDArray[np.float64]:
+    """[rows, count] numbers in (0, 1), independent over seeds, positions and columns: rounds of the SplitMix64
+    finalizer (Steele, Lea and Flood, OOPSLA 2014) over the seed, the position and the column. The same on every
+    machine, and the first columns are the same whatever `count` is."""
     seed = np.array([value & 0xFFFFFFFFFFFFFFFF for value in seeds], np.uint64)
     mixed = _splitmix64(_splitmix64(seed) + np.array(positions, np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    mixed = _splitmix64(np.add(mixed[:, None], np.arange(count, dtype=np.uint64), dtype=np.uint64))
+    return ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # of 53 bits the last would round to 1
 
 
 def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -79,9 +87,9 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64
     if not random:
         return _most_likely(adjusted)
     if len(random) == len(rows):
-        return _invert(adjusted, rows)
+        return _race(adjusted, rows)
     tokens = _most_likely(adjusted)
-    tokens[random] = _invert(adjusted[random], [rows[index] for index in random])
+    tokens[random] = _race(adjusted[random], [rows[index] for index in random])
     return tokens
 
 
@@ -90,20 +98,24 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 
 def _most_likely(logits: torch.Tensor) -> NDArray[np.int64]:
+    if logits.device.type == "cpu":  # NumPy's argmax is vectorized
+        scores = logits.numpy()
+        best = scores.argmax(-1)
+        return np.where(np.isfinite(scores[np.arange(len(best)), best]), best, UNDRAWABLE)
     values, tokens = logits.max(-1)
     return tokens.where(values.isfinite(), UNDRAWABLE).cpu().numpy()
 
 
-def _invert(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
-    """The first id at which the cumulative law is above the row's uniform number."""
+def _race(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> NDArray[np.int64]:
+    """[rows] ids. E = -log(1 - u), and whoever rings first has the largest p / E."""
     law = _truncate(_soften(logits, rows), rows)
-    cumulative = law.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    uniform = uniforms([row.params.seed for row in rows], [row.position for row in rows])
-    # Rounding must not push the target to the total: no id would be past it.
-    target = torch.minimum(_column(uniform, total) * total, total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True)
-    return tokens.where(total.isfinite() & (total > 0), UNDRAWABLE)[:, 0].cpu().numpy()
+    groups = F.pad(law, (0, -law.shape[1] % _GROUP)).view(len(rows), -1, _GROUP)  # [rows, groups, ids]
+    u = uniforms([row.params.seed for row in rows], [row.position for row in rows], _GROUP + groups.shape[1])
+    clocks = torch.from_numpy(-np.log1p(-u)).to(law.device)
+    speed, group = (groups.sum(-1).double() / clocks[:, _GROUP:]).max(-1)
+    inside = groups.gather(1, group[:, None, None].expand(-1, 1, _GROUP))[:, 0].double()
+    tokens = group * _GROUP + (inside / clocks[:, :_GROUP]).argmax(-1)
+    return tokens.where(speed.isfinite() & (speed > 0), UNDRAWABLE).cpu().numpy()
 
 
 # --- the law -------------------------------------------------------------------------------------------------------

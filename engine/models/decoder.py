@@ -4,20 +4,25 @@ Transformers in float32. Differences are settled when the model is built: a runn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 from core.errors import InternalError, ModelError
 from engine.attention import Attention
-from engine.fusion import PreNormed, gated_mlp, normed, rotation, wide_head
+from engine.fusion import GatedMLP, PreNormed, gated_mlp, normed, rotation, wide_head
 from engine.layers import Branch, Norm, OffsetNorm, PostNormed, RMSNorm
 from engine.linears import Linears, Projection, Sizes
 from engine.model_config import DecoderConfig
 from engine.models.experts import MixtureOfExperts
 from engine.models.registry import FAMILIES
+from engine.native.layer import fuse
 from engine.rope import Angles, Rope, make_rope
 from engine.weights import Weights
+
+Layer = Callable[[torch.Tensor, Sequence[Angles], Any], torch.Tensor]
+"""[rows, hidden] to the same, with the angles of each rope and the attention of the step."""
 
 
 class DecoderLayer:
@@ -63,6 +68,13 @@ class DecoderLayer:
         own_rope = None if rope is None else ropes[rope]
         self._rotate_ = rotation(own_rope, scales, config.rms_norm_eps, linears.native)
 
+    def fused(self) -> Layer:
+        """The same layer as one operator, where all of its parts are native; else itself."""
+        mlp = self._mlp
+        gated, down = (mlp.gated, mlp.down) if isinstance(mlp, GatedMLP) else (None, None)
+        parts = (self._qkv, self._rotate_, self._out, gated, down)
+        return fuse(self._index, *parts, self._heads[0], self._rope, self._scoring) or self
+
     def __call__(self, hidden: torch.Tensor, angles: Sequence[Angles], attention: Attention) -> torch.Tensor:
         heads, kv_heads, head_size = self._heads
         queries, rotated = self._split
@@ -89,7 +101,7 @@ class Decoder:
         self._embed, embedding = _embedding(config, weights, linears)
         self._scale = float(torch.tensor(config.hidden_size**0.5, dtype=weights.dtype)) if config.gemma else 1.0
         self._ropes = [make_rope(rope, config, weights.device, weights.dtype) for rope in config.ropes.kinds]
-        self._layers = {i: DecoderLayer(i, config, self._ropes, weights, linears) for i in own}
+        self._layers = {i: DecoderLayer(i, config, self._ropes, weights, linears).fused() for i in own}
         self._logits = _head(config, weights, linears, embedding)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

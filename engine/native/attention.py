@@ -44,22 +44,23 @@ class NativeAttention:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
+        mixed: torch.Tensor = self._run(query, kv, *self.arguments(layer, window, scale, softcap))
+        self.written(layer)
+        return mixed
+
+    def arguments(
+        self, layer: int, window: int | None, scale: float | None, softcap: float | None
+    ) -> tuple[torch.Tensor | float | None, ...]:
+        """What the kernel takes after query and kv: cache, slots, spans, blocks, masks, scale, softcap, window."""
         spans, masks = self._plans.get(window) or self._plan(window)
-        mixed: torch.Tensor = self._run(
-            query,
-            kv,
-            self._layers[layer - self._first_layer],
-            self._slots,
-            spans,
-            self._blocks,
-            masks,
-            self._scale if scale is None else scale,
-            softcap or 0.0,
-            window or 0,
-        )
+        cache = self._layers[layer - self._first_layer]
+        scale = self._scale if scale is None else scale
+        return cache, self._slots, spans, self._blocks, masks, scale, softcap or 0.0, window or 0
+
+    def written(self, layer: int) -> None:
+        """The layer's K and V are in the cache."""
         if self._on_written is not None:
             self._on_written(layer)
-        return mixed
 
     def _plan(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the kernel wants of each sequence (csrc/ops.cpp), for all layers of this window."""

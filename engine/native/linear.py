@@ -22,7 +22,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 class NativeLinear:
     """Implements engine.linear.Linear for rows of bfloat16. Sums are float32 until the residual is in."""
 
-    __slots__ = ("_arguments", "_run", "bias", "outputs", "packed")
+    __slots__ = ("_arguments", "_run", "bias", "eps", "norm", "outputs", "packed")
 
     def __init__(
         self,
@@ -36,6 +36,8 @@ class NativeLinear:
         self.packed = packed
         self.outputs = outputs
         self.bias = bias
+        self.norm = norm
+        self.eps = eps
         self._arguments = (packed, outputs, bias, norm, eps)
         self._run = torch.ops.slipstream.linear.default
 
@@ -64,7 +66,7 @@ class NativeLinear:
 class GatedLinear:
     """activation(gate(norm(x))) * up(norm(x)), [rows, inputs] -> [rows, inner]."""
 
-    __slots__ = ("_arguments", "_run")
+    __slots__ = ("_arguments", "_run", "activation", "bias", "eps", "norm", "outputs", "packed")
 
     def __init__(
         self, gate_up: NativeLinear, activation: Activation, norm: torch.Tensor | None = None, eps: float = 0.0
@@ -72,9 +74,13 @@ class GatedLinear:
         """`gate_up` has as many outputs of the one as of the other, and a multiple of PANEL (`can_gate`)."""
         inner = gate_up.outputs // 2
         both = gate_up.packed.view(2, inner // PANEL, *gate_up.packed.shape[1:])
-        scale = None if norm is None else norm.float()
-        by_turns = both.transpose(0, 1).contiguous()
-        self._arguments = (by_turns, inner, gate_up.bias, scale, eps, _ACTIVATIONS[activation])
+        self.packed = both.transpose(0, 1).contiguous()  # panels of gate and up by turns
+        self.outputs = inner
+        self.bias = gate_up.bias
+        self.norm = None if norm is None else norm.float()
+        self.eps = eps
+        self.activation = _ACTIVATIONS[activation]
+        self._arguments = (self.packed, inner, self.bias, self.norm, eps, self.activation)
         self._run = torch.ops.slipstream.gated_linear.default
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -89,6 +91,38 @@ at::Tensor attention_op(const at::Tensor& query, const at::Tensor& kv, at::Tenso
   return out;
 }
 
+// A decoder layer, residual stream in and out. weights: packed qkv, out, gated and down; norms: before attention and MLP.
+at::Tensor decoder_layer_op(const at::Tensor& hidden, at::TensorList weights,
+                            const c10::List<std::optional<at::Tensor>>& biases, at::TensorList norms,
+                            const std::optional<at::Tensor>& head_norms, double eps, int64_t queries, int64_t inner,
+                            int64_t activation, const at::Tensor& cosines, const at::Tensor& sines, at::Tensor& cache,
+                            const at::Tensor& slots, const at::Tensor& spans, const at::Tensor& blocks,
+                            const std::optional<at::Tensor>& masks, double scale, double softcap, int64_t window) {
+  const int64_t tokens = hidden.size(0), keys = cache.size(3), size = cache.size(4);
+  const auto project = [&](const at::Tensor& x, int64_t which, int64_t outputs, const std::optional<at::Tensor>& norm,
+                           const std::optional<at::Tensor>& residual) {
+    RECORD_FUNCTION("slipstream::linear", std::vector<c10::IValue>{});
+    return linear_op(x, weights[which], outputs, biases.get(which), norm, eps, residual, false);
+  };
+  at::Tensor qkv = project(hidden, 0, (queries + 2 * keys) * size, norms[0], std::nullopt);
+  at::Tensor rotated = qkv.narrow(1, 0, (queries + keys) * size).view({tokens, queries + keys, size});
+  rotate_op(rotated, cosines, sines, head_norms, eps);
+  at::Tensor mixed;
+  {
+    RECORD_FUNCTION("slipstream::attention", std::vector<c10::IValue>{});
+    mixed = attention_op(rotated.narrow(1, 0, queries),
+                         qkv.narrow(1, queries * size, 2 * keys * size).view({tokens, 2, keys, size}), cache, slots,
+                         spans, blocks, masks, scale, softcap, window);
+  }
+  const at::Tensor attended = project(mixed, 1, hidden.size(1), std::nullopt, hidden);
+  at::Tensor gated;
+  {
+    RECORD_FUNCTION("slipstream::gated_linear", std::vector<c10::IValue>{});
+    gated = gated_op(attended, weights[2], inner, biases.get(2), norms[1], eps, activation);
+  }
+  return project(gated, 3, hidden.size(1), std::nullopt, attended);
+}
+
 }  // namespace
 }  // namespace slipstream
 
@@ -96,6 +130,7 @@ TORCH_LIBRARY(slipstream, m) {
   m.def("linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? norm, float eps, Tensor? residual, bool wide) -> Tensor");
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines, Tensor? norms, float eps) -> ()");
   m.def("attention(Tensor query, Tensor kv, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
+  m.def("decoder_layer(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor[] norms, Tensor? head_norms, float eps, int queries, int inner, int activation, Tensor cosines, Tensor sines, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
   m.def("gated_linear(Tensor x, Tensor packed, int inner, Tensor? bias, Tensor? norm, float eps, int activation) -> Tensor");
 }
 
@@ -103,5 +138,6 @@ TORCH_LIBRARY_IMPL(slipstream, CPU, m) {
   m.impl("linear", &slipstream::linear_op);
   m.impl("rotate", &slipstream::rotate_op);
   m.impl("attention", &slipstream::attention_op);
+  m.impl("decoder_layer", &slipstream::decoder_layer_op);
   m.impl("gated_linear", &slipstream::gated_op);
 }
