@@ -1,5 +1,8 @@
 """The loop: commands in, schedule, run, update, report.
 
+Over a runner that works on several steps at a time the loop keeps that many in flight, of different sequences, and
+takes in their outputs in the order in which they were submitted.
+
 One thread owns the scheduler and, through it, the blocks; everybody else talks to it by commands that it carries out
 between two steps. What a step produced is handed to `on_report` on that thread.
 """
@@ -10,16 +13,23 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import InternalError, InvalidRequest
 from core.types import Finish
 from engine.batching import build_batch
 from engine.scheduler import Schedule, Scheduler, SequenceUpdate
 from engine.sequence import Sequence
-from engine.step import Runner
+from engine.step import Runner, StepOutput
+
+if TYPE_CHECKING:
+    from engine.structured.constraint import Constraint
+    from engine.structured.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +39,7 @@ THREAD_NAME = "engine"
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot taken between two steps. Counters are monotonic since start."""
+    """A snapshot taken between two turns of the loop. Counters are monotonic since start."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -56,17 +66,28 @@ class Engine:
     """Runs sequences. Methods may be called from any thread and return at once; after a step has failed, `failure`
     says how, every sequence has ended with InternalError, and so does each one added later."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, on_report: Callable[[Report], None]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        on_report: Callable[[Report], None],
+        grammars: Grammars | None = None,
+    ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._on_report = on_report
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._grammars = grammars
         self._live: dict[str, Sequence] = {}
+        self._compiling: dict[str, Sequence] = {}
+        """Not admitted yet: their grammars are being compiled."""
         self._rejected: list[SequenceUpdate] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self._step_seconds = 0.0
-        self._step_started: float | None = None
+        self._flying: deque[tuple[Schedule, Future[StepOutput]]] = deque()
+        self._max_flying = scheduler.config.max_steps_in_flight
+        self._oldest_since: float | None = None
         self.failure: InternalError | None = None
         self.stats = self._snapshot()
 
@@ -74,16 +95,19 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Finish the step in flight, then end the thread. Sequences still live are dropped."""
+        """Finish the steps in flight, then end the thread. Sequences still live are dropped."""
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        if self._grammars is not None:
+            self._grammars.close()
         self._runner.shutdown()
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the step under way has been running; 0 between steps."""
-        started = self._step_started
+        """How long the oldest step under way has been running, the time before it was the oldest left out; 0 when none
+        is."""
+        started = self._oldest_since
         return 0.0 if started is None else time.monotonic() - started
 
     @property
@@ -122,16 +146,32 @@ class Engine:
         _name_thread(THREAD_NAME)
         idle = True
         while self._carry_out_commands(wait=idle):
-            schedule = self._scheduler.schedule()
-            report = Report(updates=self._rejected, granted=list(schedule.granted))
-            self._rejected = []
-            if schedule.chunks:
-                report.updates.extend(self._step(schedule))
-            # Nothing to run and nothing granted: only a command can change that.
-            idle = not schedule.chunks and not schedule.granted
-            self.stats = self._snapshot()
-            if report.updates or report.granted:
-                self._on_report(report)
+            idle = not self._turn()
+        while self._flying:
+            self._tell(Report(updates=self._take_in_oldest()))
+
+    def _turn(self) -> bool:
+        """Submit the next step, if there is one, and take in the oldest, once it is done or no other may be submitted
+        before. False if there was nothing to do: only a command can change that, or the end of the oldest step."""
+        schedule = self._scheduler.schedule()
+        report = Report(updates=self._rejected, granted=list(schedule.granted))
+        self._rejected = []
+        if schedule.chunks:
+            self._submit(schedule)
+        takes_in = len(self._flying) == self._max_flying or bool(self._flying and self._flying[0][1].done())
+        if takes_in:
+            report.updates.extend(self._take_in_oldest())
+        self._tell(report)
+        if takes_in or schedule.chunks or schedule.granted:
+            return True
+        if self._flying:
+            self._flying[0][1].add_done_callback(lambda _: self._commands.put(_look_again))
+        return False
+
+    def _tell(self, report: Report) -> None:
+        self.stats = self._snapshot()
+        if report.updates or report.granted:
+            self._on_report(report)
 
     def _carry_out_commands(self, wait: bool) -> bool:
         """Run what is queued, after waiting for a first command if `wait`. False once stop was asked for."""
@@ -144,15 +184,20 @@ class Engine:
             return True
         return False
 
-    def _step(self, schedule: Schedule) -> list[SequenceUpdate]:
-        self._step_started = time.monotonic()
-        future = self._runner.submit(build_batch(schedule))
+    def _submit(self, schedule: Schedule) -> None:
+        if not self._flying:
+            self._oldest_since = time.monotonic()
+        self._flying.append((schedule, self._runner.submit(build_batch(schedule))))
+
+    def _take_in_oldest(self) -> list[SequenceUpdate]:
+        schedule, future = self._flying.popleft()
         error = future.exception()  # waits
-        self._step_started = None
+        self._oldest_since = time.monotonic() if self._flying else None
         if error is not None:
             return self._fail(error)
         output = future.result()
-        updates = self._scheduler.update(schedule, output.token_ids.tolist(), output.logprobs)
+        advance_constraints(schedule, output.token_ids.tolist())
+        updates = self._scheduler.update(schedule, output.token_ids.tolist(), output.logprobs, output.prompt_logprobs)
         self._steps += 1
         self._step_seconds += output.seconds
         self._count(updates)
@@ -168,11 +213,13 @@ class Engine:
                 self._prompt_tokens += update.sequence.num_prompt_tokens
 
     def _fail(self, error: BaseException) -> list[SequenceUpdate]:
-        """A step raised: device state is unknown, so nothing that lives here can go on. Blocks that a peer may still be
-        reading are freed too; no step will ever write to them."""
+        """A step raised: device state is unknown, so nothing that lives here can go on, and later steps in flight are
+        of no use. Blocks that a peer may still be reading are freed too; no step will ever write to them."""
         logger.error("engine step failed; the worker will be replaced", exc_info=error)
+        self._flying.clear()
+        self._oldest_since = None
         self.failure = InternalError(f"engine step failed: {error}")
-        victims = list(self._live.values())
+        victims = [*self._live.values(), *self._compiling.values()]
         for sequence in victims:
             self._drop(sequence.request_id, self._scheduler.abort)
         return [self._failed(sequence, self.failure) for sequence in victims]
@@ -184,20 +231,62 @@ class Engine:
             self._rejected.append(self._failed(sequence, self.failure))
             return
         try:
+            if sequence.request.sampling.grammar is not None and sequence.constraint is None:
+                self._compile(sequence, accept)
+                return
             accept(sequence)
         except InvalidRequest as error:
             self._rejected.append(self._failed(sequence, error))
         else:
             self._live[sequence.request_id] = sequence
 
+    def _compile(self, sequence: Sequence, accept: Callable[[Sequence], None]) -> None:
+        """Have the grammar compiled beside the loop; the sequence is admitted with its constraint."""
+        if self._grammars is None:
+            raise InvalidRequest("this worker was started without a tokenizer to follow grammars in; ask without one")
+        if sequence.request_id in self._compiling:
+            raise InvalidRequest(f"request_id {sequence.request_id} is already being served", param="request_id")
+        self._compiling[sequence.request_id] = sequence
+        future = self._grammars.constrain(sequence)
+        future.add_done_callback(lambda done: self._commands.put(lambda: self._compiled(sequence, accept, done)))
+
+    def _compiled(self, sequence: Sequence, accept: Callable[[Sequence], None], done: Future[Constraint]) -> None:
+        if self._compiling.get(sequence.request_id) is not sequence:
+            return  # aborted in the meantime
+        del self._compiling[sequence.request_id]
+        error = done.exception()
+        if error is None:
+            sequence.constraint = done.result()
+            if not self._end_with_constraint(sequence):
+                self._admit(sequence, accept)
+        elif isinstance(error, InvalidRequest):
+            self._rejected.append(self._failed(sequence, error))
+        else:
+            logger.error("compiling the grammar of %s failed", sequence.request_id, exc_info=error)
+            self._rejected.append(self._failed(sequence, InternalError(f"compiling the grammar failed: {error}")))
+
+    def _end_with_constraint(self, sequence: Sequence) -> bool:
+        """Whether the tokens that a sequence came with leave nothing to draw."""
+        end = sequence.constraint.end if sequence.constraint is not None else None
+        if end is not None:
+            self._rejected.append(SequenceUpdate(sequence, [], sequence.num_output_tokens, finish=end))
+        return end is not None
+
     def _join(self, request_id: str, token_ids: list[int]) -> None:
-        if request_id in self._live:  # it may have been aborted while its KV was on the way
-            self._scheduler.join(request_id, token_ids)
+        sequence = self._live.get(request_id)  # it may have been aborted while its KV was on the way
+        if sequence is None:
+            return
+        self._scheduler.join(request_id, token_ids)
+        if sequence.constraint is not None:
+            sequence.constraint.advance(token_ids)
+            if self._end_with_constraint(sequence):
+                self._drop(request_id, self._scheduler.abort)
 
     def _set_step_tokens(self, max_num_batched_tokens: int) -> None:
         self._scheduler.config = replace(self._scheduler.config, max_num_batched_tokens=max_num_batched_tokens)
 
     def _drop(self, request_id: str, free: Callable[[str], object]) -> None:
+        self._compiling.pop(request_id, None)
         if self._live.pop(request_id, None) is not None:
             free(request_id)
 
@@ -222,6 +311,20 @@ class Engine:
             steps=self._steps,
             step_seconds=self._step_seconds,
         )
+
+
+def advance_constraints(schedule: Schedule, token_ids: list[int]) -> None:
+    """Before the scheduler takes in a step, so that it finds out which sequences their grammars end."""
+    sampled = iter(token_ids)
+    for chunk in schedule.chunks:
+        if chunk.samples:
+            token_id = next(sampled)
+            if chunk.sequence.constraint is not None and token_id >= 0:
+                chunk.sequence.constraint.advance([token_id])
+
+
+def _look_again() -> None:
+    """The command that has nothing to say but that a step is done."""
 
 
 def _name_thread(name: str) -> None:

@@ -10,6 +10,11 @@ When blocks run out, a running sequence takes them from one that comes after it 
 recomputed later. The first in that order can be nobody's victim, so it runs on to its end and then the next is first:
 no live-lock. Blocks of sequences that are held or reserved are never taken, since another worker may be reading or
 writing them; a sequence that finds no victim keeps its blocks and sits the step out.
+
+Where several steps may be in flight, each takes its share: of n running sequences ceil(n / max_steps_in_flight), and no
+further prompt once it has that part of all tokens still to be computed. A prompt that fits a step is not cut for the
+sake of evenness: its pieces could not overlap. Steps that all have their share leave nobody out, so that whoever is
+left out of one is in the next or, with more in flight, in one of the next few.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from collections.abc import Sequence as SequenceOf
 from itertools import islice
 
 from core.errors import InvalidRequest, Undrawable
-from core.types import Finish, TokenLogprobs
+from core.types import Finish, FinishReason, PromptLogprobs, TokenLogprobs
 from engine.block_manager import BlockManager
 from engine.schedule import Chunk, Schedule, SchedulerConfig, SequenceUpdate, check_fits, finish_after
 from engine.sequence import Sequence, Status
@@ -152,12 +157,16 @@ class Scheduler:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Schedule:
-        """Choose the next step. Every schedule with chunks must come back through `update`."""
+        """Choose the next step. Every schedule with chunks must come back through `update`, in their order. The caller
+        asks again until there are no chunks or max_steps_in_flight steps, and then after each update."""
         schedule = Schedule(self.blocks.block_size)
         ready = self._make_room(schedule)
-        for sequence in sorted(ready, key=lambda ready: ready.num_pending_tokens > 1):  # decodes first
+        ready.sort(key=lambda ready: ready.num_pending_tokens > 1)  # decodes first
+        share = self._share(len(self._running))
+        for sequence in ready[:share]:
             self._schedule_chunk(schedule, sequence)
-        self._admit(schedule)
+        # No prompt is begun past a sequence that is left out.
+        self._admit(schedule, max_tokens=self._prompt_budget() if len(ready) <= share else 0)
         return schedule
 
     def update(
@@ -165,16 +174,19 @@ class Scheduler:
         schedule: Schedule,
         sampled_token_ids: SequenceOf[int],
         logprobs: SequenceOf[TokenLogprobs | None] = (),
+        prompt_logprobs: SequenceOf[PromptLogprobs] = (),
     ) -> list[SequenceUpdate]:
         """Take in a finished step: one sampled token, and one logprobs entry unless there are none at all, for each
-        chunk that samples, in their order."""
+        chunk that samples, and the prompt logprobs of each chunk that is scored, in their order."""
         num_samples = sum(chunk.samples for chunk in schedule.chunks)
         assert len(sampled_token_ids) == num_samples, f"{len(sampled_token_ids)} tokens for {num_samples} samples"
         updates: list[SequenceUpdate] = []
-        row = 0
+        row, scores = 0, iter(prompt_logprobs)
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             sequence.in_flight = False
+            if chunk.num_scored:
+                sequence.prompt_logprobs.append(next(scores))
             if sequence.status is Status.FINISHED:  # aborted in flight
                 self.blocks.free(sequence)
             else:
@@ -182,6 +194,8 @@ class Scheduler:
                 self.blocks.commit(sequence)
                 if chunk.samples:
                     updates.append(self._append(sequence, sampled_token_ids[row], logprobs[row] if logprobs else None))
+                elif not sequence.num_pending_tokens:
+                    updates.append(self._finish_without_output(sequence))
             row += chunk.samples
         return updates
 
@@ -218,6 +232,7 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         self._running.remove(victim)
         self.blocks.free(victim)
+        victim.prompt_logprobs.clear()  # its prompt is computed again, and scored again
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self._wait(victim)
@@ -227,19 +242,35 @@ class Scheduler:
         pending = sequence.num_pending_tokens
         num_tokens = min(pending, self.config.max_num_batched_tokens - schedule.num_tokens)
         if num_tokens:
-            schedule.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == pending))
+            start = sequence.num_computed_tokens
+            samples = num_tokens == pending and sequence.request.sampling.max_tokens > 0
+            last_scored = sequence.num_prompt_tokens - 1 if sequence.owes_prompt_logprobs else 0
+            num_scored = max(0, min(start + num_tokens, last_scored) - start)
+            schedule.chunks.append(Chunk(sequence, start, num_tokens, samples, num_scored))
             schedule.num_tokens += num_tokens
             sequence.in_flight = True
 
+    def _share(self, count: int) -> int:
+        """What one of the steps in flight takes of `count` things to do."""
+        return -(-count // self.config.max_steps_in_flight)
+
     # --- admission -------------------------------------------------------------------------------------------------
 
-    def _admit(self, schedule: Schedule) -> None:
+    def _prompt_budget(self) -> int:
+        """Tokens from which on no further prompt is begun in a step."""
+        budget = self.config.max_num_batched_tokens
+        if self.config.max_steps_in_flight == 1 or not len(self._waiting):
+            return budget
+        # Those in flight count as well: they are the shares of the other steps.
+        return min(budget, self._share(self._queued_tokens + sum(s.num_pending_tokens for s in self._running)))
+
+    def _admit(self, schedule: Schedule, max_tokens: int) -> None:
         """Admit from the front of the queue, in order. A prompt that lacks nothing but token budget lets reservations
         pass, which need none, as long as they leave its seat and its blocks alone."""
         seats = self.config.max_num_seqs - self.num_running
         owed = 0
         for sequence in list(islice(self._waiting, seats)):
-            if not sequence.awaits_kv and schedule.num_tokens == self.config.max_num_batched_tokens:
+            if not sequence.awaits_kv and schedule.num_tokens >= max_tokens:
                 owed += self.blocks.blocks_for(len(sequence.token_ids))
             elif not self.blocks.allocate(sequence, spare=owed + self._headroom()):
                 break
@@ -310,8 +341,21 @@ class Scheduler:
             [token_id],
             index,
             logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=_take_prompt_logprobs(sequence),
             finish=finish,
             num_cached_tokens=sequence.num_cached_tokens if index == 0 else 0,
+        )
+
+    def _finish_without_output(self, sequence: Sequence) -> SequenceUpdate:
+        """The prompt is computed, and max_tokens is 0."""
+        self._end(sequence)
+        return SequenceUpdate(
+            sequence,
+            [],
+            0,
+            prompt_logprobs=_take_prompt_logprobs(sequence),
+            finish=Finish(reason=FinishReason.LENGTH),
+            num_cached_tokens=sequence.num_cached_tokens,
         )
 
     def _end(self, sequence: Sequence) -> None:
@@ -325,3 +369,8 @@ class Scheduler:
         sequence.status = Status.FINISHED
         if not sequence.in_flight:
             self.blocks.free(sequence)
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:
+    parts, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return PromptLogprobs.joined(parts) if parts else None

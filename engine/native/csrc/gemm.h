@@ -18,6 +18,7 @@ namespace slipstream {
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kTileRows = 12;
+constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kBlockRows = 192;  // rows of x that stay in the second-level cache while panels pass by
 
 enum class Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
@@ -87,6 +88,10 @@ inline void multiply_tile(const uint32_t* a, const bf16* const* panels, int64_t 
     __m512i weights[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512((v < 2 ? b0 : b1) + (v & 1) * 32);
+    if (R <= kTileRows * 2 / 3 && Stride == 0) {  // few rows wait for weights from memory: look beyond the page
+      _mm_prefetch(reinterpret_cast<const char*>(b0) + kPrefetchBytes, _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(b0) + kPrefetchBytes + 64, _MM_HINT_T1);
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
