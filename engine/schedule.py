@@ -21,9 +21,13 @@ class SchedulerConfig:
     """Names of the LoRA adapters that a request may ask for."""
     max_steps_in_flight: int = 1
     """Steps that the runner works on at a time (Runner.max_steps_in_flight); the sequences are spread over them."""
+    min_decodes_per_step: int = 8
+    """Sequences that decode are parted over several steps if each gets so many: a step of fewer takes as long, since it
+    reads the same weights."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_steps_in_flight"):
+        counts = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        for name in (*counts, "max_steps_in_flight", "min_decodes_per_step"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -55,6 +59,8 @@ class Schedule:
     """Reservations that have got their blocks: KV may be written from num_computed_tokens on."""
     preempted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    decodes: bool = False
+    """Whether it has its share of the sequences that decode."""
 
 
 @dataclass(frozen=True, slots=True)

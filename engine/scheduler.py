@@ -11,10 +11,11 @@ recomputed later. The first in that order can be nobody's victim, so it runs on 
 no live-lock. Blocks of sequences that are held or reserved are never taken, since another worker may be reading or
 writing them; a sequence that finds no victim keeps its blocks and sits the step out.
 
-Where several steps may be in flight, each takes its share: of n running sequences ceil(n / max_steps_in_flight), and no
-further prompt once it has that part of all tokens still to be computed. A prompt that fits a step is not cut for the
-sake of evenness: its pieces could not overlap. Steps that all have their share leave nobody out, so that whoever is
-left out of one is in the next or, with more in flight, in one of the next few.
+Where several steps may be in flight, each takes its share. Sequences that decode are parted evenly over as many steps
+as are worth it, and wait while so many are out, so that batches which came to be uneven or too many join. Prompts are
+begun in a step until it has its part of all tokens still to be computed; one that fits is not cut for the sake of
+evenness, as its pieces could not overlap. Steps that all have their share leave nobody out, so that whoever is left out
+of one is in the next or, with more in flight, in one of the next few.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Scheduler:
         self._queued_tokens = 0  # of the waiting sequences, less those whose KV will arrive
         self._num_reserved = 0
         self._num_arrived = 0
+        self._num_decode_steps = 0  # in flight
 
     # --- for WorkerStatus ------------------------------------------------------------------------------------------
 
@@ -161,12 +163,14 @@ class Scheduler:
         asks again until there are no chunks or max_steps_in_flight steps, and then after each update."""
         schedule = Schedule(self.blocks.block_size)
         ready = self._make_room(schedule)
-        ready.sort(key=lambda ready: ready.num_pending_tokens > 1)  # decodes first
-        share = self._share(len(self._running))
-        for sequence in ready[:share]:
+        decoding = [sequence for sequence in ready if sequence.num_pending_tokens == 1]
+        prompts = [sequence for sequence in ready if sequence.num_pending_tokens > 1]
+        chosen = decoding[: self._decode_share()]
+        for sequence in chosen + prompts:
             self._schedule_chunk(schedule, sequence)
-        # No prompt is begun past a sequence that is left out.
-        self._admit(schedule, max_tokens=self._prompt_budget() if len(ready) <= share else 0)
+        schedule.decodes = bool(chosen)
+        self._num_decode_steps += schedule.decodes
+        self._admit(schedule, self._prompt_share())
         return schedule
 
     def update(
@@ -181,6 +185,7 @@ class Scheduler:
         num_samples = sum(chunk.samples for chunk in schedule.chunks)
         assert len(sampled_token_ids) == num_samples, f"{len(sampled_token_ids)} tokens for {num_samples} samples"
         updates: list[SequenceUpdate] = []
+        self._num_decode_steps -= schedule.decodes
         row, scores = 0, iter(prompt_logprobs)
         for chunk in schedule.chunks:
             sequence = chunk.sequence
@@ -250,19 +255,26 @@ class Scheduler:
             schedule.num_tokens += num_tokens
             sequence.in_flight = True
 
-    def _share(self, count: int) -> int:
-        """What one of the steps in flight takes of `count` things to do."""
-        return -(-count // self.config.max_steps_in_flight)
+    # --- shares of the steps in flight -----------------------------------------------------------------------------
+
+    def _decode_share(self) -> int:
+        """Sequences that the next step may decode. Those in flight are the shares of the other steps."""
+        most = self.config.max_steps_in_flight
+        if most == 1:
+            return self.config.max_num_seqs
+        decoding = sum(sequence.num_pending_tokens == 1 for sequence in self._running)
+        steps = max(1, min(most, decoding // self.config.min_decodes_per_step))
+        return -(-decoding // steps) if self._num_decode_steps < steps else 0
+
+    def _prompt_share(self) -> int:
+        """Tokens of the next step from which on no further prompt is begun in it."""
+        budget, most = self.config.max_num_batched_tokens, self.config.max_steps_in_flight
+        if most == 1:
+            return budget
+        outstanding = self._queued_tokens + sum(sequence.num_pending_tokens for sequence in self._running)
+        return min(budget, -(-outstanding // most))
 
     # --- admission -------------------------------------------------------------------------------------------------
-
-    def _prompt_budget(self) -> int:
-        """Tokens from which on no further prompt is begun in a step."""
-        budget = self.config.max_num_batched_tokens
-        if self.config.max_steps_in_flight == 1 or not len(self._waiting):
-            return budget
-        # Those in flight count as well: they are the shares of the other steps.
-        return min(budget, self._share(self._queued_tokens + sum(s.num_pending_tokens for s in self._running)))
 
     def _admit(self, schedule: Schedule, max_tokens: int) -> None:
         """Admit from the front of the queue, in order. A prompt that lacks nothing but token budget lets reservations

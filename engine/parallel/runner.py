@@ -202,7 +202,8 @@ class GroupRunner:
         flying.future.set_result(self._joined(flying.answers))
 
     def _joined(self, answers: dict[int, Done]) -> StepOutput:
-        """What the first rank of the last stage drew, and the hidden states that any stage tapped."""
+        """What the first rank of the last stage drew, and the hidden states that any stage tapped. `seconds` is of the
+        rank that took longest: none works on two steps at a time, so that those that overlap hardly count twice."""
         last = next(rank.split for rank in self._ranks if rank.split.last)
         taps = {layer: tap for rank in sorted(answers) for layer, tap in answers[rank].taps.items()}
         return replace(

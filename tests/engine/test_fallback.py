@@ -74,6 +74,14 @@ def test_every_kind_of_step_has_the_logits_of_the_class_with_its_own_attention(
         assert close(mixed[3][row], reference(folder, prompts[3] + [nodes[node] for node in path])[-1])
 
 
+def test_heads_of_an_odd_size_are_computed_in_bfloat16_too(make_checkpoint, load_driver, reference):
+    folder, ids = make_checkpoint(**GPT2 | {"hidden_size": 30}), tokens(20)
+    driver = load_driver(folder, dtype="bfloat16")
+    got = driver.logits([(driver.new(20), ids)])[0]
+    exact = reference(folder, ids)
+    assert ((got - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.1
+
+
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_packed_and_quantized_layers_take_the_place_of_the_class_ones(changes, make_checkpoint, load_driver, reference):
     folder, ids = make_checkpoint(**changes), tokens(40)

@@ -533,7 +533,7 @@ def test_what_just_fits_runs_to_its_end() -> None:
     assert step(scheduler)[1][0].finish is None
 
 
-@pytest.mark.parametrize("field", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
+@pytest.mark.parametrize("field", [name for name in SchedulerConfig.__dataclass_fields__ if name != "adapters"])
 def test_limits_of_nothing_are_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         replace(CONFIG, **{field: 0})

@@ -86,6 +86,8 @@ def test_scales_follow_the_fields_and_patterns(adapter, changes, scale):
         ({"something_new": 1}, "something_new 1"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern '\\('"),
+        ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern"),
     ],
 )
 def test_what_changes_the_arithmetic_is_refused_by_name(adapter, base, changes, named):

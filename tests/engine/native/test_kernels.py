@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,3 +123,49 @@ def test_heads_are_normed_before_they_are_rotated() -> None:
     expected = F.rms_norm(x.double(), (16,), None, 1e-2) * scales
     NativeRotate(scales, 1e-2)(x, still)
     assert close(x, expected)
+
+
+Call = Callable[[torch.Tensor, NativeLinear, GatedLinear], object]
+WRONG: dict[str, Call] = {
+    "fewer inputs": lambda x, layer, gated: layer(x[:, :30]),
+    "float16": lambda x, layer, gated: layer(x.half()),
+    "a residual of one row": lambda x, layer, gated: layer.add(x, rows(1, 64)),
+    "a residual in float32": lambda x, layer, gated: layer.add(x, rows(2, 64).float()),
+    "more outputs than weights": lambda x, layer, gated: NativeLinear(layer.packed, 97, None)(x),
+    "weights in float32": lambda x, layer, gated: NativeLinear(layer.packed.float(), 64, None)(x),
+    "a short bias": lambda x, layer, gated: NativeLinear(layer.packed, 64, torch.ones(63))(x),
+    "a short norm": lambda x, layer, gated: layer.after(torch.ones(39), 0.0)(x),
+    "fewer inputs to a gate": lambda x, layer, gated: gated(x[:, :30]),
+    "a short bias of a gate": lambda x, layer, gated: GatedLinear(
+        NativeLinear(layer.packed, 64, torch.ones(63)), "silu"
+    )(x),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_a_linear_layer_refuses_what_is_not_of_its_shape_and_type(call: Call) -> None:
+    x, layer = rows(2, 40), NativeLinear.make(rows(64, 40, seed=1), rows(64, seed=2))
+    with pytest.raises(RuntimeError):
+        call(x, layer, GatedLinear(layer, "silu"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "angles", "scales"),
+    [
+        (rows(2, 3, 16).float(), rows(2, 1, 16), None),
+        (rows(2, 3, 16), rows(2, 1, 16).float(), None),
+        (rows(2, 3, 16), rows(1, 1, 16), None),
+        (rows(2, 3, 16), rows(2, 1, 32), None),
+        (rows(2, 3, 16), rows(2, 1, 16), torch.ones(2, 16)),
+    ],
+    ids=["heads in float32", "angles in float32", "angles of one row", "angles of larger heads", "scales of two heads"],
+)
+def test_rotation_refuses_what_is_not_of_its_shape_and_type(heads, angles, scales) -> None:
+    with pytest.raises(RuntimeError):
+        NativeRotate(scales)(heads, (angles, angles))
+
+
+def test_no_rows_are_no_rows() -> None:
+    layer = NativeLinear.make(rows(64, 40, seed=1))
+    assert layer(rows(0, 40)).shape == (0, 64)
+    assert GatedLinear(layer, "silu")(rows(0, 40)).shape == (0, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,3 +141,40 @@ def test_keys_and_values_are_in_the_cache_before_others_are_told() -> None:
 
     NativeAttention(case.batch, case.cache, on_written, first_layer=4)(5, case.query, case.kv)
     assert told == [(5, True)]
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("slots", lambda batch: batch.slots + 10_000),
+        ("slots", lambda batch: -1 - batch.slots),
+        ("slots", lambda batch: batch.slots[:-1]),
+        ("block_tables", lambda batch: tuple(table + 10_000 for table in batch.block_tables)),
+        ("block_tables", lambda batch: tuple(table[:0] for table in batch.block_tables)),
+        ("block_tables", lambda batch: tuple(-1 - table for table in batch.block_tables)),
+        ("query_starts", lambda batch: batch.query_starts + 1),
+    ],
+    ids=["slots beyond", "slots before", "slots too few", "blocks beyond", "blocks too few", "blocks before", "rows"],
+)
+def test_a_step_that_would_leave_the_cache_is_refused_before_anything_is_written(field, change) -> None:
+    case = Case([(3, 20), (1, 5)], (6, 2, 32), 16)
+    before = case.whole.clone()
+    batch = replace(case.batch, **{field: change(case.batch)})
+    with pytest.raises(RuntimeError):
+        NativeAttention(batch, case.cache)(1, case.query, case.kv)
+    assert torch.equal(case.whole.view(torch.int16), before.view(torch.int16))
+
+
+@pytest.mark.parametrize(("heads", "block"), [((4, 2, 5), 16), ((4, 2, 32), 24)], ids=["odd heads", "block of 24"])
+def test_shapes_that_the_kernel_has_no_arithmetic_for_are_refused(heads, block: int) -> None:
+    case = Case([(3, 20)], heads, block)
+    with pytest.raises(RuntimeError):
+        NativeAttention(case.batch, case.cache)(1, case.query, case.kv)
+
+
+def test_other_types_are_refused() -> None:
+    case = Case([(3, 20)], (4, 2, 16), 16)
+    with pytest.raises(RuntimeError):
+        NativeAttention(case.batch, case.cache)(1, case.query.half(), case.kv)
+    with pytest.raises(RuntimeError):
+        NativeAttention(case.batch, case.cache.float())(1, case.query, case.kv)
