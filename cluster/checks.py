@@ -11,6 +11,7 @@ from pathlib import Path
 from cluster.config import SlipstreamConfig
 from cluster.machine import available_memory
 from core.errors import ConfigError
+from engine.kv_layout import DTYPE_BYTES
 from engine.lora.checkpoint import WEIGHTS
 from engine.quantization.methods import is_quantized
 from engine.weight_check import stored_tensors
@@ -67,10 +68,17 @@ def _cache_bytes(config: SlipstreamConfig) -> int:
 
 
 def _weight_bytes(config: SlipstreamConfig, folder: Path) -> int:
-    if config.engine.quantization is None:
+    """With dtype auto as many as are stored: it makes weights smaller, but hardly anywhere larger."""
+    quantized, size = config.engine.quantization is not None, DTYPE_BYTES.get(config.engine.dtype)
+    if not quantized and size is None:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    tensors = stored_tensors(folder).items()
-    return sum(math.prod(t.shape) if is_quantized(name, t.shape) else t.end - t.start for name, t in tensors)
+    total = 0
+    for name, stored in stored_tensors(folder).items():
+        if quantized and is_quantized(name, stored.shape):
+            total += math.prod(stored.shape)
+        else:
+            total += stored.end - stored.start if size is None else size * math.prod(stored.shape)
+    return total
 
 
 def _gib(count: float) -> str:

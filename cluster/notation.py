@@ -83,8 +83,18 @@ def _named_paths(value: object) -> object:
 
 
 def _absolute(paths: dict[str, str]) -> dict[str, str]:
-    """Workers start in a folder of their own."""
-    return {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
+    """Workers start in a folder of their own. Raises ValueError."""
+    for name, path in paths.items():
+        if not (name and path):
+            raise ValueError(f"{name!r}: {path!r} has no {'path' if name else 'name'}; give each adapter both")
+    return {name: str(_expanded(path).absolute()) for name, path in paths.items()}
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such user here; write the path in full") from error
 
 
 NamedPaths = Annotated[dict[str, str], BeforeValidator(_named_paths), AfterValidator(_absolute)]

@@ -59,8 +59,8 @@ class ModelRunner:
         self._adapters = adapters
         self._group = group
         self._first_layer = group.split.layers(config.num_layers).start
-        # The heads of a rank that shares its cache with others don't lie side by side, as the kernel wants them.
-        self._attend = NativeAttention if native else PagedAttention
+        # The kernel takes pairs of dimensions. Our own layers have no odd heads; a class of Transformers may.
+        self._attend = NativeAttention if native and config.head_size % 2 == 0 else PagedAttention
 
     @classmethod
     def load(

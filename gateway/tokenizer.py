@@ -73,12 +73,13 @@ class ServedModel:
         tokenizer = _load_tokenizer(folder)
         eos = generation.get("eos_token_id", text_config.get("eos_token_id", config.get("eos_token_id")))
         ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        vocab_size = int(text_config.get("vocab_size", len(tokenizer)))
         return cls(
             names=tuple(names),
             tokenizer=tokenizer,
             max_model_len=_context_length(text_config, max_model_len, folder),
-            vocab_size=int(text_config.get("vocab_size", len(tokenizer))),
-            eos_token_ids=tuple(sorted(ids)),
+            vocab_size=vocab_size,
+            eos_token_ids=tuple(sorted(i for i in ids if 0 <= i < vocab_size)),  # others are never drawn
             defaults={name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None},
             adapters=adapters or {},
         )
@@ -106,7 +107,8 @@ class ServedModel:
         return ids
 
     def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Raises ContextLengthExceeded, before any work, for text that can't fit the context however it is cut."""
+        """Raises ContextLengthExceeded, before any work, for text that can't fit the context however it is cut, and
+        InvalidRequest for text with a token that the model has no embedding of."""
         fewest = self.token_length.fewest_tokens(text) if self.token_length is not None else 0
         if fewest > self.max_model_len:
             raise ContextLengthExceeded(
@@ -114,7 +116,15 @@ class ServedModel:
                 f"which are {fewest} tokens at least; shorten it",
                 param=param,
             )
-        return self.encode(text, add_special_tokens=add_special_tokens)
+        token_ids = self.encode(text, add_special_tokens=add_special_tokens)
+        if max(token_ids, default=0) >= self.vocab_size:  # some tokenizers have added tokens that the model has not
+            token = self.backend.id_to_token(max(token_ids))
+            raise InvalidRequest(
+                f"{param}: the text holds {token!r}, which is a token of the tokenizer's, but none of the model's "
+                f"{self.vocab_size}; leave it out",
+                param=param,
+            )
+        return token_ids
 
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, template_kwargs: Mapping[str, Any]

@@ -86,6 +86,8 @@ class AdapterConfig:
             fields = msgspec.convert(config, _Fields)
         except msgspec.ValidationError as error:
             raise ModelError(f"{path}: {error}; only plain LoRA without biases can be served") from error
+        if not all(map(math.isfinite, (fields.lora_alpha, *(fields.alpha_pattern or {}).values()))):
+            raise ModelError(f"{path}: lora_alpha and alpha_pattern must be finite numbers: save the adapter again")
         _refuse_variants(config, path)
         _check_patterns(fields, path)
         return cls(

@@ -32,7 +32,11 @@ def load() -> bool:
     if (reason := _why_not() or _make()) is not None:
         logger.warning("no native kernels, PyTorch's are slower: %s", reason)
         return False
-    torch.ops.load_library(str(library_path()))  # type: ignore[no-untyped-call]
+    try:
+        torch.ops.load_library(str(library_path()))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        logger.warning("no native kernels: %s can't be loaded (%s); remove it", library_path(), error)
+        return False
     return True
 
 
@@ -80,6 +84,8 @@ def _compile(path: Path) -> str | None:
         made = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
         return f"{_compiler()} took more than {_COMPILE_TIMEOUT_S:g} s"
+    except OSError as error:
+        return f"{_compiler()} can't be run: {error.strerror}"
     if made.returncode != 0:
         errors = [line for line in made.stderr.splitlines() if "error" in line.lower()]
         return f"{_compiler()} failed: {(errors or ['no reason given'])[0]}"

@@ -131,6 +131,9 @@ def test_paths_mean_the_same_to_workers_as_to_whoever_wrote_them() -> None:
         ({"lora_modules": ["sql"]}, "'sql' is not name=path"),
         ({"lora_modules": ["=x"]}, "'=x' is not name=path"),
         ({"lora_modules": ["a=x", "a=y"]}, "a is there twice"),
+        ({"lora_modules": {"": "x"}}, "'': 'x' has no name"),
+        ({"lora_modules": {"a": ""}}, "'a': '' has no path"),
+        ({"lora_modules": ["a=~no-such-user/x"]}, "there is no such user"),
         ({"lora_modules": ["demo=x"]}, "demo: that is the base model's name"),
         ({"lora_modules": ["m=x"], "served_model_name": "m"}, "m: that is the base model's name"),
         ({"max_lora_rank": 0}, "max_lora_rank"),
@@ -149,6 +152,19 @@ def test_fp8_on_a_cluster_without_gpus_is_refused_before_workers_start() -> None
     with pytest.raises(ConfigError, match="--quantization fp8 needs a GPU"):
         share_out(load(None, {"quantization": "fp8"}), 2, 0)
     assert share_out(load(None, {"quantization": "fp8"}), 16, 2).gpus == 1
+
+
+def test_weights_need_the_memory_of_the_type_they_are_computed_in(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: Any
+) -> None:
+    needed = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        monkeypatch.setattr("cluster.checks.available_memory", lambda: 2**40)
+        monkeypatch.setattr("cluster.checks._gib", lambda count: f"{count}")
+        needed[dtype] = int(check_memory(load(None, {"dtype": dtype}), tiny[1]).split()[0])
+    weights = sum(p.numel() for p in tiny[0].parameters())
+    assert needed["float32"] - needed["bfloat16"] == 2 * 2 * weights  # two workers, two bytes
+    assert 0 <= needed["auto"] - needed["float32"] < 2**16  # it is stored so, with a header
 
 
 def test_quantized_weights_need_less_memory(tiny: tuple[LlamaForCausalLM, Path], monkeypatch: Any) -> None:

@@ -47,6 +47,24 @@ def test_end_of_sequence_ids_come_from_all_who_name_one(tmp_path: Path) -> None:
     assert set(model.eos_token_ids) == {1, 2, model.tokenizer.eos_token_id}
 
 
+def test_an_end_of_sequence_that_the_model_cannot_draw_is_none(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    edit(folder / "generation_config.json", eos_token_id=[-1, 1, 100_000])
+    model = ServedModel.load(folder, ["m"])
+    assert set(model.eos_token_ids) == {1, model.tokenizer.eos_token_id}
+
+
+def test_text_with_a_token_that_the_model_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    edit(folder / "config.json", vocab_size=size - 1)  # the last is <|im_end|>
+    model = ServedModel.load(folder, ["m"])
+    with pytest.raises(InvalidRequest, match=r"prompt: .*<\|im_end\|>.* none of the model's") as caught:
+        model.encode_prompt("hi<|im_end|>", "prompt")
+    assert caught.value.param == "prompt"
+    assert model.encode_prompt("hi", "prompt")
+
+
 def test_the_context_can_be_shortened_but_not_stretched(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     assert ServedModel.load(folder, ["m"], max_model_len=100).max_model_len == 100

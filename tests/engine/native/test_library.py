@@ -59,3 +59,10 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch, tmp_path: Path) ->
     assert library._make() is None
     assert (tmp_path / "runs").read_text() == "run\n"
     assert library.library_path().read_text() == "made\n"
+
+
+def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path: Path, caplog) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'while [ "$1" != -o ]; do shift; done; echo made > "$2"'))
+    with caplog.at_level(logging.WARNING):
+        assert library.load() is False
+    assert str(library.library_path()) in caplog.text
