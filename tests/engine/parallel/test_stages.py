@@ -94,7 +94,7 @@ def test_outputs_are_those_of_one_device_and_the_stages_work_at_the_same_time(
         check_same(ours, theirs)
 
 
-def test_a_worker_keeps_as_many_steps_in_flight_as_it_has_stages(
+async def test_a_worker_keeps_as_many_steps_in_flight_as_it_has_stages(
     stages: GroupRunner, make_checkpoint: Callable[..., Path]
 ) -> None:
     node = make_node("w", Role.BOTH, stages, SlipstreamConfig(model="tiny"), make_checkpoint(**SHAPE))
