@@ -53,7 +53,7 @@ class Line:
         if slope <= 0.0:
             return max(0.0, mean_y), 0.0
         intercept = mean_y - slope * mean_x
-        return (intercept, slope) if intercept >= 0.0 else (0.0, self._xy / self._xx)
+        return (intercept, slope) if intercept >= 0.0 else (0.0, max(0.0, self._xy / self._xx))
 
 
 @dataclass(slots=True)
@@ -104,9 +104,9 @@ class FirstGaps:
 
     def heard(self, count: int, now: float) -> float | None:
         """`count` tokens have come. Once there are three: by how much the first gap was longer than the second, which
-        is an ordinary one."""
+        is an ordinary one. Less than nothing if that was the longer one: steps vary, and the mean is to be right."""
         self._times += [now] * count
         if len(self._times) < 3:
             return None
         first, second, third = self._times[:3]
-        return max(0.0, (second - first) - (third - second))
+        return (second - first) - (third - second)

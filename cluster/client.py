@@ -25,6 +25,7 @@ from core.wire import (
     WORKER_SERVICE,
     FromWorker,
     HandoffFailed,
+    Opened,
     Step,
     ToWorker,
     WorkerStatus,
@@ -197,6 +198,7 @@ class ClusterBackend:
             route.decode.worker_id,
             prefill.worker_id if prefill else None,
             prefill.address if prefill else "",
+            within_s=flight.dispatch.request.deadline - time.time(),
         )
         self._forget(flight)
         flight.attempt_id = flight.dispatch.attempt_id
@@ -263,6 +265,9 @@ class ClusterBackend:
                 for delta in deltas:
                     if (flight := self._attempts.get(delta.request_id)) is not None:
                         self._carry_out(flight, flight.dispatch.on_delta(delta, session.member.worker_id))
+            case Opened(request_id):
+                if (flight := self._attempts.get(request_id)) is not None:
+                    self._carry_out(flight, flight.dispatch.on_opened(request_id))
             case HandoffFailed(request_id):
                 if (flight := self._attempts.get(request_id)) is not None:
                     self._carry_out(flight, flight.dispatch.on_handoff_failed(request_id))

@@ -1,8 +1,9 @@
 """The configuration: one tree, one YAML file, the same names as flags.
 
 Sections group what belongs together in the file; leaf names are unique over the tree, so that `--kv-cache-memory` and
-`engine: {kv_cache_memory: …}` are one setting. Everything has a default that works on a laptop. Unknown keys are
-refused with the nearest known name.
+`engine: {kv_cache_memory: …}` are one setting. Those of `speculation` have the section's name before them as flags:
+`--speculation-rule` is `speculation: {rule: …}`, and `--speculation` its drafter. Everything has a default that works
+on a laptop. Unknown keys are refused with the nearest known name.
 """
 
 from __future__ import annotations
@@ -10,21 +11,36 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from cluster.notation import CountOrAuto, DtypeName, LoraModules, Size, SizeOrAuto, parse_bytes
+from cluster.notation import (
+    CountOrAuto,
+    DrafterNames,
+    DrafterWeights,
+    DtypeName,
+    LoraModules,
+    Size,
+    SizeOrAuto,
+    parse_bytes,
+)
 from core.errors import ConfigError
 from core.types import Role
 from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
 from engine.lora.checkpoint import DEFAULT_MAX_RANK
 from engine.quantization.methods import Method, check_method
-from kv_transfer.transports.names import TransportName
+from kv_transfer.codecs.names import CodecSetting
+from kv_transfer.transports.names import READS_IN_PLACE, TransportName
+from speculation.controllers.registry import CONTROLLERS, DEFAULT_CONTROLLER
+from speculation.drafters.registry import DRAFTERS
+from speculation.rules.registry import DEFAULT_RULE, RULES
+from speculation.settings import Settings
 
 _DEFAULT_SEQUENCES = 64
+DEFAULT_DRAFTER = "none"
 
 
 class Section(BaseModel):
@@ -37,6 +53,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
             raise ValueError(f"{str(value).lower()} is neither a number nor a name; write one, or leave it out")
         return value
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """What a setting is called outside of its section."""
+        return name
 
 
 class EngineSection(Section):
@@ -175,6 +196,11 @@ class ClusterSection(Section):
         description="How KV is moved between workers; auto: shared memory within a host, NCCL between GPUs, else TCP, "
         "and another where one cannot be used or fails",
     )
+    kv_codec: CodecSetting = Field(
+        "none",
+        description="How KV is made smaller on its way; none: not at all, which alone keeps greedy output the same; "
+        "auto: fp8 or int8 where that is sooner on a link as measured; a name: always, and never by shared memory",
+    )
     lease_s: float = Field(10.0, gt=0.5, le=600, description="Life of a hand-off's lease without a heartbeat, seconds")
 
     @model_validator(mode="after")
@@ -187,6 +213,15 @@ class ClusterSection(Section):
             raise ValueError(
                 f"prefill_replicas {self.prefill_replicas} has no meaning with colocated, where "
                 "decode_replicas workers do both; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _codec_is_carried(self) -> ClusterSection:
+        if self.kv_codec != "none" and self.kv_transport in READS_IN_PLACE:
+            raise ValueError(
+                f"kv_codec {self.kv_codec} has no meaning with kv_transport {self.kv_transport}, which moves KV as it "
+                "lies; leave one of them out, or use kv_transport tcp or torch_distributed"
             )
         return self
 
@@ -219,11 +254,64 @@ class GatewaySection(Section):
     drain_timeout_s: float = Field(20.0, ge=0, description="On shutdown, how long running requests may go on, seconds")
 
 
+class SpeculationSection(Section):
+    drafter: DrafterNames = Field(
+        DEFAULT_DRAFTER,
+        validate_default=True,
+        description=f"Who drafts tokens, which the model then verifies several at once: {', '.join(DRAFTERS)}, or some "
+        "of them with commas between; none does without",
+    )
+    rule: str = Field(
+        DEFAULT_RULE,
+        description=f"How drafts are verified: {', '.join(RULES)}. Naming one that is not lossless (typical) is asking "
+        "for it",
+    )
+    controller: str = Field(
+        DEFAULT_CONTROLLER, description=f"Who says how much is drafted in a step: {', '.join(CONTROLLERS)}"
+    )
+    budget: int = Field(24, gt=0, description="Draft tokens of a request in a step, at most")
+    memory: Size = Field("256MiB", description="What the drafters of one worker may hold together")
+    weights: DrafterWeights = Field({}, description="Checkpoints of drafters that take one, name=path of a folder each")
+    allow_lossy: bool = Field(
+        False, description="Let requests ask for rules that are not lossless; the one that `rule` names they may anyway"
+    )
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        return "speculation" if name == "drafter" else f"speculation_{name}"
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SpeculationSection:
+        try:
+            idle = self.settings is None
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+        if idle and (others := sorted(self.model_fields_set - {"drafter"})):
+            raise ValueError(f"{others[0]} has no meaning without a drafter; name one, or leave it out")
+        return self
+
+    @property
+    def settings(self) -> Settings | None:
+        """None without a drafter. Raises ConfigError for what does not go together."""
+        if not self.drafter:
+            return None
+        return Settings(
+            drafters=self.drafter,
+            max_budget=self.budget,
+            max_memory_bytes=parse_bytes(self.memory),
+            rule=self.rule,
+            controller=self.controller,
+            weights={name: Path(folder) for name, folder in self.weights.items()},
+            allow_lossy=self.allow_lossy,
+        )
+
+
 class SlipstreamConfig(Section):
     model: str = Field("demo", description="A Hugging Face id, a folder, a .gguf file, or demo")
     revision: str | None = Field(None, description="Revision of a Hugging Face model")
     engine: EngineSection = EngineSection()
     cluster: ClusterSection = ClusterSection()
+    speculation: SpeculationSection = SpeculationSection()
     gateway: GatewaySection = GatewaySection()
 
     @property
@@ -237,25 +325,50 @@ class SlipstreamConfig(Section):
             raise ValueError(f"lora_modules {self.served_name}: that is the base model's name; choose another")
         return self
 
+    @model_validator(mode="after")
+    def _drafts_fit_a_step(self) -> SlipstreamConfig:
+        budget, tokens = self.speculation.budget, self.engine.batched_tokens(Role.DECODE)
+        if self.speculation.drafter and budget >= tokens:
+            raise ValueError(
+                f"speculation.budget {budget} is above what a step has room for: {tokens} tokens, the request's own "
+                f"among them; lower it to {tokens - 1} at most, or raise max_num_batched_tokens"
+            )
+        return self
 
-SECTIONS: dict[str, type[Section]] = {"engine": EngineSection, "cluster": ClusterSection, "gateway": GatewaySection}
+
+SECTIONS: dict[str, type[Section]] = {
+    "engine": EngineSection,
+    "cluster": ClusterSection,
+    "speculation": SpeculationSection,
+    "gateway": GatewaySection,
+}
 
 
-def leaves() -> Iterator[tuple[str | None, str, FieldInfo]]:
-    """Every setting as (section or None, name, field)."""
-    yield None, "revision", SlipstreamConfig.model_fields["revision"]
+class Leaf(NamedTuple):
+    """A setting."""
+
+    section: str | None
+    field: str
+    """Its name in the section."""
+    name: str
+    """Unique over the tree: that of its flag, with underscores."""
+    info: FieldInfo
+
+
+def leaves() -> Iterator[Leaf]:
+    yield Leaf(None, "revision", "revision", SlipstreamConfig.model_fields["revision"])
     for section, cls in SECTIONS.items():
-        for name, info in cls.model_fields.items():
-            yield section, name, info
+        for field, info in cls.model_fields.items():
+            yield Leaf(section, field, cls.flag(field), info)
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
-    """The file's settings with `overrides` (leaf name -> value) on top. Raises ConfigError, one line."""
+    """The file's settings with `overrides` (Leaf.name -> value) on top. Raises ConfigError, one line."""
     tree = _read(path) if path is not None else {}
-    where = {name: section for section, name, _ in leaves()} | {"model": None}
+    where = {leaf.name: (leaf.section, leaf.field) for leaf in leaves()} | {"model": (None, "model")}
     for name, value in overrides.items():
-        section = where[name]
-        (tree if section is None else tree.setdefault(section, {}))[name] = value
+        section, field = where[name]
+        (tree if section is None else tree.setdefault(section, {}))[field] = value
     try:
         return SlipstreamConfig.model_validate(tree)
     except ValidationError as error:
@@ -303,7 +416,7 @@ def _explain(error: ValidationError, path: Path | None) -> str:
     name = ".".join(str(part) for part in first["loc"])
     origin = f"{path}: " if path is not None else ""
     if first["type"] == "extra_forbidden":
-        known = [*SlipstreamConfig.model_fields, *(n for _, n, _ in leaves())]
+        known = [*SlipstreamConfig.model_fields, *(leaf.field for leaf in leaves())]
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         return f"{origin}unknown setting {name}" + (f"; did you mean {near[0]}?" if near else "")
     message = first["msg"].removeprefix("Value error, ")

@@ -8,6 +8,7 @@ every worker that was asked is told to forget.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import msgspec
 
 from core.errors import DeadlineExceeded, SlipstreamError, Undrawable, WorkerLost
 from core.types import Finish, FinishReason, Request, TokenDelta
-from core.wire import Abort, Generate, Prefill, Receive, ToWorker
+from core.wire import Abort, Generate, Opened, Prefill, Receive, ToWorker
 
 MAX_ATTEMPTS = 4
 MAX_HANDOFF_FAILURES = 2
@@ -85,8 +86,10 @@ class Dispatch:
 
     # --- events ----------------------------------------------------------------------------------------------------
 
-    def start(self, decode: str, prefill: str | None, prefill_address: str = "") -> list[Instruction]:
-        """Ask these workers."""
+    def start(
+        self, decode: str, prefill: str | None, prefill_address: str = "", *, within_s: float = math.inf
+    ) -> list[Instruction]:
+        """Ask these workers, `within_s` before the deadline."""
         if self.ended:
             return []
         attempt_id = f"{self.request.request_id}.{self._attempts}"
@@ -95,9 +98,9 @@ class Dispatch:
         job = msgspec.structs.replace(self.request, request_id=attempt_id, emitted_token_ids=list(self._delivered))
         if prefill is None:
             return [Send(decode, Generate(job))]
-        # The decode side first: it allocates while the prompt is computed.
+        # The decode side first: it announces itself to the other before the offer is there.
         return [
-            Send(decode, Receive(job, transfer_id=attempt_id, prefill_address=prefill_address)),
+            Send(decode, Receive(job, attempt_id, prefill_address, within_s)),
             Send(prefill, Prefill(job, transfer_id=attempt_id)),
         ]
 
@@ -117,6 +120,13 @@ class Dispatch:
         while not self.ended and (ready := attempt.early.pop(len(self._delivered), None)) is not None:
             instructions += self._deliver(ready)
         return instructions
+
+    def on_opened(self, attempt_id: str) -> list[Instruction]:
+        """The prefill worker has blocks for the prompt, so the decode worker may take some too."""
+        attempt = self._attempt
+        if self.ended or attempt is None or attempt_id != attempt.attempt_id:
+            return []
+        return [Send(attempt.decode, Opened(attempt_id))]
 
     def on_handoff_failed(self, attempt_id: str) -> list[Instruction]:
         """The decode worker has no KV, and its blocks are free again. Another prefill worker is tried once, if there is

@@ -21,6 +21,7 @@ from core.wire import (
     FromWorker,
     Generate,
     HandoffFailed,
+    Opened,
     Prefill,
     Receive,
     Step,
@@ -35,6 +36,8 @@ from engine.runner import ModelRunner
 from engine.schedule import Chunk
 from engine.scheduler import Scheduler, SequenceUpdate
 from engine.structured.grammars import Grammars
+from kv_transfer.codecs.names import CodecSetting
+from kv_transfer.codecs.policy import CodecPolicy
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE as TRANSFER_SERVICE
 from kv_transfer.messages import ToGiver
@@ -70,6 +73,7 @@ class WorkerNode:
         lease_s: float,
         grammars: Grammars | None = None,
         kv_transport: Literal["auto", TransportName] = "auto",
+        kv_codec: CodecSetting = "none",
     ) -> None:
         self.worker_id = worker_id
         self.role = role
@@ -80,6 +84,7 @@ class WorkerNode:
             runner.kv_sink = self._engine.layer_written
         self._lease_s = lease_s
         self._kv_transport = kv_transport
+        self._codecs = CodecPolicy(kv_codec, runner.layout, runner.pool.device)
         self._owned: dict[str, _Owned] = {}
         self._sessions: set[Session] = set()
         self._server = LinkServer()
@@ -95,8 +100,9 @@ class WorkerNode:
             on_released=self._on_released,
             tcp_host=host if only in (None, "tcp") else None,
             nixl=only == "nixl",
+            codecs=self._codecs,
         )
-        self._taker = Taker(self.runner.pool, transports=(only,) if only is not None else None)
+        self._taker = Taker(self.runner.pool, transports=(only,) if only is not None else None, codecs=self._codecs)
         self._prefill = PrefillWorker(self._engine, self._giver, self.runner.layout)
         self._decode = DecodeWorker(self._engine, self._taker, self._on_handoff_failed)
         self._server.add_service(WORKER_SERVICE, ToWorker, self._on_session)  # type: ignore[arg-type]
@@ -170,6 +176,8 @@ class WorkerNode:
             case Receive(request):
                 self._owned[request.request_id] = _Owned(session, prefilling=False)
                 self._decode.receive(message)
+            case Opened(request_id):
+                self._decode.opened(request_id)
             case Abort(request_id):
                 self._abort(request_id)
 
@@ -196,6 +204,8 @@ class WorkerNode:
     def _deliver(self, report: Report) -> None:
         for opened in report.opened:
             self._prefill.opened(opened)
+            if (owner := self._owned.get(opened.sequence.request_id)) is not None:
+                owner.session.send(Opened(opened.sequence.request_id))
         self._prefill.computed(report.computed)
         outgoing: dict[Session, list[TokenDelta]] = {}
         for update in report.updates:
@@ -260,17 +270,25 @@ class WorkerNode:
                 prefix_cache_hits=stats.prefix_cache_hits,
                 preemptions=stats.num_preemptions,
                 steps=stats.steps,
+                step_tokens=stats.step_tokens,
                 step_seconds=stats.step_seconds,
-                transfers_committed=giver.committed + taker.committed,
-                transfers_failed=giver.failed + taker.failed,
-                transfers_expired=giver.expired + taker.expired,
-                transfers_aborted=giver.aborted + taker.aborted,
+                transfers_committed=taker.committed,
+                transfers_failed=taker.failed,
+                transfers_expired=taker.expired,
+                transfers_aborted=taker.aborted,
+                offers_committed=giver.committed,
+                offers_failed=giver.failed,
+                offers_expired=giver.expired,
+                offers_aborted=giver.aborted,
                 transport_fallbacks=taker.fallbacks,
                 transfer_bytes=taker.bytes,
+                transfer_wire_bytes=dict(taker.wire_bytes),
                 transfer_seconds=taker.seconds,
                 transfer_wait_seconds=taker.wait_seconds,
                 transfer_wire_seconds=taker.wire_seconds,
                 transfer_overlap_seconds=taker.overlap_seconds,
+                transfer_encode_seconds=giver.encode_seconds,
+                transfer_decode_seconds=taker.decode_seconds,
             ),
         )
 
@@ -283,5 +301,8 @@ def to_delta(update: SequenceUpdate) -> TokenDelta:
         logprobs=update.logprobs,
         prompt_logprobs=update.prompt_logprobs,
         num_cached_tokens=update.num_cached_tokens,
+        num_drafted_tokens=update.num_drafted_tokens,
+        num_accepted_tokens=update.num_accepted_tokens,
+        inexact_kv=update.sequence.inexact_kv,
         finish=update.finish,
     )

@@ -129,4 +129,28 @@ def _expanded(path: str) -> Path:
         raise ValueError(f"{path}: there is no such user here; write the path in full") from error
 
 
+def _names(value: object) -> object:
+    """ "a,b" -> ("a", "b"), and a list of names; none is no name. Raises ValueError."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{value!r} is neither a name nor a list of names")
+    names = [name.strip() for name in names]
+    if names == ["none"]:
+        return ()
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is there twice; leave one out")
+    return tuple(names)
+
+
+def _folders(value: object) -> object:
+    """name=path items, as flags have them, as the mapping that they stand for; paths absolute. Raises ValueError."""
+    modules = _modules(value)
+    if not isinstance(modules, dict) or not all(isinstance(m, dict) and m.keys() == {"path"} for m in modules.values()):
+        raise ValueError(f"{value!r} is not names with a path each; write such as small=drafts/small")
+    return {name: str(_expanded(str(module["path"])).absolute()) for name, module in modules.items()}
+
+
+DrafterNames = Annotated[tuple[str, ...], BeforeValidator(_names)]
+DrafterWeights = Annotated[dict[str, str], BeforeValidator(_folders)]
 LoraModules = Annotated[dict[str, LoraModule], BeforeValidator(_modules), AfterValidator(_absolute)]

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def config_options(command: F) -> F:
     """Add one option per setting. An option that was not given is absent from the command's keyword arguments' values
     (None), so that the file and the defaults stand."""
-    for _, name, info in reversed(list(leaves())):
+    for _, _, name, info in reversed(list(leaves())):
         several = _is_mapping(info)
         command = click.option(
             _flag(name, info),
@@ -28,7 +28,7 @@ def config_options(command: F) -> F:
             default=None,
             multiple=several,
             callback=_none_if_empty if several else None,
-            metavar="NAME=PATH|JSON..." if several else None,
+            metavar="NAME=PATH..." if several else None,
             help=_help(info),
         )(command)
     return command
@@ -39,7 +39,7 @@ class ListOptions(click.Command):
     argparse has it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        flags = {_flag(name, info) for _, name, info in leaves() if _is_mapping(info)}
+        flags = {_flag(name, info) for _, _, name, info in leaves() if _is_mapping(info)}
         spread: list[str] = []
         flag = None
         for index, arg in enumerate(args):

@@ -13,9 +13,10 @@ from core.types import Request
 from engine.block_manager import UNIT, extend_unit_digests
 
 
-def digests_of(request: Request, output_token_ids: Sequence[int] = ()) -> list[bytes]:
-    """Of the full units of the prompt and what follows it. None if it must not be found in a cache."""
-    digests: list[bytes] = []
+def digests_of(request: Request, output_token_ids: Sequence[int] = (), known: Sequence[bytes] = ()) -> list[bytes]:
+    """Of the full units of the prompt and what follows it, of which the first `known` need not be computed again. None
+    if it must not be found in a cache."""
+    digests = list(known)
     if request.sampling.prompt_logprobs is None:
         tokens = [*request.prompt_token_ids, *output_token_ids]
         extend_unit_digests(digests, tokens, request.cache_salt, request.adapter)
@@ -41,6 +42,11 @@ class KnownPrefixes:
         """How many tokens of the prefix each worker has; without those that have none."""
         found = {worker_id: _matched(digests, units) * UNIT for worker_id, units in self._units.items()}
         return {worker_id: tokens for worker_id, tokens in found.items() if tokens}
+
+    def drop(self, worker_id: str, digests: Sequence[bytes]) -> None:
+        """The worker has not kept the KV of these."""
+        for digest in digests:
+            self._units[worker_id].pop(digest, None)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone, and its cache with it."""

@@ -49,6 +49,8 @@ class Prompt:
 
     num_tokens: int
     cached: Mapping[str, int] = field(default_factory=dict)
+    decodes: bool = True
+    """Whether a second token is wanted."""
 
     def uncached(self, worker: Candidate) -> int:
         return self.num_tokens - self.cached.get(worker.worker_id, 0)
@@ -62,13 +64,15 @@ class Reason(StrEnum):
     """There is nobody to hand over."""
     NOT_WORTH_IT = "not_worth_it"
     """What is to be computed is too little, or mostly cached where it is decoded."""
+    PREFILL_ONLY = "prefill_only"
+    """It ends with its first token at the latest, so a prefill worker can do all of it."""
     FALLBACK = "fallback"
     """A hand-off has failed before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`prefill` None: `decode` does both."""
+    """`prefill` None: `decode` does all of it."""
 
     prefill: Candidate | None
     decode: Candidate
@@ -93,6 +97,8 @@ def choose(prompt: Prompt, workers: Iterable[Candidate], max_waiting: int, break
     if decode.status.role is not Role.DECODE or not prefillers:
         return Route(None, decode, Reason.COLOCATED)
     prefill = min(prefillers, key=lambda w: (w.queued_tokens + prompt.uncached(w), w.num_sequences, w.worker_id))
+    if not prompt.decodes:
+        return Route(None, prefill, Reason.PREFILL_ONLY)
     repeated = max(0, prompt.uncached(prefill) - prompt.uncached(decode))
     if break_even.stays(prompt.uncached(decode), repeated, decode.num_sequences):
         return Route(None, decode, Reason.NOT_WORTH_IT)

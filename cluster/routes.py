@@ -15,6 +15,7 @@ from cluster.prefixes import KnownPrefixes, digests_of
 from cluster.router import Candidate, Prompt, Reason, Route, choose
 from core.types import Request, Role, TokenDelta
 from core.wire import WorkerStatus
+from engine.block_manager import UNIT
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class Way:
     route: Route | None = None
     gaps: FirstGaps | None = None
     """While its KV is handed over."""
+    new_to_decode: Sequence[bytes] = ()
+    """Of `digests`, those that the decode worker gets by a hand-off."""
 
 
 class Routes:
@@ -62,8 +65,12 @@ class Routes:
         when there is no other; `local_to` is asked alone, unless it is such a one or gone."""
         open_workers = [c for c in candidates if c.worker_id not in dispatch.avoid] or list(candidates)
         local = [c for c in open_workers if c.worker_id == local_to]
-        num_tokens = len(dispatch.request.prompt_token_ids) + len(dispatch.delivered)
-        prompt = Prompt(num_tokens, self._prefixes.cached_tokens(way.digests))
+        request, num_delivered = dispatch.request, len(dispatch.delivered)
+        prompt = Prompt(
+            len(request.prompt_token_ids) + num_delivered,
+            self._prefixes.cached_tokens(way.digests),
+            decodes=request.sampling.max_tokens - num_delivered > 1,
+        )
         route = choose(prompt, local or open_workers, self._max_waiting, self._break_even)
         fell_back = dispatch.handoff_failures and route.prefill is None
         self._counts[Reason.FALLBACK if fell_back else route.reason] += 1
@@ -71,6 +78,7 @@ class Routes:
             self._remember(worker.status, way.digests)
         way.route = route
         way.gaps = FirstGaps(prompt.uncached(route.decode)) if route.prefill is not None else None
+        way.new_to_decode = way.digests[prompt.cached.get(route.decode.worker_id, 0) // UNIT :]
         return route
 
     def delivered(self, way: Way, dispatch: Dispatch, delta: TokenDelta) -> None:
@@ -78,8 +86,11 @@ class Routes:
         if way.gaps is not None and (extra := way.gaps.heard(len(delta.token_ids), time.monotonic())) is not None:
             self._break_even.observe_handoff(way.gaps.num_tokens, extra)
             way.gaps = None
-        if delta.finish is not None and way.digests and way.route and way.route.decode.worker_id in self._before:
-            self._remember(way.route.decode.status, digests_of(dispatch.request, dispatch.delivered))
+        if delta.inexact_kv and way.route is not None:
+            self._prefixes.drop(way.route.decode.worker_id, way.new_to_decode)
+            way.new_to_decode = ()
+        elif delta.finish is not None and way.digests and way.route and way.route.decode.worker_id in self._before:
+            self._remember(way.route.decode.status, digests_of(dispatch.request, dispatch.delivered, way.digests))
 
     def heard(self, status: WorkerStatus) -> None:
         """A worker says how it is. The counters of one that only prefills tell the time of a prompt's token."""
@@ -87,8 +98,7 @@ class Routes:
         self._before[status.worker_id] = status
         if status.role is before.role is Role.PREFILL:
             now, then = status.counters, before.counters
-            num_tokens = (now.prompt_tokens - now.prefix_cache_hits) - (then.prompt_tokens - then.prefix_cache_hits)
-            if num_tokens > 0:
+            if (num_tokens := now.step_tokens - then.step_tokens) > 0:
                 self._break_even.observe_prefill(num_tokens, now.step_seconds - then.step_seconds)
 
     def lost(self, worker_id: str) -> None:

@@ -64,4 +64,7 @@ def make_node(
         BlockManager(runner.pool.num_blocks, engine.block_size, enable_prefix_caching=engine.prefix_caching),
     )
     grammars = Grammars(folder, runner.config.vocab_size)
-    return WorkerNode(worker_id, role, runner, scheduler, config.cluster.lease_s, grammars, config.cluster.kv_transport)
+    cluster = config.cluster
+    return WorkerNode(
+        worker_id, role, runner, scheduler, cluster.lease_s, grammars, cluster.kv_transport, cluster.kv_codec
+    )

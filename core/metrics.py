@@ -180,10 +180,15 @@ _COUNTERS = (
     _Series("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
     _Series("vllm:num_preemptions", "Sequences preempted for want of blocks.", "preemptions"),
     _Series("slipstream:engine_steps", "Engine steps.", "steps"),
+    _Series("slipstream:engine_step_tokens", "Tokens computed in engine steps.", "step_tokens"),
     _Series("slipstream:engine_step_seconds", "Time spent in engine steps.", "step_seconds"),
-    _Series("slipstream:handoffs_committed", "Hand-offs committed.", "transfers_committed"),
+    _Series("slipstream:handoffs_committed", "Hand-offs committed, by who took them.", "transfers_committed"),
     _Series("slipstream:handoff_failures", "Hand-offs that failed.", "transfers_failed"),
     _Series("slipstream:handoff_expiries", "Hand-offs whose lease ran out.", "transfers_expired"),
+    _Series("slipstream:offers_committed", "Offers of KV that a decode worker has taken.", "offers_committed"),
+    _Series("slipstream:offers_failed", "Offers of KV that failed.", "offers_failed"),
+    _Series("slipstream:offers_expired", "Offers of KV that nobody asked for or renewed in time.", "offers_expired"),
+    _Series("slipstream:offers_aborted", "Offers of KV that either side gave up.", "offers_aborted"),
     _Series("slipstream:handoff_bytes", "Bytes of KV handed off.", "transfer_bytes"),
     _Series("slipstream:handoff_aborts", "Hand-offs that were given up.", "transfers_aborted"),
     _Series(
@@ -195,6 +200,8 @@ _COUNTERS = (
     _Series(
         "slipstream:handoff_overlap_seconds", "While KV was pulled and computed at once.", "transfer_overlap_seconds"
     ),
+    _Series("slipstream:handoff_encode_seconds", "Encoding KV that was handed off.", "transfer_encode_seconds"),
+    _Series("slipstream:handoff_decode_seconds", "Decoding it, while it was pulled.", "transfer_decode_seconds"),
 )
 
 
@@ -230,6 +237,7 @@ class WorkerCollector(Collector):
         self._remember(live)
         for series in _COUNTERS:
             yield self._counter(series)
+        yield self._wire_bytes()
         routed = CounterMetricFamily(
             "slipstream:routed", "Sequences sent to workers, by way.", labels=(*LABELS, "route")
         )
@@ -249,6 +257,14 @@ class WorkerCollector(Collector):
         family = CounterMetricFamily(series.name, series.text, labels=LABELS)
         for worker in self._seen.values():
             family.add_metric(self._labels(worker), _read(worker.counters, series.field))
+        return family
+
+    def _wire_bytes(self) -> CounterMetricFamily:
+        text = "Bytes on the wire of KV handed off, by codec."
+        family = CounterMetricFamily("slipstream:handoff_wire_bytes", text, labels=(*LABELS, "codec"))
+        for worker in self._seen.values():
+            for codec, count in worker.counters.transfer_wire_bytes.items():
+                family.add_metric([*self._labels(worker), codec], count)
         return family
 
     def _remember(self, live: list[WorkerStatus]) -> None:

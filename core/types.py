@@ -74,6 +74,17 @@ class Slo(Struct, frozen=True, kw_only=True):
     tpot_ms: float | None = None
 
 
+class SpeculationWish(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request has to say about its drafts. The gateway has checked that the workers have what is named."""
+
+    drafter: str = ""
+    """By name; empty leaves it to the worker."""
+    rule: str = ""
+    """By name; empty is the worker's."""
+    budget: int | None = None
+    """Draft tokens per step at most, 0 for none; None is the worker's bound."""
+
+
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to generate. `emitted_token_ids` were already sent to the client by a worker that has since gone:
     they are part of the output (positions, penalties and max_tokens count them) and are not emitted again."""
@@ -82,7 +93,7 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     deadline: float
-    """Unix time, seconds, by which the request must have ended."""
+    """Unix time, seconds, by the gateway's clock, by which the request must have ended."""
     emitted_token_ids: list[int] = []
     slo: Slo | None = None
     priority: int = 0
@@ -91,6 +102,10 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Prefix-cache blocks are shared only between requests with the same salt, and the same adapter."""
     adapter: str = ""
     """Name of the LoRA adapter to compute with; empty is the base model."""
+    speculation: SpeculationWish | None = None
+    """None leaves everything about it to the worker."""
+    remember: bool = True
+    """Whether drafters may keep anything of its text once it has ended."""
 
 
 class FinishReason(StrEnum):
@@ -164,4 +179,10 @@ class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Set, if asked for, on the delta that carries the first token, or the finish when no token is wanted."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from a prefix cache; set on the delta that carries the first token."""
+    num_drafted_tokens: int = 0
+    """Draft tokens that were verified in the step that brought these tokens."""
+    num_accepted_tokens: int = 0
+    """How many of `token_ids` were accepted from among them."""
+    inexact_kv: bool = False
+    """The worker's prefix cache gets none of its KV, which a codec has changed on its way."""
     finish: Finish | None = None

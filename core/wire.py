@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from core.types import Request, Role, TokenDelta
 
@@ -31,11 +31,14 @@ class Prefill(Struct, frozen=True, tag=True):
 
 
 class Receive(Struct, frozen=True, tag=True):
-    """Take the KV that `prefill_address` gives under `transfer_id`, then decode from the second token on."""
+    """Take the KV that `prefill_address` gives under `transfer_id`, then decode from the second token on. Opened
+    follows."""
 
     request: Request
     transfer_id: str
     prefill_address: str
+    within_s: float
+    """What is left until the request's deadline, which is by another host's clock."""
 
 
 class Abort(Struct, frozen=True, tag=True):
@@ -44,7 +47,15 @@ class Abort(Struct, frozen=True, tag=True):
     request_id: str
 
 
-ToWorker = Generate | Prefill | Receive | Abort
+class Opened(Struct, frozen=True, tag=True):
+    """The prompt of a hand-off has its blocks on the prefill side: that worker tells the gateway, and the gateway tells
+    the decode worker, which gives it blocks of its own not before. As blocks are taken there first and here second, no
+    two hand-offs can wait for each other's, whatever the order of the two queues."""
+
+    request_id: str
+
+
+ToWorker = Generate | Prefill | Receive | Opened | Abort
 
 
 # --- worker to gateway ---------------------------------------------------------------------------------------------
@@ -63,6 +74,34 @@ class HandoffFailed(Struct, frozen=True, tag=True):
     reason: str
 
 
+class DrafterCounters(Struct, frozen=True, kw_only=True):
+    """Of one drafter in one version."""
+
+    drafter: str
+    version: str
+    """Empty if it has none."""
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    drafts_per_position: list[int]
+    """Drafts that had a token at each depth, the first being what follows the last token of the output."""
+    accepted_per_position: list[int]
+    """Drafts of which one was accepted there."""
+    alarm: str = ""
+    """What is implausible about its acceptance lately, `low` or `high`; empty if nothing is."""
+
+
+class SpeculationCounters(Struct, frozen=True, kw_only=True):
+    """Of a worker that speculates."""
+
+    drafters: list[DrafterCounters]
+    switched_off: list[str]
+    """Drafters that have failed on this worker and are not asked any more."""
+    draft_seconds: float
+    verify_seconds: float
+    """Judging drafts and telling drafters; the steps themselves are in step_seconds of the worker."""
+
+
 class WorkerCounters(Struct, frozen=True, kw_only=True):
     """Monotonic since the worker started."""
 
@@ -72,17 +111,30 @@ class WorkerCounters(Struct, frozen=True, kw_only=True):
     prefix_cache_hits: int = 0
     preemptions: int = 0
     steps: int = 0
+    step_tokens: int = 0
+    """Computed by these steps, of prompts and outputs."""
     step_seconds: float = 0.0
     transfers_committed: int = 0
+    """Transfers are counted where they are taken, so each once; offers below where they are given."""
     transfers_failed: int = 0
     transfers_expired: int = 0
     transfers_aborted: int = 0
+    offers_committed: int = 0
+    offers_failed: int = 0
+    offers_expired: int = 0
+    offers_aborted: int = 0
     transport_fallbacks: int = 0
     transfer_bytes: int = 0
     transfer_seconds: float = 0.0
     transfer_wait_seconds: float = 0.0
     transfer_wire_seconds: float = 0.0
     transfer_overlap_seconds: float = 0.0
+    transfer_encode_seconds: float = 0.0
+    transfer_decode_seconds: float = 0.0
+    transfer_wire_bytes: dict[str, int] = field(default_factory=dict)
+    """By codec."""
+    speculation: SpeculationCounters | None = None
+    """None if the worker does not speculate."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True, tag=True):
@@ -101,7 +153,7 @@ class WorkerStatus(Struct, frozen=True, kw_only=True, tag=True):
     counters: WorkerCounters
 
 
-FromWorker = Step | HandoffFailed | WorkerStatus
+FromWorker = Step | Opened | HandoffFailed | WorkerStatus
 
 WORKER_SERVICE = "Worker"
 """The links (core.links) that carry ToWorker and FromWorker."""

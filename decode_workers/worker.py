@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,7 @@ from core.types import Request
 from core.wire import Receive
 from engine.engine import Engine
 from engine.sequence import Sequence
-from kv_transfer.messages import SequenceState
-from kv_transfer.taker import Reservation, Taker, Withdrawn
+from kv_transfer.taker import Reservation, Taken, Taker, Withdrawn
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ OnHandoffFailed = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    task: asyncio.Task[SequenceState]
+    task: asyncio.Task[Taken]
     reserved: asyncio.Future[Reservation]
 
 
@@ -43,16 +43,20 @@ class DecodeWorker:
         self._engine.add(Sequence(request))
 
     def receive(self, job: Receive) -> None:
-        """Reserve blocks (`granted` follows), take the KV, then decode."""
+        """Reserve blocks once the prefill side has its own (`granted` follows `opened`), take the KV, then decode."""
         request_id = job.request.request_id
-        self._engine.reserve(Sequence(job.request))
+        self._engine.reserve(Sequence(job.request, deferred=True))
         loop = asyncio.get_running_loop()
         reserved: asyncio.Future[Reservation] = loop.create_future()
-        taking = self._taker.expect(job.transfer_id, job.prefill_address, reserved, deadline=job.request.deadline)
+        taking = self._taker.expect(job.transfer_id, job.prefill_address, reserved, deadline=time.time() + job.within_s)
         task = loop.create_task(taking)
         self._transfers[request_id] = _Transfer(task, reserved)
         # Not a finally in a coroutine: a task that is cancelled before its first step never enters it.
         task.add_done_callback(lambda done: self._ended(request_id, done))
+
+    def opened(self, request_id: str) -> None:
+        """The prefill side has blocks for a sequence given to `receive`, and waits for nobody but us."""
+        self._engine.undefer(request_id)
 
     def granted(self, sequence: Sequence) -> None:
         """The engine has allocated the blocks of a sequence given to `receive`."""
@@ -85,12 +89,13 @@ class DecodeWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ended(self, request_id: str, transfer: asyncio.Task[SequenceState]) -> None:
+    def _ended(self, request_id: str, transfer: asyncio.Task[Taken]) -> None:
         """The KV is there, or the blocks go back; either way nothing writes to them any more."""
         del self._transfers[request_id]
         error = None if transfer.cancelled() else transfer.exception()
         if not transfer.cancelled() and error is None:
-            self._engine.join(request_id, transfer.result().token_ids)
+            taken = transfer.result()
+            self._engine.join(request_id, taken.state.token_ids, exact=taken.exact)
             return
         self._engine.abort(request_id)
         if error is None or (isinstance(error, Withdrawn) and error.finished):

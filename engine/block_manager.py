@@ -100,6 +100,7 @@ class BlockManager:
         sequence.block_table = hits + [self._take() for _ in range(num_new)]
         sequence.num_computed_tokens = len(hits) * self.block_size
         sequence.num_cacheable_blocks = len(hits)
+        sequence.inexact_kv = False
         return True
 
     def count_query(self, sequence: Sequence) -> None:
@@ -119,8 +120,9 @@ class BlockManager:
         return True
 
     def commit(self, sequence: Sequence) -> None:
-        """Let the prefix cache know the blocks that num_computed_tokens has filled since the last call."""
-        if not self.enable_prefix_caching:
+        """Let the prefix cache know the blocks that num_computed_tokens has filled since the last call, unless their KV
+        is not exact."""
+        if not self.enable_prefix_caching or sequence.inexact_kv:
             return
         granule = max(UNIT, self.block_size)  # a block smaller than a unit has no name before its unit is full
         num_full = sequence.num_computed_tokens // granule * granule // self.block_size
@@ -138,6 +140,7 @@ class BlockManager:
             self._unreference(sequence.block_table[index], self._key_of(sequence, index) if known else None)
         sequence.block_table = []
         sequence.block_array = None
+        sequence.kv_moves = None
         sequence.num_computed_tokens = 0
         sequence.num_cacheable_blocks = 0
 

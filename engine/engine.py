@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from core.errors import InternalError, InvalidRequest
 from core.types import Finish
-from engine.batching import build_batch
+from engine.batching import build_batch, of_plain_rows
+from engine.drafts import Speculator
 from engine.schedule import Chunk, Opened
 from engine.scheduler import Schedule, Scheduler, SequenceUpdate
 from engine.sequence import Sequence
@@ -52,6 +53,8 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
+    step_tokens: int = 0
+    """Computed by these steps, of prompts and outputs."""
     step_seconds: float = 0.0
 
 
@@ -85,8 +88,10 @@ class Engine:
         on_report: Callable[[Report], None],
         grammars: Grammars | None = None,
         on_written: OnWritten | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """`on_written` is called for runners whose KV sink is `layer_written`."""
+        self._speculator = speculator
         self._on_written = on_written
         self._writing: list[Chunk] = []
         self._runner = runner
@@ -99,9 +104,9 @@ class Engine:
         """Not admitted yet: their grammars are being compiled."""
         self._rejected: list[SequenceUpdate] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self._prompt_tokens = self._generated_tokens = self._steps = self._step_tokens = 0
         self._step_seconds = 0.0
-        self._flying: deque[tuple[Schedule, Future[StepOutput]]] = deque()
+        self._flying: deque[tuple[Schedule, StepBatch, Future[StepOutput]]] = deque()
         self._max_flying = scheduler.config.max_steps_in_flight
         self._oldest_since: float | None = None
         self.failure: InternalError | None = None
@@ -140,9 +145,14 @@ class Engine:
         """Allocate blocks for its prompt as soon as there is room; it then shows up in Report.granted."""
         self._commands.put(lambda: self._admit(sequence, self._scheduler.reserve))
 
-    def join(self, request_id: str, token_ids: list[int]) -> None:
-        """The KV of a reserved sequence has arrived; `token_ids` are the output tokens its giver emitted."""
-        self._commands.put(lambda: self._join(request_id, token_ids))
+    def undefer(self, request_id: str) -> None:
+        """A sequence that was reserved deferred may have its blocks now. Unknown ids are ignored."""
+        self._commands.put(lambda: self._undefer(request_id))
+
+    def join(self, request_id: str, token_ids: list[int], *, exact: bool = True) -> None:
+        """The KV of a reserved sequence has arrived, changed by a codec unless `exact`; `token_ids` are the output
+        tokens its giver emitted."""
+        self._commands.put(lambda: self._join(request_id, token_ids, exact))
 
     def release(self, request_id: str) -> None:
         """End a sequence that was opened, and unreference its blocks."""
@@ -183,12 +193,12 @@ class Engine:
             self._rejected = []
         if schedule.chunks:
             self._submit(schedule)
-        takes_in = len(self._flying) == self._max_flying or bool(self._flying and self._flying[0][1].done())
+        takes_in = len(self._flying) == self._max_flying or bool(self._flying and self._flying[0][2].done())
         self._tell(self._take_in_oldest() if takes_in else Report())
         if takes_in or schedule.chunks or schedule.granted:
             return True
         if self._flying:
-            self._flying[0][1].add_done_callback(lambda _: self._commands.put(_look_again))
+            self._flying[0][2].add_done_callback(lambda _: self._commands.put(_look_again))
         return False
 
     def _tell(self, report: Report) -> None:
@@ -210,25 +220,49 @@ class Engine:
     def _submit(self, schedule: Schedule) -> None:
         if not self._flying:
             self._oldest_since = time.monotonic()
+        if self._speculator is None:
+            batch = build_batch(schedule)
+        else:
+            self._draft(schedule, self._speculator)
+            batch = build_batch(schedule, taps=self._speculator.taps, return_logits=self._speculator.reads_logits)
         self._writing = [chunk for chunk in schedule.chunks if chunk.sequence.exposed]
-        self._flying.append((schedule, self._runner.submit(build_batch(schedule))))
+        self._flying.append((schedule, batch, self._runner.submit(batch)))
+
+    def _draft(self, schedule: Schedule, speculator: Speculator) -> None:
+        if candidates := self._scheduler.draft_room(schedule):
+            drafts = speculator.propose(candidates, schedule.num_tokens - len(candidates))
+            if drafts is not None:
+                self._scheduler.attach(schedule, drafts)
 
     def _take_in_oldest(self) -> Report:
-        schedule, future = self._flying.popleft()
+        schedule, batch, future = self._flying.popleft()
         error = future.exception()  # waits
         self._oldest_since = time.monotonic() if self._flying else None
         if error is not None:
             return Report(updates=self._fail(error))
         output = future.result()
-        advance_constraints(schedule, output.token_ids.tolist())
-        updates = self._scheduler.update(schedule, output.token_ids.tolist(), output.logprobs, output.prompt_logprobs)
+        updates = self._take_in(schedule, batch, output)
         self._steps += 1
+        self._step_tokens += schedule.num_tokens
         self._step_seconds += output.seconds
         self._count(updates)
         for update in updates:
             if update.finish is not None:
                 self._live.pop(update.sequence.request_id, None)
         return Report(updates, computed=[chunk for chunk in schedule.chunks if _opened_part(chunk)])
+
+    def _take_in(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[SequenceUpdate]:
+        speculator, scheduler = self._speculator, self._scheduler
+        if speculator is None:
+            return scheduler.update(schedule, output.token_ids.tolist(), output.logprobs, output.prompt_logprobs)
+        logprobs = of_plain_rows(schedule, output.logprobs)
+        verdicts = speculator.judge(schedule, batch, output)
+        updates = scheduler.update(schedule, verdicts, logprobs, output.prompt_logprobs)
+        speculator.settle(schedule, batch, output)
+        for update in updates:
+            if update.finish is not None:
+                speculator.forget(update.sequence)
+        return updates
 
     def _count(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
@@ -296,23 +330,30 @@ class Engine:
             self._rejected.append(SequenceUpdate(sequence, [], sequence.num_output_tokens, finish=end))
         return end is not None
 
-    def _join(self, request_id: str, token_ids: list[int]) -> None:
+    def _join(self, request_id: str, token_ids: list[int], exact: bool) -> None:
         sequence = self._live.get(request_id)  # it may have been aborted while its KV was on the way
         if sequence is None:
             return
-        self._scheduler.join(request_id, token_ids)
+        self._scheduler.join(request_id, token_ids, exact=exact)
         if sequence.constraint is not None:
             sequence.constraint.advance(token_ids)
             if self._end_with_constraint(sequence):
                 self._drop(request_id)
+
+    def _undefer(self, request_id: str) -> None:
+        sequence = self._live.get(request_id) or self._compiling.get(request_id)
+        if sequence is not None:
+            sequence.deferred = False
 
     def _set_step_tokens(self, max_num_batched_tokens: int) -> None:
         self._scheduler.config = replace(self._scheduler.config, max_num_batched_tokens=max_num_batched_tokens)
 
     def _drop(self, request_id: str) -> None:
         self._compiling.pop(request_id, None)
-        if self._live.pop(request_id, None) is not None:
+        if (sequence := self._live.pop(request_id, None)) is not None:
             self._scheduler.abort(request_id)
+            if self._speculator is not None:
+                self._speculator.forget(sequence)
 
     def _release(self, request_id: str) -> None:
         self._live.pop(request_id, None)
@@ -337,18 +378,9 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,
+            step_tokens=self._step_tokens,
             step_seconds=self._step_seconds,
         )
-
-
-def advance_constraints(schedule: Schedule, token_ids: list[int]) -> None:
-    """Before the scheduler takes in a step, so that it finds out which sequences their grammars end."""
-    sampled = iter(token_ids)
-    for chunk in schedule.chunks:
-        if chunk.samples:
-            token_id = next(sampled)
-            if chunk.sequence.constraint is not None and token_id >= 0:
-                chunk.sequence.constraint.advance([token_id])
 
 
 def _opened_part(chunk: Chunk) -> bool:

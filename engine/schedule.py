@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from core.errors import ConfigError, InvalidRequest
 from core.types import Finish, FinishReason, PromptLogprobs, TokenLogprobs
+from engine.drafts import Draft
 from engine.sequence import Sequence
 
 
@@ -47,6 +48,18 @@ class Chunk:
     num_tokens: int
     samples: bool
     num_scored: int = 0
+    draft: Draft | None = None
+    """Proposed to follow a sequence that decodes; `num_tokens` counts its rows."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is the last token of a sequence that goes on here, with or without a draft."""
+        goes_on = self.samples and not self.sequence.hold_after_prefill and self.num_scored == 0
+        return goes_on and (self.num_tokens == 1 or self.draft is not None)
+
+    @property
+    def num_logit_rows(self) -> int:
+        return 0 if not self.samples else 1 if self.draft is None else self.draft.num_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,9 @@ class SequenceUpdate:
     finish: Finish | None = None
     num_cached_tokens: int = 0
     """Set on the update with the first token of the output."""
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of `token_ids`, those that come from the draft."""
 
 
 def check_fits(sequence: Sequence, config: SchedulerConfig, kv_tokens: int) -> None:

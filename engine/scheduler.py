@@ -25,11 +25,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from itertools import islice
 
 from core.errors import InvalidRequest, Undrawable
 from core.types import Finish, FinishReason, PromptLogprobs, TokenLogprobs
+from engine.batching import slots_of
 from engine.block_manager import BlockManager
+from engine.drafts import Candidate, Draft, Verdict, moves_of
 from engine.schedule import Chunk, Opened, Schedule, SchedulerConfig, SequenceUpdate, check_fits, finish_after
 from engine.sequence import Sequence, Status
 from engine.step import UNDRAWABLE
@@ -119,19 +122,22 @@ class Scheduler:
         self._enqueue(sequence)
 
     def reserve(self, sequence: Sequence) -> None:
-        """Queue for blocks for the tokens of a sequence that is prefilled elsewhere. `Schedule.granted` names it when
-        it has them; then comes `join`, or `abort`. Raises InvalidRequest if it can never fit."""
+        """Queue for blocks for the tokens of a sequence that is prefilled elsewhere; while it is `deferred` it is
+        passed over. `Schedule.granted` names it when it has them; then comes `join`, or `abort`. Raises InvalidRequest
+        if it can never fit."""
         check_fits(sequence, self.config, self.blocks.num_blocks * self.blocks.block_size)
         sequence.awaits_kv = True
         self._enqueue(sequence)
 
-    def join(self, request_id: str, first_tokens: list[int]) -> None:
+    def join(self, request_id: str, first_tokens: list[int], *, exact: bool = True) -> None:
         """The KV of a reserved sequence is in its blocks. `first_tokens`, at least one, were emitted by the worker that
-        computed it, which has also seen to it that they do not finish the sequence."""
+        computed it, which has also seen to it that they do not finish the sequence. KV that is not `exact`, and what is
+        computed on top of it, stays out of the prefix cache."""
         sequence = self._live[request_id]
         assert sequence.status is Status.RESERVED, f"{request_id} is {sequence.status.name}, not reserved"
         assert first_tokens, f"{request_id} joins without the token to go on from"
         sequence.awaits_kv = False
+        sequence.inexact_kv = not exact
         sequence.num_computed_tokens = len(sequence.token_ids)
         self.blocks.commit(sequence)
         sequence.token_ids.extend(first_tokens)
@@ -179,15 +185,38 @@ class Scheduler:
         self._admit(schedule, self._prompt_share())
         return schedule
 
+    def draft_room(self, schedule: Schedule) -> list[Candidate]:
+        """The sequences of the step that decode, and how many draft tokens each may have on top of what is scheduled:
+        within its own ends, and its part of the token budget and of the blocks that no other sequence is about to
+        need."""
+        decoding = [chunk.sequence for chunk in schedule.chunks if chunk.decodes]
+        if not decoding:
+            return []
+        budget = (self.config.max_num_batched_tokens - schedule.num_tokens) // len(decoding)
+        blocks = max(0, self.blocks.num_free - self._headroom()) // len(decoding)
+        return [Candidate(sequence, min(budget, self._draft_limit(sequence, blocks))) for sequence in decoding]
+
+    def attach(self, schedule: Schedule, drafts: SequenceOf[Draft | None]) -> None:
+        """Compute drafts too, one for each of the candidates that `draft_room` has just named, within its room."""
+        left = iter(drafts)
+        for place, chunk in enumerate(schedule.chunks):
+            if not chunk.decodes or (draft := next(left)) is None:
+                continue
+            room = self.blocks.extend(chunk.sequence, chunk.start + draft.num_rows)
+            assert room, f"the draft of {chunk.sequence.request_id} is longer than its room"
+            schedule.chunks[place] = replace(chunk, num_tokens=draft.num_rows, draft=draft)
+            schedule.num_tokens += draft.num_rows - 1
+
     def update(
         self,
         schedule: Schedule,
-        sampled_token_ids: SequenceOf[int],
+        sampled_token_ids: SequenceOf[int | Verdict],
         logprobs: SequenceOf[TokenLogprobs | None] = (),
         prompt_logprobs: SequenceOf[PromptLogprobs] = (),
     ) -> list[SequenceUpdate]:
-        """Take in a finished step: one sampled token, and one logprobs entry unless there are none at all, for each
-        chunk that samples, and the prompt logprobs of each chunk that is scored, in their order."""
+        """Take in a finished step: one sampled token, or the verdict on its draft, and one logprobs entry unless there
+        are none at all, for each chunk that samples, and the prompt logprobs of each chunk that is scored, in their
+        order."""
         num_samples = sum(chunk.samples for chunk in schedule.chunks)
         assert len(sampled_token_ids) == num_samples, f"{len(sampled_token_ids)} tokens for {num_samples} samples"
         updates: list[SequenceUpdate] = []
@@ -200,13 +229,20 @@ class Scheduler:
                 sequence.prompt_logprobs.append(next(scores))
             if sequence.status is Status.FINISHED:  # aborted in flight
                 self.blocks.free(sequence)
+            elif chunk.draft is not None:
+                verdict = sampled_token_ids[row]
+                assert isinstance(verdict, Verdict)
+                updates.append(self._take_verdict(chunk, verdict))
             else:
                 sequence.num_computed_tokens += chunk.num_tokens
                 self.blocks.commit(sequence)
                 if sequence.status is Status.HELD:  # aborted in flight; its blocks are a hand-off's
                     pass
                 elif chunk.samples:
-                    updates.append(self._append(sequence, sampled_token_ids[row], logprobs[row] if logprobs else None))
+                    token_id = sampled_token_ids[row]
+                    assert isinstance(token_id, int)
+                    found = logprobs[row] if logprobs else None
+                    updates.append(self._append(sequence, [token_id], None if found is None else [found]))
                 elif not sequence.num_pending_tokens:
                     updates.append(self._finish_without_output(sequence))
             row += chunk.samples
@@ -263,6 +299,14 @@ class Scheduler:
             schedule.num_tokens += num_tokens
             sequence.in_flight = True
 
+    def _draft_limit(self, sequence: Sequence, num_new_blocks: int) -> int:
+        """Draft tokens that can matter to it, and whose KV fits with so many more blocks."""
+        num_tokens = len(sequence.token_ids)
+        of_output = sequence.request.sampling.max_tokens - sequence.num_output_tokens - 1
+        of_context = self.config.max_model_len - num_tokens - 1
+        of_kv = (len(sequence.block_table) + num_new_blocks) * self.blocks.block_size - num_tokens
+        return max(0, min(of_output, of_context, of_kv))
+
     # --- shares of the steps in flight -----------------------------------------------------------------------------
 
     def _decode_share(self) -> int:
@@ -285,11 +329,11 @@ class Scheduler:
     # --- admission -------------------------------------------------------------------------------------------------
 
     def _admit(self, schedule: Schedule, max_tokens: int) -> None:
-        """Admit from the front of the queue, in order. A prompt that lacks nothing but token budget lets reservations
-        pass, which need none, as long as they leave its seat and its blocks alone."""
+        """Admit from the front of the queue, in order, those that are not deferred. A prompt that lacks nothing but
+        token budget lets reservations pass, which need none, as long as they leave its seat and its blocks alone."""
         seats = self.config.max_num_seqs - self.num_running
         owed = 0
-        for sequence in list(islice(self._waiting, seats)):
+        for sequence in list(islice((s for s in self._waiting if not s.deferred), seats)):
             if not sequence.awaits_kv and schedule.num_tokens >= max_tokens:
                 owed += self.blocks.blocks_for(len(sequence.token_ids))
             elif not self.blocks.allocate(sequence, spare=owed + self._headroom()):
@@ -348,20 +392,44 @@ class Scheduler:
         sequence.status = Status.RUNNING
         self._running.add(sequence)
 
-    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> SequenceUpdate:
-        index = sequence.num_output_tokens
-        if token_id == UNDRAWABLE:
-            self._end(sequence)
-            return SequenceUpdate(sequence, [], index, finish=_UNDRAWABLE)
-        sequence.token_ids.append(token_id)
-        finish = finish_after(sequence, self.config.max_model_len)
+    def _take_verdict(self, chunk: Chunk, verdict: Verdict) -> SequenceUpdate:
+        """The KV of the path is moved to its place when the sequence is computed next; the prefix cache, which others
+        share, hears of it after that."""
+        sequence = chunk.sequence
+        assert chunk.draft is not None
+        sequence.num_computed_tokens += 1
+        self.blocks.commit(sequence)
+        update = self._append(sequence, verdict.token_ids, verdict.logprobs)
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed_tokens += len(verdict.path)
+            sequence.kv_moves = moves_of(slots_of(chunk, self.blocks.block_size), verdict.path)
+            if sequence.kv_moves is None:
+                self.blocks.commit(sequence)
+        accepted = min(len(verdict.path), len(update.token_ids))  # what ends the sequence may be one of the path
+        return replace(update, num_drafted_tokens=len(chunk.draft.token_ids), num_accepted_tokens=accepted)
+
+    def _append(
+        self, sequence: Sequence, token_ids: SequenceOf[int], logprobs: SequenceOf[TokenLogprobs] | None
+    ) -> SequenceUpdate:
+        """Take the tokens up to the one that ends the sequence, if one does."""
+        index, finish = sequence.num_output_tokens, None
+        for token_id in token_ids:
+            if token_id == UNDRAWABLE:
+                finish = _UNDRAWABLE
+                break
+            sequence.token_ids.append(token_id)
+            if sequence.constraint is not None:
+                sequence.constraint.advance([token_id])
+            if (finish := finish_after(sequence, self.config.max_model_len)) is not None:
+                break
         if finish is not None or sequence.exposed:
             self._end(sequence)
+        taken = sequence.num_output_tokens - index
         return SequenceUpdate(
             sequence,
-            [token_id],
+            list(token_ids[:taken]),
             index,
-            logprobs=None if logprobs is None else [logprobs],
+            logprobs=None if logprobs is None else list(logprobs[:taken]),
             prompt_logprobs=_take_prompt_logprobs(sequence),
             finish=finish,
             num_cached_tokens=sequence.num_cached_tokens if index == 0 else 0,

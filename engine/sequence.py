@@ -47,6 +47,11 @@ class Sequence:
     """Place in the order of arrival, kept through preemption."""
     awaits_kv: bool = False
     """Decode side of a hand-off: the KV of token_ids comes from another worker. False once it has."""
+    deferred: bool = False
+    """Waits without a claim to blocks, until Engine.undefer."""
+    inexact_kv: bool = False
+    """A codec has changed some of its KV on the way here, and so what is computed on top of that is not the model's
+    either: no other sequence may have it. False again when it gets other blocks."""
     exposed: bool = False
     """Its blocks belong to a hand-off, from admission until released: another worker may be reading what is final."""
     in_flight: bool = False
@@ -54,6 +59,9 @@ class Sequence:
     num_preemptions: int = 0
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     """Of the chunks of the prompt computed so far, until they are reported."""
+
+    kv_moves: NDArray[np.int64] | None = None
+    """[moves, 2] slots, for the step that computes it next: they bring the KV of accepted draft tokens to its place."""
 
     # Set by the engine.
     constraint: Constraint | None = None

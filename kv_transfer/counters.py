@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kv_transfer.states import Outcome
 
 
+class Pull(NamedTuple):
+    """What one job of a transport brought."""
+
+    began: float
+    ended: float
+    nbytes: int
+    """On the wire."""
+    decoding: float
+    """Seconds of it."""
+
+
 @dataclass(slots=True)
 class TransferCounters:
-    """Monotonic since start. Bytes and seconds are those of committed transfers, counted where they are taken.
-    `fallbacks` counts transports that could not be used or failed."""
+    """Monotonic since start. Bytes and seconds are those of committed transfers, counted where they are taken unless
+    said otherwise. `fallbacks` counts transports that could not be used or failed."""
 
     committed: int = 0
     expired: int = 0
@@ -20,6 +33,9 @@ class TransferCounters:
     failed: int = 0
     fallbacks: int = 0
     bytes: int = 0
+    """Of KV, as it lies in the cache."""
+    wire_bytes: Counter[str] = field(default_factory=Counter)
+    """What they were on their way, by the codec of the transfer."""
     seconds: float = 0.0
     """From the KV being computed and wanted to the commit: what a hand-off adds to the gap after the first token."""
     wait_seconds: float = 0.0
@@ -28,6 +44,10 @@ class TransferCounters:
     """While pieces were pulled."""
     overlap_seconds: float = 0.0
     """Of these, while the prompt was still being computed."""
+    encode_seconds: float = 0.0
+    """Counted where they are given."""
+    decode_seconds: float = 0.0
+    """Part of wire_seconds."""
 
     def count(self, outcome: Outcome) -> None:
         match outcome:
@@ -48,15 +68,29 @@ class Stopwatch:
     wanted: float = 0.0
     first_piece: float = 0.0
     began: float = math.inf
-    """Of the pull under way."""
+    """Of the pull under way, as the next two."""
+    nbytes: int = 0
+    decoding: float = 0.0
     last_piece: float = 0.0
     computed: float = 0.0
     """When the giver had all KV, or we wanted it if that was later."""
-    pulls: list[tuple[float, float]] = field(default_factory=list)
+    pulls: list[Pull] = field(default_factory=list)
+
+    def pull_began(self) -> None:
+        """Anew, if another transport takes over."""
+        self.began, self.nbytes, self.decoding = time.monotonic(), 0, 0.0
+
+    def verified(self, nbytes: int) -> None:
+        """A piece is here, of so many bytes on the wire."""
+        self.last_piece = time.monotonic()
+        self.nbytes += nbytes
+
+    def decoded(self, seconds: float) -> None:
+        self.decoding += seconds
 
     def pull_ended(self) -> None:
         if self.began < self.last_piece:
-            self.pulls.append((self.began, self.last_piece))
+            self.pulls.append(Pull(self.began, self.last_piece, self.nbytes, self.decoding))
         self.began = math.inf
 
     def complete(self, age: float) -> None:
@@ -68,5 +102,6 @@ class Stopwatch:
         now = time.monotonic()
         counters.seconds += now - self.computed
         counters.wait_seconds += (self.first_piece or now) - self.wanted
-        counters.wire_seconds += sum(end - began for began, end in self.pulls)
-        counters.overlap_seconds += sum(max(0.0, min(end, self.computed) - began) for began, end in self.pulls)
+        counters.wire_seconds += sum(pull.ended - pull.began for pull in self.pulls)
+        counters.overlap_seconds += sum(max(0.0, min(pull.ended, self.computed) - pull.began) for pull in self.pulls)
+        counters.decode_seconds += sum(pull.decoding for pull in self.pulls)

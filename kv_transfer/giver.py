@@ -13,8 +13,10 @@ import torch
 from core.errors import TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer import states
+from kv_transfer.codecs.names import CodecName
+from kv_transfer.codecs.policy import CodecPolicy
 from kv_transfer.counters import TransferCounters
-from kv_transfer.giving import GiverLink, Giving, Source
+from kv_transfer.giving import GiverLink, Giving
 from kv_transfer.messages import (
     Cancel,
     ClosePair,
@@ -29,16 +31,19 @@ from kv_transfer.messages import (
     SequenceState,
     TcpEndpoint,
     ToGiver,
+    Verified,
     Want,
     Withdrawn,
 )
 from kv_transfer.pieces import Frontier
+from kv_transfer.sealing import Source
 from kv_transfer.states import GiverTransfer, Outcome
 from kv_transfer.transports.batches import device_identity
 from kv_transfer.transports.nixl import NixlPool
 from kv_transfer.transports.pair_server import PairServer
+from kv_transfer.transports.reading import Reading
 from kv_transfer.transports.shared_memory import PoolProbe
-from kv_transfer.transports.tcp_server import Reading, TcpServer
+from kv_transfer.transports.tcp_server import TcpServer
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +67,16 @@ class Giver:
         on_released: OnReleased,
         tcp_host: str | None = None,
         nixl: bool = False,
+        codecs: CodecPolicy | None = None,
     ) -> None:
         """`tcp_host` is the address on which takers find the TCP data plane; without one there is none. `nixl` offers
-        the pool over NIXL as well. Raises ConfigError for what can't be had."""
+        the pool over NIXL as well. With `codecs` that leave a choice, takers are told what they need for theirs; in
+        which codec KV is given is up to them. Raises ConfigError for what can't be had."""
         self.counters = TransferCounters()
         self._pool = pool
         self._lease_s = lease_s
         self._on_released = on_released
+        self._codecs = codecs or CodecPolicy("none", pool.layout, pool.device)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="kv-seal")
         self._source = Source.of(pool, self._threads)
         self._live: dict[str, Giving] = {}
@@ -104,8 +112,9 @@ class Giver:
     async def on_link(self, link: GiverLink) -> None:
         """Serve one taker until its link ends; for LinkServer.add_service. Raises LayoutMismatch if its cache can't be
         joined with ours."""
+        speeds = await self._codecs.speeds()
         tcp = self._tcp.admit(lambda transfer_id: self._read(transfer_id, link)) if self._tcp is not None else None
-        link.send(self._hello(tcp))
+        link.send(self._hello(tcp, {name: speed.encode for name, speed in speeds.items()}))
         pairs = PairServer(self._source.rows, self._pool, link.send)
         try:
             async for message in link:
@@ -133,7 +142,7 @@ class Giver:
             self._probe.close()
             self._probe = None
 
-    def _hello(self, tcp: TcpEndpoint | None) -> Hello:
+    def _hello(self, tcp: TcpEndpoint | None, encode_rates: dict[CodecName, float]) -> Hello:
         return Hello(
             layout=self._pool.layout,
             num_blocks=self._pool.num_blocks,
@@ -142,6 +151,7 @@ class Giver:
             shared_pool=self._probe.shared_pool if self._probe is not None else None,
             tcp=tcp,
             nixl=self._nixl.endpoint if self._nixl is not None else None,
+            encode_rates=encode_rates,
         )
 
     def _on_message(self, message: ToGiver, link: GiverLink, pairs: PairServer) -> None:
@@ -155,9 +165,9 @@ class Giver:
             case ClosePair(pair_id):
                 pairs.close_pair(pair_id)
             case Expect(transfer_id):
-                self._on_asked(transfer_id, states.Expected(), link)
-            case Want(transfer_id, start_token):
-                self._on_asked(transfer_id, states.Wanted(start_token), link)
+                self._on_asked(transfer_id, link, lambda giving: giving.feed(states.Expected()))
+            case Want(transfer_id, start_token, codec):
+                self._on_asked(transfer_id, link, lambda giving: giving.wanted(start_token, codec))
             case _:
                 giving = self._live.get(message.transfer_id) or self._ended.get(message.transfer_id)
                 if giving is None or giving.link is not link:
@@ -165,12 +175,12 @@ class Giver:
                 else:
                     giving.on_message(message, pairs)
 
-    def _on_asked(self, transfer_id: str, event: states.Expected | states.Wanted, link: GiverLink) -> None:
+    def _on_asked(self, transfer_id: str, link: GiverLink, hear: Callable[[Giving], None]) -> None:
         giving = self._giving(transfer_id)
         if giving.link is None:
             giving.link = link
         if giving.link is link:
-            giving.feed(event)
+            hear(giving)
         else:
             link.send(Withdrawn(transfer_id, "another decode worker takes it", Outcome.FAILED))
 
@@ -181,7 +191,7 @@ class Giver:
             raise TransferError(f"transfer {transfer_id} is not under way here")
         return giving.read()
 
-    def _on_unknown(self, message: Renew | Committed | Cancel | Pull, link: GiverLink) -> None:
+    def _on_unknown(self, message: Renew | Verified | Committed | Cancel | Pull, link: GiverLink) -> None:
         match message:
             case Renew(transfer_id):
                 link.send(Withdrawn(transfer_id, "the giver does not know this transfer", Outcome.FAILED))
@@ -214,6 +224,8 @@ class Giver:
     def released(self, giving: Giving, outcome: Outcome, reason: str) -> None:
         """The blocks go back. Last in the life of a transfer that was opened."""
         self.counters.count(outcome)
+        if outcome is Outcome.COMMITTED:
+            self.counters.encode_seconds += giving.encode_seconds
         if outcome is not Outcome.COMMITTED:
             logger.info("transfer %s %s: %s", giving.transfer_id, outcome, reason)
         self._on_released(giving.transfer_id, outcome.value)

@@ -8,22 +8,23 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from core.errors import TransferError
 from core.links import Link
-from engine.kv_cache import Pool
 from kv_transfer import messages, states
 from kv_transfer.alarm import Alarm
+from kv_transfer.codecs.names import CodecName
+from kv_transfer.coding import Coding
+from kv_transfer.frames import Frames
 from kv_transfer.messages import FromGiver, Piece, SequenceState, ToGiver
-from kv_transfer.pieces import Extent, Frontier, Rows, Slots, cut, rows_of, seal, slots_of
+from kv_transfer.pieces import Extent, Frontier, Slots, cut, slots_of
+from kv_transfer.sealing import SealedPiece, Source
 from kv_transfer.states import GiverTransfer, Outcome, Phase
 from kv_transfer.transports.pair_server import PairServer
-from kv_transfer.transports.tcp_server import Reading
+from kv_transfer.transports.reading import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -49,34 +50,6 @@ class Owner(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Source:
-    """The giver's pool, and the threads that read it."""
-
-    pool: Pool
-    rows: Rows
-    threads: Executor
-
-    @staticmethod
-    def of(pool: Pool, threads: Executor) -> Source:
-        return Source(pool, rows_of(pool), threads)
-
-    def seal(self, slots: Slots, extents: Sequence[Extent], ready: torch.cuda.Event | None) -> list[Piece]:
-        """In a thread. On CUDA `ready` says when the KV is written: a stream beside the model's waits for it."""
-        if ready is None:
-            return seal(self.rows, slots, extents)
-        with torch.cuda.stream(torch.cuda.Stream(self.pool.device)):  # type: ignore[no-untyped-call]
-            torch.cuda.current_stream().wait_event(ready)
-            return seal(self.rows, slots, extents)
-
-    def written_by_now(self) -> torch.cuda.Event | None:
-        """When what is enqueued on the caller's stream will have been written; None where nothing is enqueued."""
-        if self.pool.device.type != "cuda":
-            return None
-        event: torch.cuda.Event = torch.cuda.current_stream(self.pool.device).record_event()
-        return event
-
-
 class Giving:
     """Feeds its machine and carries out what it says."""
 
@@ -84,6 +57,7 @@ class Giving:
         self.transfer_id = transfer_id
         self.link: GiverLink | None = None
         self.over = asyncio.Event()
+        self.encode_seconds = 0.0
         self._source = source
         self._machine = machine
         self._owner = owner
@@ -98,7 +72,9 @@ class Giving:
         self._todo: deque[Extent] = deque()
         self._fresh: list[Piece] = []
         self._pieces: list[Piece] = []
-        self._sealing: asyncio.Task[list[Piece]] | None = None
+        self._coding = Coding("none", source.pool.layout)
+        self._frames = Frames()
+        self._sealing: asyncio.Task[list[SealedPiece]] | None = None
 
     # --- the owner's side --------------------------------------------------------------------------------------------
 
@@ -120,12 +96,21 @@ class Giving:
 
     # --- the taker's side --------------------------------------------------------------------------------------------
 
+    def wanted(self, start_token: int, codec: CodecName) -> None:
+        if self._machine.start_token is None:  # else it was said before
+            self._coding = Coding(codec, self._source.pool.layout)
+        self.feed(states.Wanted(start_token))
+
     def on_message(
-        self, message: messages.Renew | messages.Committed | messages.Cancel | messages.Pull, pairs: PairServer
+        self,
+        message: messages.Renew | messages.Verified | messages.Committed | messages.Cancel | messages.Pull,
+        pairs: PairServer,
     ) -> None:
         match message:
             case messages.Renew(sent_at=sent_at):
                 self.feed(states.Renewal(sent_at))
+            case messages.Verified(num_pieces=num_pieces):
+                self._frames.drop(num_pieces)
             case messages.Committed():
                 self.feed(states.CommitReceived())
             case messages.Cancel(reason=reason):
@@ -133,18 +118,23 @@ class Giving:
             case messages.Pull(pair_id=pair_id) if not self._machine.may_read:
                 pairs.fail(pair_id, f"transfer {self.transfer_id} has ended")
             case messages.Pull():
-                assert self._slots is not None
-                self.feed(states.ReadStarted())
-                pairs.pull(message, self._pieces, self._slots, lambda: self.feed(states.ReadEnded()))
+                pairs.pull(message, self.read())
 
     def read(self) -> Reading:
-        """What is sealed so far, for a transport that reads it out of the pool. TransferError if that may not be (any
+        """What is sealed so far, for a transport of which this side has an end. TransferError if that may not be (any
         more)."""
         if not self._machine.may_read:
             raise TransferError(f"transfer {self.transfer_id} has ended")
         assert self._slots is not None
         self.feed(states.ReadStarted())
-        return Reading(self._pieces, self._slots, lambda: self.feed(states.ReadEnded()))
+        return Reading(
+            transfer_id=self.transfer_id,
+            pieces=self._pieces,
+            slots=self._slots,
+            coding=self._coding,
+            held=self._frames,
+            end=lambda: self.feed(states.ReadEnded()),
+        )
 
     # --- the machine -------------------------------------------------------------------------------------------------
 
@@ -153,10 +143,12 @@ class Giving:
             self._carry_out(instruction)
         self._alarm.set(self._machine.wake_at)
         if self._machine.phase is Phase.DRAINING:
+            self._frames.stop_waiting()
             self._owner.draining(self)
         if self._machine.phase is Phase.RELEASED:
             self._todo.clear()
             self._pieces, self._slots = [], None
+            self._frames.clear()
             self.over.set()
             self._owner.ended(self)
 
@@ -190,15 +182,19 @@ class Giving:
             start_token=machine.start_token,
             num_tokens=machine.num_tokens,
             block_ids=self._block_ids,
+            codec=self._coding.codec,
         )
 
-    async def _seal(self) -> list[Piece]:
+    async def _seal(self) -> list[SealedPiece]:
+        await self._frames.room()
+        if not self._machine.may_read:
+            return []
         assert self._slots is not None
         if not self._todo:
             self._todo.extend(self._cut_what_is_new())
         extents = [self._todo.popleft() for _ in range(min(SEALED_AT_ONCE, len(self._todo)))]
         loop, source = asyncio.get_running_loop(), self._source
-        return await loop.run_in_executor(source.threads, source.seal, self._slots, extents, self._ready)
+        return await loop.run_in_executor(source.threads, source.seal, self._slots, extents, self._coding, self._ready)
 
     def _cut_what_is_new(self) -> list[Extent]:
         """Parts of what was written since this was called last, less what the taker has of its own."""
@@ -208,12 +204,17 @@ class Giving:
         wanted = [extent.from_token(start) for extent in grown]
         return [part for extent in wanted if extent.num_tokens for part in cut(layout, extent)]
 
-    def _sealed(self, sealing: asyncio.Task[list[Piece]]) -> None:
+    def _sealed(self, sealing: asyncio.Task[list[SealedPiece]]) -> None:
         if error := sealing.exception():
             logger.error("cannot offer transfer %s", self.transfer_id, exc_info=error)
             self.feed(states.SealEnded(f"the giver cannot offer it: {error}"))
             return
-        self._fresh = sealing.result()
+        sealed = sealing.result()
+        self._fresh = [piece for piece, _, _ in sealed]
+        for place, (_, frame, seconds) in enumerate(sealed, len(self._pieces)):
+            self.encode_seconds += seconds
+            if frame is not None:
+                self._frames.put(place, frame)
         self._pieces += self._fresh
         if self._todo or self._cut < self._final:
             self.feed(states.Written())

@@ -7,9 +7,10 @@ that both sides name the field that differs.
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from engine.kv_layout import KVLayout
+from kv_transfer.codecs.names import CodecName
 from kv_transfer.states import Outcome
 
 SERVICE = "KvTransfer"
@@ -54,6 +55,8 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
     shared_pool: SharedPool | None = None
     tcp: TcpEndpoint | None = None
     nixl: NixlEndpoint | None = None
+    encode_rates: dict[CodecName, float] = field(default_factory=dict)
+    """Set by the giver, of the codecs that a taker may choose among: bytes of KV per second that it encodes."""
 
 
 # --- taker to giver --------------------------------------------------------------------------------------------------
@@ -66,10 +69,11 @@ class Expect(Struct, frozen=True, tag=True):
 
 
 class Want(Struct, frozen=True, tag=True):
-    """Blocks are reserved here; give the KV of tokens `start_token` and later as it is computed."""
+    """Blocks are reserved here; give the KV of tokens `start_token` and later as it is computed, in this codec."""
 
     transfer_id: str
     start_token: int
+    codec: CodecName = "none"
 
 
 class Renew(Struct, frozen=True, tag=True):
@@ -77,6 +81,13 @@ class Renew(Struct, frozen=True, tag=True):
 
     transfer_id: str
     sent_at: float
+
+
+class Verified(Struct, frozen=True, tag=True):
+    """The first `num_pieces` are here: nobody will ask for their frames again. Said of transfers in a codec."""
+
+    transfer_id: str
+    num_pieces: int
 
 
 class Committed(Struct, frozen=True, tag=True):
@@ -123,7 +134,7 @@ class ClosePair(Struct, frozen=True, tag=True):
     pair_id: str
 
 
-ToGiver = Hello | Expect | Want | Renew | Committed | Cancel | OpenPair | PairKey | Pull | ClosePair
+ToGiver = Hello | Expect | Want | Renew | Verified | Committed | Cancel | OpenPair | PairKey | Pull | ClosePair
 
 
 # --- giver to taker --------------------------------------------------------------------------------------------------
@@ -131,7 +142,8 @@ ToGiver = Hello | Expect | Want | Renew | Committed | Cancel | OpenPair | PairKe
 
 class Piece(Struct, frozen=True, array_like=True):
     """A range of tokens in a range of layers, and the xxh3-64 of its bytes in canonical order: layer, key before value,
-    token, head, element. The order knows nothing of blocks, so that it is the same on both sides."""
+    token, head, element. The order knows nothing of blocks, so that it is the same on both sides. Of a piece that
+    travels as a frame (kv_transfer.coding) it is the xxh3-64 of the frame."""
 
     token: int
     num_tokens: int
@@ -149,6 +161,8 @@ class Offer(Struct, frozen=True, tag=True, kw_only=True):
     num_tokens: int
     block_ids: list[int]
     """The giver's block table of the sequence, from token 0."""
+    codec: CodecName
+    """That was asked for."""
 
 
 class Sealed(Struct, frozen=True, tag=True):

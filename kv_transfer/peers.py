@@ -9,6 +9,8 @@ from typing import Protocol
 
 from core.errors import InternalError, TransferError, Unavailable
 from core.links import Link, LinkClient
+from kv_transfer.codecs.names import CodecName
+from kv_transfer.codecs.policy import LinkCodec
 from kv_transfer.messages import (
     SERVICE,
     Complete,
@@ -22,7 +24,7 @@ from kv_transfer.messages import (
     ToGiver,
     Withdrawn,
 )
-from kv_transfer.transports.base import Transport
+from kv_transfer.transports.fallback import FirstThatWorks
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ HELLO_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 
 TakerLink = Link[FromGiver, ToGiver]
-ChooseTransport = Callable[[Hello, str, TakerLink], Transport]
+Choose = Callable[[Hello, str, TakerLink], tuple[FirstThatWorks, LinkCodec]]
 """From the giver's Hello, its address and the link; raises TransferError if the two can't be joined."""
 
 
@@ -48,17 +50,26 @@ class Recipient(Protocol):
 class Peer:
     """An open link to a giver. `recipients` get what arrives under their transfer id, and the end of the link."""
 
-    def __init__(self, address: str, client: LinkClient, link: TakerLink, giver: Hello, transport: Transport) -> None:
+    def __init__(
+        self,
+        address: str,
+        client: LinkClient,
+        link: TakerLink,
+        giver: Hello,
+        transport: FirstThatWorks,
+        codec: LinkCodec,
+    ) -> None:
         self.address = address
         self.link = link
         self.giver = giver
         self.transport = transport
+        self.codec = codec
         self.recipients: dict[str, Recipient] = {}
         self._client = client
         self._reader: asyncio.Task[None] | None = None
 
     @staticmethod
-    async def connect(address: str, hello: Hello, choose: ChooseTransport, on_end: Callable[[Peer], None]) -> Peer:
+    async def connect(address: str, hello: Hello, choose: Choose, on_end: Callable[[Peer], None]) -> Peer:
         """Raises TransferError if nobody answers there or the two can't be joined. `on_end` is called once, when the
         link has ended and before its recipients are told."""
         client = LinkClient(address)
@@ -69,7 +80,7 @@ class Peer:
             giver = await asyncio.wait_for(anext(messages, None), HELLO_TIMEOUT_S)
             if not isinstance(giver, Hello):
                 raise TransferError(f"{address} does not answer as a prefill worker: {link.error or giver}")
-            peer = Peer(address, client, link, giver, choose(giver, address, link))
+            peer = Peer(address, client, link, giver, *choose(giver, address, link))
         except BaseException as error:
             await client.close()
             if isinstance(error, (Unavailable, TimeoutError)):
@@ -77,6 +88,10 @@ class Peer:
             raise
         peer._reader = asyncio.create_task(peer._read(messages, on_end))
         return peer
+
+    def next_codec(self) -> CodecName:
+        """For the next transfer."""
+        return self.codec.choose(in_place=self.transport.in_place)
 
     async def close(self) -> None:
         """Say goodbye, then end the link whether the giver answers or not."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine.kv_cache import KVPool, Pool
 from engine.kv_layout import KVLayout
+from kv_transfer import native_rows
 from kv_transfer.messages import Piece
 from kv_transfer.split_rows import Memory, Share, SplitRows
 
@@ -26,14 +27,7 @@ copied through, large enough that a piece costs microseconds of interpreter time
 
 Rows: TypeAlias = Memory | SplitRows  # [layers, 2, slots, row bytes]: numpy on CPU, torch elsewhere
 Slots: TypeAlias = NDArray[np.int64]  # [tokens]
-
-
-class Run(NamedTuple):
-    """`length` tokens that lie one after the other in both places."""
-
-    source: int
-    target: int
-    length: int
+Runs: TypeAlias = NDArray[np.int64]  # [runs, 3]: source, target, length of tokens that are side by side in both
 
 
 class Extent(NamedTuple):
@@ -116,14 +110,12 @@ def slots_of(block_ids: Sequence[int], block_size: int, num_tokens: int) -> Slot
     return slots
 
 
-def runs(source: Slots, target: Slots) -> list[Run]:
+def runs(source: Slots, target: Slots) -> Runs:
     """The fewest runs that pair source[i] with target[i] for every i."""
-    if not len(source):
-        return []
     breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [len(source)])))
-    return [Run(*map(int, run)) for run in zip(source[starts], target[starts], lengths, strict=True)]
+    starts = np.concatenate(([0], breaks)) if len(source) else breaks[:0]
+    lengths = np.diff(np.append(starts, len(source)))
+    return np.stack((source[starts], target[starts], lengths), axis=1)
 
 
 def cut(layout: KVLayout, extent: Extent, max_bytes: int | None = None) -> Iterator[Extent]:
@@ -145,43 +137,54 @@ def layers_per_piece(layout: KVLayout, num_tokens: int, max_bytes: int | None = 
     return max(1, max_bytes // (2 * row_bytes(layout) * max(1, num_tokens)))
 
 
-def copy(target: Rows, source: Rows, pairs: Sequence[Run]) -> None:
-    """target[:, :, run.target ...] = source[:, :, run.source ...]. Numpy lets other threads run meanwhile and, unlike
+def copy(target: Rows, source: Rows, pairs: Runs) -> None:
+    """target[:, :, run's target ...] = source[:, :, run's source ...]. Lets other threads run meanwhile and, unlike
     torch, takes no cores from the model's thread pool. One of the two may be split."""
     if isinstance(source, SplitRows):
         assert not isinstance(target, SplitRows)
         for part, own in source.sources(target):
             copy(part, own, pairs)
-        return
-    if isinstance(target, SplitRows):
+    elif isinstance(target, SplitRows):
         for part, own in target.targets(source):
             copy(own, part, pairs)
-        return
-    for run in pairs:
-        into, out_of = slice(run.target, run.target + run.length), slice(run.source, run.source + run.length)
-        if isinstance(target, torch.Tensor):
-            assert isinstance(source, torch.Tensor)
-            target[:, :, into].copy_(source[:, :, out_of])
-        else:
-            assert not isinstance(source, torch.Tensor)
-            target[:, :, into] = source[:, :, out_of]
+    elif isinstance(target, torch.Tensor):
+        assert isinstance(source, torch.Tensor)
+        for first, into, length in pairs.tolist():
+            target[:, :, into : into + length].copy_(source[:, :, first : first + length])
+    else:
+        assert not isinstance(source, torch.Tensor)
+        if native_rows.move(source, target, pairs, summed=False) is None:
+            for first, into, length in pairs.tolist():
+                target[:, :, into : into + length] = source[:, :, first : first + length]
+
+
+def copy_summed(target: Rows, source: Rows, pairs: Runs) -> int:
+    """Copy, and the xxh3-64 of what was read, for which it need not be read again. `source` has the target's bytes."""
+    if isinstance(source, np.ndarray) and isinstance(target, np.ndarray):
+        found = native_rows.move(source, target, pairs, summed=True)
+        if found is not None:
+            return found
+    copy(target, source, pairs)
+    return checksum(target, np.concatenate([np.arange(into, into + length) for _, into, length in pairs.tolist()]))
 
 
 def checksum(rows: Rows, slots: Slots) -> int:
     """xxh3-64 over rows[:, :, slots] in canonical order."""
+    if not len(slots):
+        return int(xxhash.xxh3_64_intdigest(b""))
+    own = runs(slots, slots)
     if isinstance(rows, SplitRows):
         whole, tokens = rows.new_rows(len(slots)), np.arange(len(slots))
         copy(whole, rows, runs(slots, tokens))
-        rows, slots = whole, tokens
-    if not len(slots):
-        return int(xxhash.xxh3_64_intdigest(b""))
-    in_place = len(runs(slots, slots)) == 1
+        return checksum(whole, tokens)
+    if isinstance(rows, np.ndarray) and (found := native_rows.move(rows, None, own, summed=True)) is not None:
+        return found
     digest = xxhash.xxh3_64()
     gathered = np.empty((len(slots), rows.shape[-1]), np.uint8)
     for plane in itertools.chain.from_iterable(rows):
         if isinstance(plane, torch.Tensor):
             digest.update(plane[slots].cpu().numpy().data)
-        elif in_place:
+        elif len(own) == 1:
             digest.update(plane[slots[0] :][: len(slots)].data)
         else:  # into memory that is warm; "clip" lets it be written directly
             np.take(plane, slots, axis=0, out=gathered, mode="clip")

@@ -10,32 +10,42 @@ from concurrent.futures import ThreadPoolExecutor
 
 from core.errors import LeaseExpired, TransferError
 from engine.kv_cache import Pool
+from kv_transfer.codecs.policy import CodecPolicy, LinkCodec
 from kv_transfer.counters import TransferCounters
-from kv_transfer.messages import Hello, SequenceState
+from kv_transfer.messages import Hello
 from kv_transfer.peers import Peer, TakerLink
 from kv_transfer.pieces import rows_of
 from kv_transfer.states import TakerTransfer
-from kv_transfer.taking import Reservation, Taking, Withdrawn
-from kv_transfer.transports.base import Transport, Unusable
+from kv_transfer.taking import Reservation, Taken, Taking, Withdrawn
+from kv_transfer.transports.base import Unusable
 from kv_transfer.transports.batches import device_identity
 from kv_transfer.transports.choice import makers, preference
 from kv_transfer.transports.fallback import FirstThatWorks
-from kv_transfer.transports.names import TransportName
+from kv_transfer.transports.names import READS_IN_PLACE, TransportName
 
-__all__ = ["Reservation", "Taker", "Withdrawn"]
+__all__ = ["Reservation", "Taken", "Taker", "Withdrawn"]
 
 logger = logging.getLogger(__name__)
 
 
 class Taker:
-    """Use from one event loop. `transports` are tried in order, by default in that of choice.preference. `stall_s`
-    bounds the time between two pieces of a transfer."""
+    """Use from one event loop. `transports` are tried in order, by default in that of choice.preference, those that
+    can't carry a codec left out if one is forced. `stall_s` bounds the time between two pieces of a transfer."""
 
-    def __init__(self, pool: Pool, *, transports: Sequence[TransportName] | None = None, stall_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        transports: Sequence[TransportName] | None = None,
+        codecs: CodecPolicy | None = None,
+        stall_s: float = 5.0,
+    ) -> None:
+        """Without `codecs` KV comes as it is."""
         self.counters = TransferCounters()
         self._pool = pool
         self._rows = rows_of(pool)
         self._transports = transports
+        self._codecs = codecs or CodecPolicy("none", pool.layout, pool.device)
         self._stall_s = stall_s
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="kv-pull")
         self._peers: dict[str, asyncio.Task[Peer]] = {}
@@ -49,7 +59,7 @@ class Taker:
         start_token: int,
         num_tokens: int,
         deadline: float,
-    ) -> SequenceState:
+    ) -> Taken:
         """Fill the blocks with the KV of tokens start_token .. num_tokens - 1 of a transfer that the giver at `address`
         has offered or will offer. Tokens before `start_token` are not touched. `deadline` is Unix time.
 
@@ -69,7 +79,7 @@ class Taker:
 
     async def expect(
         self, transfer_id: str, address: str, reserved: asyncio.Future[Reservation], *, deadline: float
-    ) -> SequenceState:
+    ) -> Taken:
         """Like `take`, for blocks that are still to be had: until `reserved` has them the giver is told that somebody
         waits, and keeps its offer for as long as it hears so. Ends early, without `reserved`, when the transfer does;
         blocks that come later are the caller's to free. Raises also what `reserved` fails with."""
@@ -98,7 +108,7 @@ class Taker:
     async def _peer(self, address: str) -> Peer:
         connecting = self._peers.get(address)
         if connecting is None:
-            connecting = asyncio.create_task(Peer.connect(address, self._hello(), self._choose, self._forget))
+            connecting = asyncio.create_task(self._connect(address))
             self._peers[address] = connecting
             connecting.add_done_callback(lambda done: self._forget_failed(address, done))
         try:
@@ -107,6 +117,15 @@ class Taker:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise
             raise TransferError(f"the link to the prefill worker at {address} was closed before it was open") from None
+
+    async def _connect(self, address: str) -> Peer:
+        own = await self._codecs.speeds()
+
+        def choose(giver: Hello, address: str, link: TakerLink) -> tuple[FirstThatWorks, LinkCodec]:
+            transport = self._transport(giver, address, link)
+            return transport, LinkCodec(self._codecs.setting, own, giver.encode_rates)
+
+        return await Peer.connect(address, self._hello(), choose, self._forget)
 
     def _forget(self, peer: Peer) -> None:
         self._peers.pop(peer.address, None)
@@ -119,9 +138,11 @@ class Taker:
         pool = self._pool
         return Hello(layout=pool.layout, num_blocks=pool.num_blocks, device=device_identity(pool.device))
 
-    def _choose(self, giver: Hello, address: str, link: TakerLink) -> Transport:
+    def _transport(self, giver: Hello, address: str, link: TakerLink) -> FirstThatWorks:
         self._pool.layout.check_same_cache(giver.layout)
         names = self._transports if self._transports is not None else preference(giver, self._pool)
+        if self._codecs.forces:
+            names = [name for name in names if name not in READS_IN_PLACE]
         known = makers(giver, address, self._pool, link.send, self._threads)
 
         def on_fallback(what: str) -> None:

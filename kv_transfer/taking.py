@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.errors import LeaseExpired, TransferError
 from engine.kv_cache import Pool
 from kv_transfer import messages, states
 from kv_transfer.alarm import Alarm
+from kv_transfer.coding import Coding
 from kv_transfer.counters import Stopwatch, TransferCounters
 from kv_transfer.messages import Complete, Offer, Piece, Renewed, Sealed, SequenceState
 from kv_transfer.peers import OfTransfer, Peer
@@ -31,6 +32,14 @@ class Withdrawn(TransferError):
     def __init__(self, message: str, *, finished: bool) -> None:
         super().__init__(message)
         self.finished = finished
+
+
+class Taken(NamedTuple):
+    """A committed transfer."""
+
+    state: SequenceState
+    exact: bool
+    """Whether the KV is the giver's bit for bit. If not, nobody but this sequence may use it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ class Taking:
         self._reservation: Reservation | None = None
         self._giver_slots: Slots | None = None
         self._coverage: Coverage | None = None
+        self._coding: Coding | None = None
+        self._num_verified = 0
+        """Pieces from the first on, as told to the giver."""
         self._pieces: list[Piece] = []
         self._state: SequenceState | None = None
         self._watch = Stopwatch()
@@ -68,7 +80,7 @@ class Taking:
         self._over: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._alarm = Alarm(lambda: self._feed(states.Tick()))
 
-    async def run(self, reserved: asyncio.Future[Reservation]) -> SequenceState:
+    async def run(self, reserved: asyncio.Future[Reservation]) -> Taken:
         self._peer.recipients[self._id] = self
         try:
             if not reserved.done():
@@ -86,7 +98,8 @@ class Taking:
             del self._peer.recipients[self._id]
         if self._machine.outcome is not Outcome.COMMITTED or self._state is None:
             raise self._cause or self._failure()
-        return self._state
+        assert self._coding is not None
+        return Taken(self._state, exact=not any(map(self._coding.is_framed, self._pieces)))
 
     async def _quiet(self) -> None:
         """The blocks may be freed when this returns, so a second cancellation can't cut it short."""
@@ -141,6 +154,7 @@ class Taking:
                 self._feed(states.CompleteReceived(num_pieces))
 
     def _check(self, offer: Offer, reservation: Reservation) -> None:
+        assert self._coding is not None
         layout, giver = offer.layout, self._peer.giver
         start, stop = reservation.start_token, reservation.num_tokens
         reservation.pool.layout.check_same_cache(layout)
@@ -148,6 +162,10 @@ class Taking:
             raise TransferError(
                 f"transfer {self._id} holds tokens {offer.start_token} to {offer.num_tokens} at the giver, "
                 f"{start} to {stop} were asked for; the two sides disagree about the prompt"
+            )
+        if offer.codec != self._coding.codec:
+            raise TransferError(
+                f"transfer {self._id} is given in codec {offer.codec}, {self._coding.codec} was asked for"
             )
         blocks = offer.block_ids
         enough = len(blocks) * layout.block_size >= offer.num_tokens
@@ -186,7 +204,8 @@ class Taking:
             case states.SendWant():
                 assert self._reservation is not None
                 self._watch.wanted = time.monotonic()
-                send(messages.Want(self._id, self._reservation.start_token))
+                self._coding = Coding(self._peer.next_codec(), self._reservation.pool.layout)
+                send(messages.Want(self._id, self._reservation.start_token, self._coding.codec))
             case states.SendRenew(sent_at):
                 send(messages.Renew(self._id, sent_at))
             case states.SendCommitted():
@@ -203,15 +222,16 @@ class Taking:
     def _job(self, first: int, stop: int) -> PullJob:
         assert self._giver_slots is not None
         assert self._reservation is not None
-        loop = asyncio.get_running_loop()
+        assert self._coding is not None
+        loop, coding = asyncio.get_running_loop(), self._coding
 
         def began() -> None:
-            self._watch.began = time.monotonic()  # here, as it may be a while until the loop gets to it
+            self._watch.pull_began()  # here, as it may be a while until the loop gets to it
             loop.call_soon_threadsafe(self._feed, states.PullBegan())
 
-        def verified(index: int) -> None:
-            self._watch.last_piece = time.monotonic()
-            loop.call_soon_threadsafe(self._feed, states.PieceVerified(index))
+        def verified(place: int) -> None:
+            self._watch.verified(coding.wire_bytes(self._pieces[place]))
+            loop.call_soon_threadsafe(self._verified, place)
 
         return PullJob(
             transfer_id=self._id,
@@ -220,18 +240,31 @@ class Taking:
             rows=self._reservation.rows,
             giver_slots=self._giver_slots,
             taker_slots=self._reservation.slots,
+            coding=coding,
             on_began=began,
             on_verified=verified,
+            on_decoded=self._watch.decoded,
         )
+
+    def _verified(self, place: int) -> None:
+        self._feed(states.PieceVerified(place))
+        if self._coding is None or self._coding.codec == "none" or self._machine.phase is not Phase.TRANSFERRING:
+            return
+        while self._num_verified in self._machine.verified:
+            self._num_verified += 1
+        self._peer.link.send(messages.Verified(self._id, self._num_verified))
 
     def _count(self) -> None:
         counters, outcome = self._counters, self._machine.outcome
         assert outcome is not None
         counters.count(outcome)
-        if outcome is Outcome.COMMITTED and self._reservation is not None:
+        if outcome is Outcome.COMMITTED and self._reservation is not None and self._coding is not None:
             rows = self._reservation.rows
             counters.bytes += sum(piece_bytes(rows, piece) for piece in self._pieces)
+            counters.wire_bytes[self._coding.codec] += sum(map(self._coding.wire_bytes, self._pieces))
             self._watch.add_to(counters)
+            for pull in self._watch.pulls:
+                self._peer.codec.bandwidth.observe(pull.nbytes, pull.ended - pull.began - pull.decoding)
 
     def _failure(self) -> TransferError:
         message = f"transfer {self._id} from {self._peer.address}: {self._machine.reason}"

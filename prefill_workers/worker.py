@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from core.types import FinishReason
 from core.wire import Prefill
 from engine.engine import Engine
 from engine.kv_layout import KVLayout
@@ -73,7 +74,10 @@ class PrefillWorker:
         """A step touched one of the sequences given to `prefill`."""
         sequence = update.sequence
         if update.finish is not None:
-            self._withdraw(sequence.request_id, f"ended at the first token ({update.finish.reason})", finished=True)
+            # An error may come after the first token is out. Then only the decode side's word that there will be no KV
+            # makes sure that the request goes on, should this process die before it has reported the error.
+            finished = update.finish.reason is not FinishReason.ERROR
+            self._withdraw(sequence.request_id, f"ended here ({update.finish.reason})", finished=finished)
         elif sequence.status is Status.HELD:
             self._giver.complete(
                 self._transfers[sequence.request_id],

@@ -17,6 +17,7 @@ from bench.serving.text import Tokenizer
 from core.errors import ConfigError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # The length filter of `vllm bench serve`, so that a ShareGPT run has the same prompts' shape there and here.
 SHAREGPT_MIN_TOKENS = 4
@@ -110,7 +111,7 @@ def _spec_bench(path: Path, options: ServeOptions) -> list[Prompt]:
             raise ValueError("`turns` is empty")
         return Prompt(row.turns[0], options.spec_bench_output_len, row.category)
 
-    return _jsonl(path, _SpecBenchRow, prompt)
+    return read_lines(path, _SpecBenchRow, prompt)
 
 
 def _custom(path: Path, options: ServeOptions) -> list[Prompt]:
@@ -125,20 +126,21 @@ def _custom(path: Path, options: ServeOptions) -> list[Prompt]:
             raise ValueError("needs `output_tokens` of 1 or more, because --custom-output-len is -1")
         return Prompt(text, output_len)
 
-    return _jsonl(path, _CustomRow, prompt)
+    return read_lines(path, _CustomRow, prompt)
 
 
-def _jsonl(path: Path, kind: type[T], convert: Callable[[T], Prompt]) -> list[Prompt]:
-    """Each line that is not blank. Raises ConfigError with the number of the first bad one."""
+def read_lines(path: Path, kind: type[T], convert: Callable[[T], R], flag: str = "--dataset-path") -> list[R]:
+    """What `convert` makes of each line that is not blank, read as `kind`. Raises ConfigError with the number of the
+    first bad one, for which `convert` raises ValueError."""
     decode = msgspec.json.Decoder(kind).decode
-    prompts = []
+    found = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             if line.strip():
-                prompts.append(convert(decode(line)))
+                found.append(convert(decode(line)))
         except ValueError as error:
-            raise ConfigError(f"--dataset-path: {path}, line {number}: {error}", param="--dataset-path") from error
-    return prompts
+            raise ConfigError(f"{flag}: {path}, line {number}: {error}", param=flag) from error
+    return found
 
 
 def _existing(path: str) -> Path:

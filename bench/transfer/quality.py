@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.exactness import read_prompts
+from bench.prompts import question_ids, spread
 from bench.transfer.subject import Subject
 from core.errors import ConfigError
 from gateway.tokenizer import ServedModel
@@ -81,17 +82,14 @@ def _prompts(model: ServedModel, dataset: Path, num_prompts: int, max_tokens: in
     """Evenly spread over those of the file that leave room for the output."""
     fit: list[list[int]] = []
     for text in read_prompts(dataset, sys.maxsize):
-        if chat := model.tokenizer.chat_template is not None:
-            text = model.render_chat([{"role": "user", "content": text}], template_kwargs={})
-        token_ids = model.encode(text, add_special_tokens=not chat)
+        token_ids = question_ids(model, text)
         if 0 < len(token_ids) <= model.max_model_len - max_tokens:
             fit.append(token_ids)
     if not fit:
         raise ConfigError(
             f"--max-tokens: with {max_tokens} no prompt of {dataset} fits the model's {model.max_model_len}; lower it"
         )
-    count = min(num_prompts, len(fit))
-    return [fit[index * len(fit) // count] for index in range(count)]
+    return spread(fit, num_prompts)
 
 
 def _compare(

@@ -18,8 +18,9 @@ from bench.transfer.lender import BLOCK_SIZE, layout_of, noise, scattered
 from core.errors import InternalError
 from engine.kv_cache import KVPool
 from engine.kv_layout import KVLayout
+from kv_transfer.coding import Coding
 from kv_transfer.messages import Hello
-from kv_transfer.pieces import Extent, cut, rows_of, seal, slots_of
+from kv_transfer.pieces import Extent, Rows, Runs, copy, cut, layers_of, rows_of, seal, slots_of
 from kv_transfer.taker import Taker
 from kv_transfer.transports.base import PullJob
 from kv_transfer.transports.names import TransportName
@@ -35,7 +36,9 @@ COMPUTE_FACTOR = 3.0
 class Unchecked(PullJob):
     """Pieces are taken as they come, to see what their checksums cost."""
 
-    def arrived(self, index: int) -> None:
+    def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
+        piece = self.pieces[index]
+        copy(layers_of(self.rows, piece), layers_of(theirs, piece), pairs)
         self.on_verified(index)
 
 
@@ -173,8 +176,10 @@ async def _copy_rate(layout: KVLayout, num_tokens: int, rounds: int, *, checked:
         rows=rows_of(target),
         giver_slots=theirs,
         taker_slots=slots_of(scattered(num_blocks, 2), BLOCK_SIZE, num_tokens),
+        coding=Coding("none", layout),
         on_began=lambda: None,
         on_verified=lambda _: None,
+        on_decoded=lambda _: None,
     )
     took = []
     for _ in range(rounds + 1):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from llguidance import LLMatcher
+from numpy.typing import NDArray
 
 from core.errors import InvalidRequest
 from core.grammar import Vocabulary, describe
@@ -48,22 +49,53 @@ class Constraint:
             self._matcher.consume_tokens(text)
             self._look_ahead()
 
+    def look_along(self, token_ids: Sequence[int], parents: Sequence[int]) -> list[NDArray[np.uint32] | None]:
+        """What would be allowed after each node of a tree of tokens that may come next; None for a node that may not
+        come, or after which the text has ended. Parents come before children, -1 is what was given last."""
+        after: list[NDArray[np.uint32] | None] = [None] * len(token_ids)
+        if self.end is not None:
+            return after
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(parents):
+            children.setdefault(parent, []).append(node)
+        matcher = self._matcher.deep_copy()  # an error in a text that may never come is not this text's
+
+        def follow(node: int, allowed: NDArray[np.uint32]) -> None:
+            token_id = token_ids[node]
+            if token_id in self._stop_token_ids or not allowed[token_id // 32] >> np.uint32(token_id % 32) & 1:
+                return
+            if not matcher.consume_token(token_id):
+                return
+            own, ended = self._allowed_by(np.frombuffer(matcher.compute_bitmask(), np.uint32))
+            if not (ended or matcher.is_stopped() or matcher.is_error()):
+                after[node] = own
+                for child in children.get(node, ()):
+                    follow(child, own)
+            matcher.rollback(1)
+
+        for node in children.get(-1, ()):
+            follow(node, self.allowed)
+        return after
+
     def _look_ahead(self) -> None:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
             self._start_over()
             return
+        self.allowed, ended = self._allowed_by(mask)
+        if self._matcher.is_stopped() or ended:
+            self.end = Finish(reason=FinishReason.STOP)
+        elif not self.allowed.any():
+            self._fail("no token of the model goes on with it")
+
+    def _allowed_by(self, mask: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], bool]:
+        """What may be drawn where a matcher gives `mask`, and whether the text can only end there."""
         vocabulary = self._vocabulary
         may_end = bool(mask[vocabulary.end_id // 32] >> np.uint32(vocabulary.end_id % 32) & 1)
         goes_on = mask[: len(self._stops)] & vocabulary.drawable & ~self._stops
         if may_end:
-            self.allowed = goes_on | self._stops
-        else:
-            self.allowed = goes_on if goes_on.any() else mask[: len(self._stops)] & vocabulary.drawable
-        if self._matcher.is_stopped() or (may_end and not goes_on.any()):
-            self.end = Finish(reason=FinishReason.STOP)
-        elif not self.allowed.any():
-            self._fail("no token of the model goes on with it")
+            return goes_on | self._stops, not goes_on.any()
+        return (goes_on if goes_on.any() else mask[: len(self._stops)] & vocabulary.drawable), False
 
     def _start_over(self) -> None:
         """The copies of a matcher share a lexer with a bounded number of states, which others may have filled. A new

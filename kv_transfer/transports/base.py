@@ -4,24 +4,30 @@ Invariants that the hand-off rests on, for every implementation:
 
 1. `pull` calls `job.on_began()` when it starts to work. It writes to the slots of its job and nowhere else, and calls
    `job.arrived(i)` after the bytes of piece i are all in their slots; `arrived` compares checksums over those slots, so
-   no transport can vouch for bytes it did not bring.
+   no transport can vouch for bytes it did not bring. One that has the giver's memory at hand calls `job.read(i)`, which
+   copies and sums in one pass. A piece that comes as a frame (kv_transfer.coding) it gives to `job.decoded(i)`.
 2. When `pull` has returned, raised or been cancelled, nothing of this transport will touch the slots again. Cancelling
    it asks it to be quiet; it may take as long as one copy within the machine, never as long as the peer likes.
 3. Any failure of transport or peer is a TransferError. A transport that can't work with this giver at all says so when
    it is made, by Unusable; the taker then tries the next.
 4. On the giver's side a read of its blocks is announced and its end is reported (states.ReadStarted, ReadEnded).
+5. One that reads the giver's memory where it lies (names.READS_IN_PLACE) is given no job of frames.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from core.errors import ChecksumMismatch
+from kv_transfer.coding import Coding, checksum_of
 from kv_transfer.messages import FromGiver, Piece
-from kv_transfer.pieces import Rows, Slots, checksum, layers_of, tokens_of
+from kv_transfer.pieces import Rows, Runs, Slots, checksum, copy_summed, layers_of, tokens_of
 
 
 class Unusable(Exception):
@@ -43,10 +49,13 @@ class PullJob:
     giver_slots: Slots
     """Where the giver has the tokens of the sequence, from its first."""
     taker_slots: Slots
+    coding: Coding
     on_began: Callable[[], None]
     """To be called when the job's turn has come: transports limit how many they pull at a time."""
     on_verified: Callable[[int], None]
     """Called with the place of a piece in the transfer."""
+    on_decoded: Callable[[float], None]
+    """Called with the seconds it took, before the piece is verified."""
 
     def source(self, index: int) -> Slots:
         """The giver's slots of a piece."""
@@ -58,14 +67,39 @@ class PullJob:
 
     def arrived(self, index: int) -> None:
         """A piece is in its slots. Raises ChecksumMismatch if it is not what the giver has."""
+        self._verify(index, checksum(layers_of(self.rows, self.pieces[index]), self.target(index)))
+
+    def all_arrived(self, first: int, last: int) -> None:
+        """The pieces `first` .. `last` - 1 are."""
+        for index in range(first, last):
+            self.arrived(index)
+
+    def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
+        """Copy a piece out of the giver's rows, in runs from `source` to `target`; then as `arrived`."""
         piece = self.pieces[index]
-        if checksum(layers_of(self.rows, piece), self.target(index)) != piece.checksum:
+        self._verify(index, copy_summed(layers_of(self.rows, piece), layers_of(theirs, piece), pairs))
+
+    def decoded(self, index: int, frame: torch.Tensor) -> None:
+        """The frame of a piece, [bytes] uint8: decode it into its slots. Raises ChecksumMismatch before if it is not
+        what the giver has, TransferError if it is no frame of this piece."""
+        self._compare(index, checksum_of(frame))
+        started = time.perf_counter()
+        self.coding.decode(frame, self.rows, self.target(index), self.pieces[index])
+        self.on_decoded(time.perf_counter() - started)
+        self.on_verified(self.first + index)
+
+    def _verify(self, index: int, found: int) -> None:
+        self._compare(index, found)
+        self.on_verified(self.first + index)
+
+    def _compare(self, index: int, found: int) -> None:
+        piece = self.pieces[index]
+        if found != piece.checksum:
             raise ChecksumMismatch(
                 f"piece {self.first + index} of transfer {self.transfer_id} (tokens {piece.token} to "
                 f"{piece.token + piece.num_tokens - 1}, layers {piece.layer} to {piece.layer + piece.num_layers - 1}) "
                 "is not what the giver sealed"
             )
-        self.on_verified(self.first + index)
 
 
 class Transport(Protocol):

@@ -1,4 +1,4 @@
-"""What goes over a pair as one message: consecutive pieces, packed into one contiguous buffer."""
+"""What goes over a wire at a time: consecutive pieces, packed into one contiguous buffer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from engine.kv_cache import Pool
+from kv_transfer.coding import Coding
 from kv_transfer.messages import Piece
 from kv_transfer.pieces import Rows, Slots, copy, is_tensor, layers_of, piece_bytes, runs, tokens_of
+from kv_transfer.transports.base import PullJob
 
 BATCH_BYTES = 8 << 20
 """Gloo reaches its full rate from here on."""
@@ -20,20 +22,24 @@ class Batch(NamedTuple):
     first: int
     last: int
     nbytes: int
+    framed: bool
+    """All of its pieces are, or none is."""
 
 
-def batches(rows: Rows, pieces: Sequence[Piece], max_bytes: int | None = None) -> Iterator[Batch]:
-    """Consecutive pieces, together at most `max_bytes`, by default BATCH_BYTES, unless one alone is larger."""
+def batches(coding: Coding, pieces: Sequence[Piece], max_bytes: int | None = None) -> Iterator[Batch]:
+    """Consecutive pieces that travel alike, together at most `max_bytes` on the wire, by default BATCH_BYTES, unless
+    one alone is larger."""
     max_bytes = BATCH_BYTES if max_bytes is None else max_bytes
     first = nbytes = 0
+    framed = False
     for index, piece in enumerate(pieces):
-        size = piece_bytes(rows, piece)
-        if nbytes and nbytes + size > max_bytes:
-            yield Batch(first, index, nbytes)
+        size, is_framed = coding.wire_bytes(piece), coding.is_framed(piece)
+        if nbytes and (nbytes + size > max_bytes or is_framed != framed):
+            yield Batch(first, index, nbytes, framed)
             first, nbytes = index, 0
-        nbytes += size
+        nbytes, framed = nbytes + size, is_framed
     if nbytes:
-        yield Batch(first, len(pieces), nbytes)
+        yield Batch(first, len(pieces), nbytes, framed)
 
 
 def device_identity(device: torch.device) -> str:
@@ -53,6 +59,27 @@ class Staging:
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._buffer.device)
         return self._buffer[:nbytes]
+
+
+def pack_frames(buffer: torch.Tensor, frames: Sequence[torch.Tensor]) -> None:
+    at = 0
+    for frame in frames:
+        buffer[at : at + frame.numel()].copy_(frame)
+        at += frame.numel()
+
+
+def land(job: PullJob, batch: Batch, buffer: torch.Tensor) -> None:
+    """The pieces of a batch, which has come in the buffer, into the taker's slots, and verify them."""
+    pieces = job.pieces[batch.first : batch.last]
+    if not batch.framed:
+        unpack(buffer, job.rows, job.taker_slots, pieces)
+        job.all_arrived(batch.first, batch.last)
+        return
+    at = 0
+    for index, piece in enumerate(pieces, batch.first):
+        size = job.coding.wire_bytes(piece)
+        job.decoded(index, buffer[at : at + size])
+        at += size
 
 
 def pack(buffer: torch.Tensor, rows: Rows, slots: Slots, pieces: Sequence[Piece]) -> None:

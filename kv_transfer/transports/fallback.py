@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 from core.errors import ChecksumMismatch, TransferError
+from kv_transfer.coding import Coding
 from kv_transfer.messages import FromGiver
 from kv_transfer.transports.base import PullJob, Transport, Unusable
+from kv_transfer.transports.names import READS_IN_PLACE
 
 Choices = Mapping[str, Callable[[], Transport]]
 """By name, in order of preference. What makes a transport is called when it is first needed, and once."""
@@ -17,8 +19,9 @@ Choices = Mapping[str, Callable[[], Transport]]
 class FirstThatWorks:
     """A job that fails by its transport is tried once more, what is left of it, by the next that can be used. If that
     one does it, it goes first from then on: the fault was the transport's, not the peer's. KV that is not what the
-    giver sealed is no fault of a transport. `on_fallback` hears of every transport that can't be used or has failed,
-    and why. Raises Unusable, with all reasons, when there is none."""
+    giver sealed is no fault of a transport. Transports that read the pool in place are passed over for jobs in a codec.
+    `on_fallback` hears of every transport that can't be used or has failed, and
+    why. Raises Unusable, with all reasons, when there is none."""
 
     name: ClassVar[str] = "first_that_works"
 
@@ -32,7 +35,7 @@ class FirstThatWorks:
             raise Unusable("; ".join(self._unusable) or "there is none to choose from")
 
     async def pull(self, job: PullJob) -> None:
-        first = self._usable()
+        first = self._usable(job.coding)
         assert first is not None, "a transport that could be used once stays"
         left = _Progress(job)
         try:
@@ -40,7 +43,7 @@ class FirstThatWorks:
         except ChecksumMismatch:
             raise
         except TransferError as failure:
-            second = None if self._closed else self._usable(other_than=first)
+            second = None if self._closed else self._usable(job.coding, other_than=first)
             if second is None:
                 raise
             self._on_fallback(f"transport {first} failed, {second} takes over: {failure}")
@@ -64,10 +67,16 @@ class FirstThatWorks:
         for transport in self._made.values():
             transport.close()
 
-    def _usable(self, other_than: str | None = None) -> str | None:
-        """The name of the first that is made or can be."""
+    @property
+    def in_place(self) -> bool:
+        """Whether what goes first now reads the giver's pool where it lies."""
+        return self._usable() in READS_IN_PLACE
+
+    def _usable(self, coding: Coding | None = None, other_than: str | None = None) -> str | None:
+        """The name of the first that is made or can be, and carries pieces in this coding."""
+        barred = {other_than} | (READS_IN_PLACE if coding is not None and coding.codec != "none" else set())
         for name in list(self._choices):
-            if name != other_than and (name in self._made or self._make(name)):
+            if name not in barred and (name in self._made or self._make(name)):
                 return name
         return None
 

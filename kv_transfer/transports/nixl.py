@@ -26,9 +26,9 @@ import torch
 from core.errors import ConfigError, TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer.messages import FromGiver, Hello, NixlEndpoint
-from kv_transfer.pieces import Run, Slots, piece_bytes, row_bytes, runs
+from kv_transfer.pieces import Runs, Slots, row_bytes, runs
 from kv_transfer.transports.base import PullJob, Unusable, settled
-from kv_transfer.transports.batches import batches, unpack
+from kv_transfer.transports.batches import Batch, batches, land
 
 STALL_S = 3.0
 """A read that takes longer is given up. Less than a taker allows between two pieces, so that another transport gets its
@@ -104,14 +104,8 @@ class Nixl:
         try:
             if self._reader is None:
                 self._reader = _Reader(api, self._giver, self._endpoint, self._device)
-            index = 0
-            for batch in batches(job.rows, job.pieces):
-                pieces = job.pieces[batch.first : batch.last]
-                buffer = self._reader.read(job, batch.first, batch.last, stop)
-                unpack(buffer, job.rows, job.taker_slots, pieces)
-                for _ in pieces:
-                    job.arrived(index)
-                    index += 1
+            for batch in batches(job.coding, job.pieces):
+                land(job, batch, self._reader.read(job, batch, stop))
         except _errors(api) as error:
             self._drop()
             raise TransferError(f"NIXL failed: {type(error).__name__}: {error}") from error
@@ -139,10 +133,10 @@ class _Reader:
         self._registered: Any = None
         self._pending: Any = None
 
-    def read(self, job: PullJob, first: int, last: int, stop: threading.Event) -> torch.Tensor:
-        """Pieces first .. last - 1 of the job, one after the other in canonical order."""
-        buffer = self._buffer(sum(piece_bytes(job.rows, piece) for piece in job.pieces[first:last]))
-        ours, theirs = self._spans(buffer, job, first, last)
+    def read(self, job: PullJob, batch: Batch, stop: threading.Event) -> torch.Tensor:
+        """The pieces of a batch, one after the other in canonical order."""
+        buffer = self._buffer(batch.nbytes)
+        ours, theirs = self._spans(buffer, job, batch.first, batch.last)
         local = self._agent.get_xfer_descs(ours, self._memory)
         remote = self._agent.get_xfer_descs(theirs, self._endpoint.memory)
         self._pending = self._agent.initialize_xfer("READ", local, remote, self._peer, backends=_BACKENDS)
@@ -200,10 +194,10 @@ class _Reader:
             piece, parts = job.pieces[index], _runs_of(job.source(index))
             for number in range(2 * piece.layer, 2 * (piece.layer + piece.num_layers)):
                 there = self._endpoint.base + number * plane
-                for run in parts:
-                    ours.append((at, run.length * row, self._index))
-                    theirs.append((there + run.source * row, run.length * row, self._endpoint.device))
-                    at += run.length * row
+                for first, _, length in parts.tolist():
+                    ours.append((at, length * row, self._index))
+                    theirs.append((there + first * row, length * row, self._endpoint.device))
+                    at += length * row
         return ours, theirs
 
 
@@ -217,7 +211,7 @@ def _sweep() -> None:
             _unfinished.remove(reader)
 
 
-def _runs_of(slots: Slots) -> list[Run]:
+def _runs_of(slots: Slots) -> Runs:
     return runs(slots, np.arange(len(slots)))
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 
+import torch
+
+from core.errors import TransferError
 from engine.kv_cache import Pool
-from kv_transfer.messages import FromGiver, OpenPair, PairFailed, PairKey, Piece, Pull
-from kv_transfer.pieces import Rows, Slots, piece_bytes
-from kv_transfer.transports.batches import Staging, pack, staging_device
+from kv_transfer.messages import FromGiver, OpenPair, PairFailed, PairKey, Pull
+from kv_transfer.pieces import Rows
+from kv_transfer.transports.batches import Staging, batches, pack, pack_frames, staging_device
 from kv_transfer.transports.pairs import GIVER_RANK, TAKER_RANK, Group, PairEnd, wait
+from kv_transfer.transports.reading import Reading
 
 
 class PairServer:
@@ -37,28 +41,39 @@ class PairServer:
         if (known := self._pairs.get(told.pair_id)) is not None:
             known[0].store.put(told.key, told.value)
 
-    def pull(self, ask: Pull, sealed: Sequence[Piece], slots: Slots, on_read: Callable[[], None]) -> None:
-        """Send what is asked for of the pieces sealed so far; `slots` are those of the sequence, by token. `on_read` is
-        called on the loop when the blocks are no longer read, in any case."""
-        pieces = sealed[ask.first : ask.last] if ask.first >= 0 else []
-        known = self._pairs.get(ask.pair_id)
-        if known is None or not ask.nbytes or ask.nbytes != sum(piece_bytes(self._rows, piece) for piece in pieces):
-            on_read()
-            self.fail(ask.pair_id, f"no such pair, or no such pieces of transfer {ask.transfer_id}")
+    def pull(self, ask: Pull, reading: Reading) -> None:
+        """Send what is asked for."""
+        try:
+            part = reading.part(ask.first, ask.last, ask.nbytes)
+            if ask.pair_id not in self._pairs:
+                raise TransferError("there is no such pair")
+        except TransferError as error:
+            reading.end()
+            self.fail(ask.pair_id, error.message)
             return
-        pair, staging = known
+        pair, staging = self._pairs[ask.pair_id]
         read = Future[None]()
-        read.add_done_callback(lambda _: self._loop.call_soon_threadsafe(on_read))
+        read.add_done_callback(lambda _: self._loop.call_soon_threadsafe(reading.end))
 
         def send(group: Group) -> None:
             buffer = staging.take(ask.nbytes)
-            pack(buffer, self._rows, slots, pieces)
+            self._fill(buffer, part)
             read.set_result(None)
             wait(group.send([buffer], TAKER_RANK, 0), pair.device)
 
         sent = pair.submit(send)
         sent.add_done_callback(lambda _: None if read.done() else read.set_result(None))
         self._watch(ask.pair_id, sent)
+
+    def _fill(self, buffer: torch.Tensor, reading: Reading) -> None:
+        at = 0
+        for batch in batches(reading.coding, reading.pieces):
+            part = buffer[at : at + batch.nbytes]
+            if batch.framed:
+                pack_frames(part, reading.frames(batch))
+            else:
+                pack(part, self._rows, reading.slots, reading.pieces[batch.first : batch.last])
+            at += batch.nbytes
 
     def fail(self, pair_id: str, reason: str) -> None:
         self.close_pair(pair_id)

@@ -22,8 +22,9 @@ from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
 
 from core.errors import TransferError
 
-OP_TIMEOUT_S = 5.0
-"""A peer that is stopped, not dead, is noticed after this long."""
+OP_TIMEOUT_S = 4.0
+"""A peer that is stopped, not dead, or can't be reached is noticed after this long. Less than a taker allows between
+two pieces, so that another transport gets its chance."""
 
 GIVER_RANK, TAKER_RANK = 0, 1
 

@@ -4,8 +4,8 @@ The giver's pool is a memfd. The taker opens it through /proc/<pid>/fd, maps it 
 there. Whether that works is found out by trying: containers, pid namespaces and ptrace rules all have a say. A memfd
 has no name to leak and lives as long as somebody maps it, so the death of the giver can't fault a copy.
 
-If the giver's lease ends during a copy its blocks may change under the taker. The checksum, taken over what was copied,
-then differs; a commit can't come of it.
+If the giver's lease ends during a copy its blocks may change under the taker. The checksum, taken over what was read
+to be copied, then differs; a commit can't come of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from core.errors import TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer.messages import FromGiver, Hello, SharedPool
-from kv_transfer.pieces import Rows, Run, as_rows, copy, layers_of, runs
+from kv_transfer.pieces import Rows, Runs, as_rows, runs
 from kv_transfer.transports.base import PullJob, Unusable, settled
 
 _TOKEN_BYTES = 16
@@ -77,15 +77,14 @@ class SharedMemory:
     @staticmethod
     def _copy(job: PullJob, theirs: Rows, stop: threading.Event) -> None:
         job.on_began()
-        pairs: dict[tuple[int, int], list[Run]] = {}  # pieces of one token range share their runs
+        pairs: dict[tuple[int, int], Runs] = {}  # pieces of one token range share their runs
         for index, piece in enumerate(job.pieces):
             if stop.is_set():
                 return
             span = piece.token, piece.num_tokens
             if span not in pairs:
                 pairs[span] = runs(job.source(index), job.target(index))
-            copy(layers_of(job.rows, piece), layers_of(theirs, piece), pairs[span])
-            job.arrived(index)
+            job.read(index, theirs, pairs[span])
 
     def on_message(self, message: FromGiver) -> None:
         """The giver takes no part in a copy, so it has nothing to say."""

@@ -20,11 +20,19 @@ import torch
 
 from core.errors import TransferError
 from kv_transfer.messages import FromGiver, Hello
-from kv_transfer.pieces import piece_bytes
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import PullJob, Unusable, settled
-from kv_transfer.transports.batches import Staging
-from kv_transfer.transports.tcp_io import IDLE_TIMEOUT_S, Window, batched, prepare, receive_frame, send
+from kv_transfer.transports.batches import Batch, Staging, land
+from kv_transfer.transports.tcp_io import (
+    IDLE_TIMEOUT_S,
+    Window,
+    batched,
+    memory_of,
+    prepare,
+    receive,
+    receive_frame,
+    send,
+)
 
 MAX_CONNECTIONS = 2
 """Jobs pulled at a time over one link: while the pieces of one are hashed the other's arrive."""
@@ -136,7 +144,7 @@ class _Connection:
     def ask(self, job: PullJob) -> wire.Ask:
         """Returns at once: a request is small and the connection has nothing else to send."""
         self._number = (self._number + 1) % 2**32
-        nbytes = sum(piece_bytes(job.rows, piece) for piece in job.pieces)
+        nbytes = sum(map(job.coding.wire_bytes, job.pieces))
         ask = wire.Ask(self._number, job.first, job.first + len(job.pieces), nbytes)
         send(self.socket, [memoryview(self._unsent + wire.encode_request(ask, job.transfer_id))])
         self._unsent = b""
@@ -145,14 +153,19 @@ class _Connection:
     def fetch(self, job: PullJob, ask: wire.Ask) -> None:
         self._expect_grant(ask)
         window = Window(job.rows, job.taker_slots, self._staging)
-        index = 0
-        for pieces in batched(job.rows, job.pieces):
-            window.receive(self.socket, pieces)
-            for _ in pieces:
-                job.arrived(index)
-                index += 1
+        for batch in batched(job.coding, job.pieces):
+            if batch.framed:
+                self._fetch_frames(job, batch)
+            else:
+                window.receive(self.socket, job.pieces[batch.first : batch.last])
+                job.all_arrived(batch.first, batch.last)
             if self._stopped:
                 raise TransferError("stopped")
+
+    def _fetch_frames(self, job: PullJob, batch: Batch) -> None:
+        buffer = self._staging.take(batch.nbytes)
+        receive(self.socket, [memory_of(buffer)])
+        land(job, batch, buffer)
 
     def _expect_grant(self, ask: wire.Ask) -> None:
         reason_bytes = wire.decode_reply(receive_frame(self.socket, wire.REPLY_BYTES), ask)

@@ -7,7 +7,8 @@ event loop would be woken for every fraction of a socket buffer. The kernel boun
 
 Zero copy: the kernel copies between socket and pool, and nothing else does. Each vector costs its own work in kernel
 and interpreter, so where runs are shorter than MIN_VECTOR_BYTES on average a batch goes through a contiguous buffer
-instead, and so does KV in GPU memory. MSG_ZEROCOPY is not used: over loopback the kernel copies all the same.
+instead, and so does KV in GPU memory. Frames of a codec are sent from where they were encoded to, and received into a
+buffer. MSG_ZEROCOPY is not used: over loopback the kernel copies all the same.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from core.errors import TransferError
+from kv_transfer.coding import Coding
 from kv_transfer.messages import Piece
 from kv_transfer.pieces import Rows, Slots, piece_bytes, runs, tokens_of
-from kv_transfer.transports.batches import Staging, batches, pack, unpack
+from kv_transfer.transports.batches import Batch, Staging, batches, pack, unpack
 
 BATCH_BYTES = 2 << 20
 """Moved by one call and then hashed, while it is still in the processor's cache."""
@@ -89,10 +91,9 @@ def receive_frame(connection: socket.socket, nbytes: int) -> bytes:
     return bytes(frame)
 
 
-def batched(rows: Rows, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+def batched(coding: Coding, pieces: Sequence[Piece]) -> Iterator[Batch]:
     """What is moved at a time."""
-    for batch in batches(rows, pieces, BATCH_BYTES):
-        yield pieces[batch.first : batch.last]
+    return batches(coding, pieces, BATCH_BYTES)
 
 
 class Window:
@@ -111,7 +112,7 @@ class Window:
             return in_place
         buffer = self._buffer(pieces)
         pack(buffer, self._rows, self._slots, pieces)
-        return [_memory(buffer.numpy())]
+        return [memory_of(buffer)]
 
     def receive(self, connection: socket.socket, pieces: Sequence[Piece]) -> None:
         """The pieces into their slots: straight, or through a buffer."""
@@ -120,7 +121,7 @@ class Window:
             receive(connection, in_place)
             return
         buffer = self._buffer(pieces)
-        receive(connection, [_memory(buffer.numpy())])
+        receive(connection, [memory_of(buffer)])
         unpack(buffer, self._rows, self._slots, pieces)
 
     def _buffer(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -135,7 +136,7 @@ class Window:
         count = sum(2 * piece.num_layers * len(self._spans_of(piece)) for piece in pieces)
         if count * MIN_VECTOR_BYTES > sum(piece_bytes(rows, piece) for piece in pieces):
             return None
-        memory, plane = _memory(rows), rows[0, 0].nbytes
+        memory, plane = _bytes(rows), rows[0, 0].nbytes
         return [
             memory[base + start : base + stop]
             for piece in pieces
@@ -149,11 +150,18 @@ class Window:
         tokens = piece.token, piece.num_tokens
         if tokens not in self._spans:
             row, own = int(self._rows.shape[-1]), tokens_of(self._slots, piece)
-            self._spans[tokens] = [(run.source * row, (run.source + run.length) * row) for run in runs(own, own)]
+            self._spans[tokens] = [
+                (first * row, (first + length) * row) for first, _, length in runs(own, own).tolist()
+            ]
         return self._spans[tokens]
 
 
-def _memory(array: NDArray[np.uint8]) -> memoryview:
+def memory_of(buffer: torch.Tensor) -> memoryview:
+    """Of contiguous bytes in host memory."""
+    return _bytes(buffer.numpy())
+
+
+def _bytes(array: NDArray[np.uint8]) -> memoryview:
     return array.data.cast("B")
 
 

@@ -13,20 +13,21 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from core.errors import ConfigError, TransferError
-from kv_transfer.messages import Piece, TcpEndpoint
-from kv_transfer.pieces import Rows, Slots, piece_bytes
+from kv_transfer.messages import TcpEndpoint
+from kv_transfer.pieces import Rows
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import settled
 from kv_transfer.transports.batches import Staging
-from kv_transfer.transports.tcp_io import Window, batched, prepare, send
+from kv_transfer.transports.reading import Reading
+from kv_transfer.transports.tcp_io import Window, batched, memory_of, prepare, send
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,6 @@ CUT_AFTER_S = 0.5
 once, it would often see a connection that breaks for no reason."""
 ACCEPT_PAUSE_S = 0.1
 """Before accepting again when the process has no descriptors left."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A transfer whose blocks are being read until `end` is called, on the loop."""
-
-    pieces: Sequence[Piece]
-    """Sealed so far."""
-    slots: Slots
-    """Of the sequence, by token."""
-    end: Callable[[], None]
 
 
 StartReading = Callable[[str], Reading]
@@ -195,12 +185,11 @@ class TcpServer:
 
     def _granted(self, link: _Link, transfer_id: str, ask: wire.Ask) -> Reading:
         reading = link.start_reading(transfer_id)
-        pieces = reading.pieces[ask.first : ask.last]
-        nbytes = sum(piece_bytes(self._rows, piece) for piece in pieces)
-        if len(pieces) == ask.last - ask.first and nbytes == ask.nbytes:
-            return replace(reading, pieces=pieces)
-        reading.end()
-        raise TransferError(f"these are no pieces of transfer {transfer_id}")
+        try:
+            return reading.part(ask.first, ask.last, ask.nbytes)
+        except TransferError:
+            reading.end()
+            raise
 
     async def _answer(self, connection: _Connection, transfer_id: str, ask: wire.Ask, reading: Reading) -> None:
         connection.transfer_id = transfer_id
@@ -218,8 +207,12 @@ class TcpServer:
     def _send(self, connection: _Connection, ask: wire.Ask, reading: Reading) -> None:
         window = Window(self._rows, reading.slots, connection.staging)
         header = [memoryview(wire.encode_grant(ask))]
-        for pieces in batched(self._rows, reading.pieces):
-            send(connection.socket, header + window.vectors(pieces))
+        for batch in batched(reading.coding, reading.pieces):
+            if batch.framed:
+                vectors = [memory_of(frame) for frame in reading.frames(batch)]
+            else:
+                vectors = window.vectors(reading.pieces[batch.first : batch.last])
+            send(connection.socket, header + vectors)
             header = []
 
 

@@ -3,7 +3,8 @@
     taker   Greeting             once, with the token that the giver announced over the link
     taker   Request, transfer id one at a time
     giver   Reply                granted: `nbytes` of KV follow, the pieces one after the other in canonical order
-                                 (messages.Piece); refused: `nbytes` of text follow, the reason
+                                 (messages.Piece) or as frames (kv_transfer.coding); refused: `nbytes` of text follow,
+                                 the reason
 
 All integers are little-endian and every frame says its own length, within bounds that a reader checks before it reads
 on. A reply repeats the request it belongs to. Whoever reads something else than this raises TransferError and drops the

@@ -24,7 +24,7 @@ from core.errors import TransferError
 from engine.kv_cache import Pool
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairFailed, PairKey, Pull, ToGiver
 from kv_transfer.transports.base import PullJob, settled
-from kv_transfer.transports.batches import Batch, Staging, batches, device_identity, staging_device, unpack
+from kv_transfer.transports.batches import Batch, Staging, batches, device_identity, land, staging_device
 from kv_transfer.transports.pairs import GIVER_RANK, TAKER_RANK, Group, PairEnd, wait
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class _Puller:
     def run(self, group: Group) -> None:
         """Receives that were posted are always waited for, even when nobody wants them any more: the group can't be
         dropped under them."""
-        todo = enumerate(batches(self._job.rows, self._job.pieces))
+        todo = enumerate(batches(self._job.coding, self._job.pieces))
         posted: deque[tuple[Batch, torch.Tensor, Work]] = deque()
         error: TransferError | None = None
         while True:
@@ -169,9 +169,7 @@ class _Puller:
             if self._stopped:
                 return None
             try:
-                unpack(buffer, job.rows, job.taker_slots, job.pieces[batch.first : batch.last])
-                for index in range(batch.first, batch.last):
-                    job.arrived(index)
+                land(job, batch, buffer)
             except TransferError as error:
                 self._stopped = True
                 return error

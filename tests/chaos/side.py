@@ -142,15 +142,15 @@ async def take(*transports: str) -> None:
         block_ids = await blocks.take(num_tokens)
         fault, deadline = "", time.time() + deadline_s
         try:
-            state = await taker.take(
+            taken = await taker.take(
                 str(number), address, block_ids, start_token=0, num_tokens=num_tokens, deadline=deadline
             )
         except SlipstreamError as error:
             outcome = f"{type(error).__name__}: {error.message}"
         else:
             outcome = "committed"
-            right = state.token_ids == [number] and np.array_equal(blocks.read(block_ids, num_tokens), kv_of(number))
-            fault = "" if right else "committed, and not what was given"
+            state, same = taken.state, np.array_equal(blocks.read(block_ids, num_tokens), kv_of(number))
+            fault = "" if same and state.token_ids == [number] else "committed, and not what was given"
         blocks.give_back(block_ids)
         report(id=number, outcome=outcome, fault=fault or ("a free block was written to" if blocks.strays() else ""))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +77,27 @@ def test_a_line_never_predicts_less_than_nothing() -> None:
         steep.observe(x + 100, 10.0 * x)
     assert falling.fit()[1] == 0.0
     assert steep.fit()[0] == 0.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.floats(-1, 1)), min_size=1, max_size=60))
+def test_no_measurements_make_a_line_that_falls_or_begins_below_nothing(points: list[tuple[int, float]]) -> None:
+    line = Line()
+    for x, y in points:
+        line.observe(x, y)
+    assert all(part >= 0.0 for part in line.fit())
+
+
+def test_a_hand_off_that_costs_nothing_is_found_to_whatever_the_steps_vary_by() -> None:
+    random = Random(0)
+    line = Line()
+    for _ in range(1000):
+        gaps = FirstGaps(100)
+        now, extra = 0.0, None
+        while extra is None:
+            extra = gaps.heard(1, now)
+            now += random.choice([0.01, 0.01, 0.01, 0.04])
+        line.observe(100, extra)
+    assert line.fit()[0] < 0.002
 
 
 def test_what_is_old_is_forgotten() -> None:

@@ -50,6 +50,9 @@ def test_leaf_names_are_unique_over_the_tree() -> None:
         ("a: 2024-99-99", "cannot be read"),
         ("engine: {kv_cache_memory: '" + "9" * 400 + "'}", "more than any machine has"),
         ("cluster: {colocated: true, prefill_replicas: 7}", "prefill_replicas 7 has no meaning with colocated"),
+        ("cluster: {kv_codec: int3}", "cluster.kv_codec"),
+        ("cluster: {kv_codec: int8, kv_transport: nixl}", "kv_codec int8 has no meaning with kv_transport nixl"),
+        ("cluster: {kv_codec: auto, kv_transport: shared_memory}", "use kv_transport tcp or torch_distributed"),
         ("engine: {max_num_batched_tokens: 8, max_num_seqs: 16}", "max_num_batched_tokens 8 is below max_num_seqs 16"),
     ],
 )

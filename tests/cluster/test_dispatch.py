@@ -9,7 +9,7 @@ import pytest
 from cluster.dispatch import MAX_ATTEMPTS, Deliver, Dispatch, Instruction, Reroute, Send
 from core.errors import InternalError, InvalidRequest, Overloaded, Undrawable
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
-from core.wire import Abort, Generate, Prefill, Receive
+from core.wire import Abort, Generate, Opened, Prefill, Receive
 
 STOP = Finish(reason=FinishReason.STOP)
 
@@ -34,14 +34,23 @@ def disaggregated() -> Dispatch:
     return dispatch
 
 
-def test_the_decode_side_is_asked_first_so_that_it_allocates_while_the_prompt_is_computed() -> None:
-    receive, prefill = Dispatch(request()).start("d", "p", "host:1")
+def test_the_decode_side_is_asked_first_so_that_no_offer_is_made_to_nobody() -> None:
+    receive, prefill = Dispatch(request()).start("d", "p", "host:1", within_s=5)
     assert isinstance(receive, Send)
     assert isinstance(receive.message, Receive)
-    assert receive.message.prefill_address == "host:1"
+    assert (receive.message.prefill_address, receive.message.within_s) == ("host:1", 5)
     assert isinstance(prefill, Send)
     assert isinstance(prefill.message, Prefill)
     assert prefill.message.transfer_id == receive.message.transfer_id
+
+
+def test_the_decode_side_hears_that_the_prompt_has_its_blocks() -> None:
+    dispatch = disaggregated()
+    assert dispatch.on_opened("r.0") == [Send("d", Opened("r.0"))]
+    dispatch.on_worker_lost("d")
+    dispatch.start("d2", "p", "host:1")
+    assert dispatch.on_opened("r.0") == []
+    assert dispatch.on_opened("r.1") == [Send("d2", Opened("r.1"))]
 
 
 def test_tokens_of_the_two_sides_are_delivered_in_order() -> None:
@@ -141,6 +150,8 @@ class World:
             match instruction:
                 case Send(worker, Abort(attempt)):
                     self.owed.discard((worker, attempt))
+                case Send(worker, Opened(attempt)):
+                    assert (worker, attempt) in self.owed, self.log
                 case Send(worker, message):
                     self.owed.add((worker, message.request.request_id))
                 case Deliver(delta):
@@ -157,6 +168,7 @@ class World:
         attempt = self.dispatch.attempt_id
         n = len(self.tokens)
         return [
+            f"opened {attempt}",
             f"delta {attempt} {n}",
             f"delta {attempt} {n + 1}",
             f"finish {attempt} {n}",
@@ -182,6 +194,8 @@ class World:
                 self.carry_out(d.start("d", None))
             case "refuse", []:
                 self.carry_out(d.refuse(Overloaded("full")))
+            case "opened", [attempt]:
+                self.carry_out(d.on_opened(attempt))
             case "delta", [attempt, index]:
                 self.carry_out(d.on_delta(delta(attempt, int(index), 7), "w"))
             case "finish", [attempt, index]:

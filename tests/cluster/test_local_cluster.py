@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import LlamaForCausalLM
 
 from cluster.config import SlipstreamConfig, load
 from cluster.local import LocalCluster, local_cluster
 from core.errors import InternalError
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
-from engine.step import StepOutput
+from engine.step import StepBatch, StepOutput
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -106,6 +108,32 @@ async def test_a_transport_that_was_asked_for_carries_every_hand_off(
         assert (decode.transfers_committed, decode.transport_fallbacks) == (1, 0)
 
 
+@pytest.mark.parametrize(("setting", "codec"), [("none", "none"), ("int8", "int8"), ("auto", "none")])
+async def test_a_codec_makes_hand_offs_smaller_and_what_it_changes_is_no_prefix_for_others(
+    tiny: tuple[LlamaForCausalLM, Path], setting: str, codec: str
+) -> None:
+    """So little KV tells `auto` nothing of the link."""
+    model, folder = tiny
+    async with local_cluster(config(kv_codec=setting, kv_transport="tcp"), folder) as cluster:
+        for name in "ab":
+            deltas = [delta async for delta in cluster.backend.generate(request(name, prompt(100)))]
+            tokens = [token for delta in deltas for token in delta.token_ids]
+            assert len(tokens) == 8
+            assert codec != "none" or tokens == expected(model, prompt(100), 8)
+            assert {delta.inexact_kv for delta in deltas[1:]} == {codec != "none"}  # those of the decode worker
+        await all_free(cluster)
+        prefill, decode = (cluster.nodes[name].status().counters for name in ("prefill-0", "decode-0"))
+    assert list(decode.transfer_wire_bytes) == [codec]
+    if codec == "none":
+        assert decode.transfer_wire_bytes[codec] == decode.transfer_bytes
+        assert prefill.transfer_encode_seconds == decode.transfer_decode_seconds == 0
+    else:
+        assert decode.transfer_wire_bytes[codec] < decode.transfer_bytes
+        assert min(prefill.transfer_encode_seconds, decode.transfer_decode_seconds) > 0
+    assert prefill.prefix_cache_hits > 0
+    assert (decode.prefix_cache_hits > 0) == (codec == "none")
+
+
 async def test_a_transport_that_cannot_be_used_costs_the_hand_off_and_not_the_request(
     tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +145,44 @@ async def test_a_transport_that_cannot_be_used_costs_the_hand_off_and_not_the_re
         decode = cluster.nodes["decode-0"].status().counters
         assert decode.transfers_committed == 0
         assert decode.transport_fallbacks > 0
+
+
+async def test_a_hand_off_counts_once_where_it_is_taken_and_its_offer_where_it_is_given(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    async with local_cluster(config(), tiny[1]) as cluster:
+        await run(cluster, request("a", prompt(40)))
+        await all_free(cluster)
+        counted = {name: node.status().counters for name, node in cluster.nodes.items()}
+    assert {n: c.transfers_committed for n, c in counted.items()} == {"prefill-0": 0, "decode-0": 1}
+    assert {n: c.offers_committed for n, c in counted.items()} == {"prefill-0": 1, "decode-0": 0}
+
+
+async def test_hand_offs_whose_order_differs_on_the_two_sides_do_not_wait_for_each_others_blocks(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each side has room for two prompts. While the prefill worker computes, two come, then two more urgent ones."""
+    async with local_cluster(config(kv_cache_memory="264KiB"), tiny[1]) as cluster:
+        prefill = cluster.nodes["prefill-0"]
+        begun, go_on, submit = threading.Event(), threading.Event(), prefill.runner.submit
+
+        def held_up(batch: StepBatch) -> Future[StepOutput]:
+            begun.set()
+            assert go_on.wait(TIMEOUT_S)
+            return submit(batch)
+
+        monkeypatch.setattr(prefill.runner, "submit", held_up)
+        ends = [asyncio.create_task(run(cluster, request("first", prompt(20), max_tokens=1)))]
+        await asyncio.to_thread(begun.wait, TIMEOUT_S)
+        for priority in (1, 0):
+            jobs = [request(f"{priority}.{i}", prompt(150, 2 * priority + i), max_tokens=3) for i in range(2)]
+            ends += [asyncio.create_task(run(cluster, replace(job, priority=priority))) for job in jobs]
+            async with asyncio.timeout(TIMEOUT_S):
+                while cluster.nodes["decode-0"].num_owned < len(ends) - 1:
+                    await asyncio.sleep(0.01)
+        go_on.set()
+        assert [len(tokens) for tokens, _ in await asyncio.gather(*ends)] == [1, 3, 3, 3, 3]
+        await all_free(cluster)
 
 
 async def test_the_same_seed_gives_the_same_text_wherever_it_runs(tiny: tuple[LlamaForCausalLM, Path]) -> None:
@@ -283,7 +349,13 @@ async def test_short_prompts_are_prefilled_where_they_are_decoded(tiny: tuple[Ll
     async with local_cluster(config(handoff_min_tokens=40), folder) as cluster:
         await run(cluster, request("short", prompt(39)))
         await run(cluster, request("long", prompt(40, seed=1)))
-        assert cluster.backend.status().routes == {"handoff": 1, "colocated": 0, "not_worth_it": 1, "fallback": 0}
+        assert cluster.backend.status().routes == {
+            "handoff": 1,
+            "colocated": 0,
+            "not_worth_it": 1,
+            "prefill_only": 0,
+            "fallback": 0,
+        }
 
 
 async def test_a_conversation_goes_on_where_its_kv_is(tiny: tuple[LlamaForCausalLM, Path]) -> None:

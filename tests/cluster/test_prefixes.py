@@ -40,6 +40,11 @@ def test_the_output_belongs_to_the_next_prompt() -> None:
     assert digests_of(request(list(range(20))), list(range(20, 32))) == digests_of(request(list(range(32))))
 
 
+def test_what_is_known_of_a_prompt_need_not_be_computed_again() -> None:
+    job = request(list(range(40)))
+    assert digests_of(job, [7] * 60, digests_of(job)) == digests_of(job, [7] * 60)
+
+
 def test_the_names_are_those_of_the_workers() -> None:
     """The block manager's keys are made of the same digests."""
     job = request(list(range(50)))

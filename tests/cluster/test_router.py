@@ -102,6 +102,13 @@ def test_others_in_the_batch_count_against_prefilling_beside_them() -> None:
     assert names(200, p, d, cached={"d": 160}) == (None, "d")
 
 
+def test_what_needs_no_decode_stays_on_the_prefill_worker_that_is_the_next_to_be_done() -> None:
+    p1, p2, d = worker("p1", Role.PREFILL, tokens=50), worker("p2", Role.PREFILL), worker("d", Role.DECODE)
+    for group, alone in [((p1, p2, d), "p2"), ((d,), "d")]:
+        route = choose(Prompt(100, decodes=False), group, 10, BreakEven())
+        assert (route.prefill, route.decode.worker_id) == (None, alone)
+
+
 def test_cached_tokens_need_no_room() -> None:
     p, d1, d2 = worker("p", Role.PREFILL), worker("d1", Role.DECODE, free=2), worker("d2", Role.DECODE, running=1)
     assert names(96, p, d1, d2, cached={"d1": 64}, break_even=BreakEven(0)) == ("p", "d1")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from core.errors import Overloaded
@@ -132,6 +133,18 @@ def test_workers_report_by_role_and_replica(registry: CollectorRegistry) -> None
     assert of(registry, "slipstream:handoff_bytes_total", "a", "prefill") == 10
     assert of(registry, "slipstream:handoff_expiries_total", "b") == 1
     assert of(registry, "slipstream:handoff_failures_total", "b") == 0
+
+
+def test_bytes_on_the_wire_are_told_apart_by_codec(registry: CollectorRegistry) -> None:
+    counters = WorkerCounters(
+        transfer_bytes=90, transfer_wire_bytes={"none": 30, "int8": 31}, transfer_decode_seconds=0.5
+    )
+    registry.register(WorkerCollector(lambda: [replace(worker("a"), counters=counters)], model_name="m"))
+    labels = {"model_name": "m", "role": "decode", "replica": "a"}
+    for codec, count in counters.transfer_wire_bytes.items():
+        assert registry.get_sample_value("slipstream:handoff_wire_bytes_total", labels | {"codec": codec}) == count
+    assert of(registry, "slipstream:handoff_decode_seconds_total", "a") == 0.5
+    assert of(registry, "slipstream:handoff_encode_seconds_total", "a") == 0
 
 
 def test_totals_do_not_go_backwards_when_a_worker_goes(registry: CollectorRegistry) -> None:

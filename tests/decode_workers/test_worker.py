@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from decode_workers.worker import DecodeWorker
 from engine.engine import Engine
 from engine.sequence import Sequence
 from kv_transfer.messages import SequenceState
-from kv_transfer.taker import Taker, Withdrawn
+from kv_transfer.taker import Taken, Taker, Withdrawn
 
 STATE = SequenceState(token_ids=[7])
 
@@ -26,19 +27,21 @@ class Recorder:
         self.commands: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.commands.append((name, *arguments))
+        return lambda *arguments, **named: self.commands.append((name, *arguments, *named.items()))
 
 
 class Outcomes:
     """A taker whose transfers end as told."""
 
     def __init__(self) -> None:
-        self.ending: asyncio.Future[SequenceState] = asyncio.get_running_loop().create_future()
+        self.ending: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         self.expected: list[str] = []
         self.reserved: asyncio.Future[Any] | None = None
+        self.deadline = 0.0
 
-    async def expect(self, transfer_id: str, _: str, reserved: asyncio.Future[Any], **__: Any) -> SequenceState:
+    async def expect(self, transfer_id: str, _: str, reserved: asyncio.Future[Any], *, deadline: float) -> Taken:
         self.expected.append(transfer_id)
+        self.deadline = deadline
         self.reserved = reserved
         return await self.ending
 
@@ -57,7 +60,9 @@ class Harness:
             request_id="r", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4), deadline=0.0
         )
         self.sequence = Sequence(request)
-        self.worker.receive(Receive(request, transfer_id="t", prefill_address="p:1"))
+        self.worker.receive(Receive(request, transfer_id="t", prefill_address="p:1", within_s=60.0))
+        ((command, self.reserved),) = self.engine.commands
+        assert command == "reserve"
         self.engine.commands.clear()
 
     def grant(self) -> None:
@@ -69,14 +74,34 @@ class Harness:
         return self.engine.commands
 
 
-async def test_kv_that_has_arrived_joins_the_batch() -> None:
+@pytest.mark.parametrize("exact", [True, False])
+async def test_kv_that_has_arrived_joins_the_batch_as_what_it_is(exact: bool) -> None:
     h = Harness()
     h.grant()
-    h.taker.ending.set_result(STATE)
+    h.taker.ending.set_result(Taken(STATE, exact))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert await h.settle() == [("join", "r", [7])]
+    assert await h.settle() == [("join", "r", [7], ("exact", exact))]
     assert h.failed == []
+
+
+async def test_no_blocks_are_claimed_before_the_prefill_side_has_its_own() -> None:
+    h = Harness()
+    assert h.reserved.deferred
+    h.worker.opened("r")
+    assert h.engine.commands == [("undefer", "r")]
+    h.worker.abort("r")
+    await h.settle()
+
+
+async def test_what_is_left_of_the_time_counts_and_not_what_the_gateways_clock_says() -> None:
+    h = Harness()
+    assert h.reserved.request.deadline == 0.0
+    before = time.time()
+    await asyncio.sleep(0)
+    assert before + 50 < h.taker.deadline < before + 70
+    h.worker.abort("r")
+    await h.settle()
 
 
 async def test_the_prefill_side_hears_of_a_taker_before_there_are_blocks() -> None:

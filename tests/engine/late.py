@@ -14,6 +14,7 @@ import pytest
 
 from core.types import Finish, PromptLogprobs, Request, SamplingParams, TokenLogprobs
 from engine.block_manager import BlockManager
+from engine.drafts import Speculator
 from engine.engine import Engine, Report
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence
@@ -107,7 +108,14 @@ class Output:
 
 
 class Harness:
-    def __init__(self, runner: Runner, num_blocks: int, step_tokens: int, grammars: Grammars | None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        num_blocks: int,
+        step_tokens: int,
+        grammars: Grammars | None,
+        speculator: Speculator | None = None,
+    ) -> None:
         self.reports: queue.Queue[Report] = queue.Queue()
         self.blocks = BlockManager(num_blocks, 8)
         config = SchedulerConfig(
@@ -117,7 +125,7 @@ class Harness:
             max_steps_in_flight=runner.max_steps_in_flight,
             min_decodes_per_step=1,
         )
-        self.engine = Engine(runner, Scheduler(config, self.blocks), self.reports.put, grammars)
+        self.engine = Engine(runner, Scheduler(config, self.blocks), self.reports.put, grammars, speculator=speculator)
 
     def tokens(self) -> list[tuple[str, list[int]]]:
         """What the next report brings."""
@@ -146,9 +154,14 @@ class Harness:
 
 @contextmanager
 def engine_over(
-    runner: Runner, *, num_blocks: int = 64, step_tokens: int = 64, grammars: Grammars | None = None
+    runner: Runner,
+    *,
+    num_blocks: int = 64,
+    step_tokens: int = 64,
+    grammars: Grammars | None = None,
+    speculator: Speculator | None = None,
 ) -> Iterator[Harness]:
-    harness = Harness(runner, num_blocks, step_tokens, grammars)
+    harness = Harness(runner, num_blocks, step_tokens, grammars, speculator)
     harness.engine.start()
     try:
         yield harness

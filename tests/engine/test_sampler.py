@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from core.types import SamplingParams
 from engine.sampler import sample, sampling_law, uniforms
 from engine.step import UNDRAWABLE, SamplingRow
+from tests.chi_square import p_value
 
 P_VALUE = 1e-6
 """Seeds are fixed, so this is no rate of false alarms: the tests pass or fail always."""
@@ -47,18 +48,6 @@ def law(logits: list[float], **settings: Any) -> list[float]:
 
 
 LOGITS = [1.2, 0.3, -0.5, 2.0, 0.0, -3.0]
-
-
-def p_value(counts: np.ndarray, expected: list[float]) -> float:
-    """Chi-square upper tail by the Wilson-Hilferty approximation."""
-    n, probs = counts.sum(), np.array(expected)
-    assert counts[probs == 0].sum() == 0, "an impossible token was drawn"
-    counts, probs = counts[probs > 0], probs[probs > 0]
-    statistic, k = ((counts - n * probs) ** 2 / (n * probs)).sum(), len(probs) - 1
-    if k == 0:
-        return 1.0
-    z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
-    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 SETTINGS: list[dict[str, Any]] = [

@@ -157,6 +157,19 @@ def test_reservations_hold_a_seat() -> None:
     assert [s.request_id for s in scheduler.schedule().granted] == ["c"]
 
 
+def test_a_deferred_reservation_waits_without_standing_in_the_way_of_others() -> None:
+    scheduler = make_scheduler(num_blocks=4, config=replace(CONFIG, max_num_seqs=2))
+    deferred = [make(name, 50) for name in "abc"]
+    for sequence in deferred:
+        sequence.deferred = True
+        scheduler.reserve(sequence)
+    scheduler.reserve(make("d", 30))
+    assert [s.request_id for s in scheduler.schedule().granted] == ["d"]
+    scheduler.abort("d")
+    deferred[1].deferred = False
+    assert scheduler.schedule().granted == [deferred[1]]
+
+
 def test_a_reservation_passes_a_prompt_that_lacks_only_token_budget() -> None:
     scheduler = make_scheduler(num_blocks=16)
     scheduler.add(make("long", 100))

@@ -21,7 +21,7 @@ from kv_transfer import pieces
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, ToGiver
 from kv_transfer.taker import Reservation, Taker
-from kv_transfer.transports import batches, shared_memory, tcp_io, torch_distributed
+from kv_transfer.transports import base, batches, tcp_io, torch_distributed
 
 LAYOUT = layout(num_layers=8)
 GIVER_SEED, TAKER_SEED = 1, 2
@@ -61,11 +61,11 @@ async def take(transport: str, address: str, transfer_id: str, block_ids: str, n
 
     match transport:
         case "shared_memory":
-            shared_memory.copy = hang
+            base.copy_summed = hang
         case "tcp":
             tcp_io.Window.receive = hang
         case "torch_distributed":
-            torch_distributed.unpack = hang
+            torch_distributed.land = hang
     taker = Taker(pool_of_noise(LAYOUT, seed=TAKER_SEED), transports=[transport])
     await taker.take(
         transfer_id,

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 from core.links import LinkServer
 from engine.kv_cache import KVPool
 from engine.kv_layout import KVLayout
+from kv_transfer.codecs.names import CodecSetting
+from kv_transfer.codecs.policy import CodecPolicy
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, SequenceState, ToGiver
 from kv_transfer.pieces import Rows, rows_of, slots_of
@@ -76,6 +78,8 @@ class Sides:
     server: LinkServer
     ends: asyncio.Queue[tuple[str, str]]
     """What on_released was called with."""
+    exact: list[bool] = field(default_factory=list)
+    """Whether what was taken is, transfer by transfer."""
 
     def offer(self, transfer_id: str, block_ids: Sequence[int], num_tokens: int) -> None:
         """A prompt that is computed already."""
@@ -86,10 +90,14 @@ class Sides:
         """The next release at the giver."""
         return await asyncio.wait_for(self.ends.get(), 5)
 
-    async def take(self, transfer_id: str, block_ids: Sequence[int], stop: int, start: int = 0, wait_s: float = 20.0):
-        return await self.taker.take(
+    async def take(
+        self, transfer_id: str, block_ids: Sequence[int], stop: int, start: int = 0, wait_s: float = 20.0
+    ) -> SequenceState:
+        taken = await self.taker.take(
             transfer_id, self.address, block_ids, start_token=start, num_tokens=stop, deadline=time.time() + wait_s
         )
+        self.exact.append(taken.exact)
+        return taken.state
 
     def expect(
         self, transfer_id: str, wait_s: float = 20.0
@@ -97,7 +105,11 @@ class Sides:
         """Where the blocks go, and the transfer that waits for them."""
         reserved: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
         expecting = self.taker.expect(transfer_id, self.address, reserved, deadline=time.time() + wait_s)
-        return reserved, asyncio.create_task(expecting)
+
+        async def state() -> SequenceState:
+            return (await expecting).state
+
+        return reserved, asyncio.create_task(state())
 
 
 def assert_same(sides: Sides, theirs: list[int], ours: list[int], start: int, stop: int) -> None:
@@ -122,15 +134,21 @@ async def connected(
     num_blocks: int = 64,
     devices: tuple[str, str] = ("cpu", "cpu"),
     nixl: bool = False,
+    codec: CodecSetting = "none",
     **taker_options: Any,
 ) -> AsyncIterator[Sides]:
     giver_pool = pool_of_noise(giver_layout or layout(), num_blocks, seed=1, device=devices[0])
     taker_pool = pool_of_noise(taker_layout or layout(), num_blocks, seed=2, device=devices[1])
     ends: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
     giver = Giver(
-        giver_pool, lease_s=lease_s, on_released=lambda *end: ends.put_nowait(end), tcp_host="127.0.0.1", nixl=nixl
+        giver_pool,
+        lease_s=lease_s,
+        on_released=lambda *end: ends.put_nowait(end),
+        tcp_host="127.0.0.1",
+        nixl=nixl,
+        codecs=CodecPolicy(codec, giver_pool.layout, giver_pool.device),
     )
-    taker = Taker(taker_pool, **taker_options)
+    taker = Taker(taker_pool, codecs=CodecPolicy(codec, taker_pool.layout, taker_pool.device), **taker_options)
     server = LinkServer()
     server.add_service(SERVICE, ToGiver, giver.on_link)
     address = await server.start("127.0.0.1")

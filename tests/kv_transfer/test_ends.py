@@ -12,7 +12,7 @@ from sides import STATE, Gate, assert_same, connected, tokens, wanted
 
 from core.errors import LeaseExpired, TransferError
 from kv_transfer.taker import Taker, Withdrawn
-from kv_transfer.transports import pair_server, shared_memory, tcp_io, torch_distributed
+from kv_transfer.transports import base, pair_server, tcp_io, torch_distributed
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),  # gRPC's poller outlives a loop and would call into a closed one
@@ -69,9 +69,9 @@ async def test_a_cancel_before_the_offer_frees_the_blocks_once_they_are_offered(
 @pytest.mark.parametrize(
     ("transport", "module", "writes"),
     [
-        ("shared_memory", shared_memory, "copy"),
+        ("shared_memory", base, "copy_summed"),
         ("tcp", tcp_io.Window, "receive"),
-        ("torch_distributed", torch_distributed, "unpack"),
+        ("torch_distributed", torch_distributed, "land"),
     ],
 )
 async def test_a_cancel_returns_only_when_the_copy_has_stopped(

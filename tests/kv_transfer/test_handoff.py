@@ -11,9 +11,9 @@ import pytest
 from sides import STATE, Gate, assert_same, connected, layout, tokens, wanted
 
 from core.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, TransferError
-from kv_transfer import giving
+from kv_transfer import sealing
 from kv_transfer.pieces import rows_of
-from kv_transfer.transports import batches, shared_memory
+from kv_transfer.transports import base, batches
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),  # gRPC's poller outlives a loop and would call into a closed one
@@ -135,8 +135,8 @@ async def test_kv_that_is_not_what_was_sealed_is_never_committed(
         first, *rest = seal(*arguments)
         return [msgspec.structs.replace(first, checksum=first.checksum ^ 1), *rest]
 
-    seal = giving.seal
-    monkeypatch.setattr(giving, "seal", wrong)
+    seal = sealing.seal
+    monkeypatch.setattr(sealing, "seal", wrong)
     async with connected(transports=[transport]) as sides:
         sides.offer("t", [1, 2], 20)
         with pytest.raises(ChecksumMismatch, match=r"piece 0 of transfer t \(tokens 0 to 19, layers 0 to 2\)"):
@@ -147,7 +147,7 @@ async def test_kv_that_is_not_what_was_sealed_is_never_committed(
 
 async def test_blocks_reused_under_the_copy_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected(transports=["shared_memory"], lease_s=30) as sides:
-        gate = Gate(monkeypatch, shared_memory, "copy")
+        gate = Gate(monkeypatch, base, "copy_summed")
         sides.offer("t", [1, 2], 20)
         taking = asyncio.create_task(sides.take("t", [3, 4], 20))
         await gate.reached.wait()

@@ -60,7 +60,7 @@ async def test_a_cancel_waits_for_the_copy_and_the_next_transfer_has_a_new_agent
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with connected(transports=["nixl"], nixl=True) as sides:
-        gate = Gate(monkeypatch, nixl, "unpack")
+        gate = Gate(monkeypatch, nixl, "land")
         sides.offer("t", THEIRS, NUM_TOKENS)
         taking = asyncio.create_task(sides.take("t", OURS, NUM_TOKENS))
         await gate.reached.wait()
@@ -80,11 +80,11 @@ async def test_a_cancel_waits_for_the_copy_and_the_next_transfer_has_a_new_agent
 async def test_kv_that_is_not_what_was_sealed_is_never_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected(transports=["nixl"], nixl=True) as sides:
 
-        def zeros(buffer: Any, *arguments: Any) -> None:
-            whole(buffer * 0, *arguments)
+        def zeros(job: Any, batch: Any, buffer: Any) -> None:
+            whole(job, batch, buffer * 0)
 
-        whole = nixl.unpack
-        monkeypatch.setattr(nixl, "unpack", zeros)
+        whole = nixl.land
+        monkeypatch.setattr(nixl, "land", zeros)
         sides.offer("t", THEIRS, NUM_TOKENS)
         with pytest.raises(ChecksumMismatch):
             await sides.take("t", OURS, NUM_TOKENS)

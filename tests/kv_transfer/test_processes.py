@@ -20,15 +20,15 @@ from sides import STATE, Gate, connected, pool_of_noise, tokens
 from core.errors import LeaseExpired, TransferError
 from kv_transfer import pieces
 from kv_transfer.taker import Taker
-from kv_transfer.transports import batches, shared_memory, tcp_io, torch_distributed
+from kv_transfer.transports import base, batches, tcp_io, torch_distributed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
 EACH = pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
 WRITES = {
-    "shared_memory": (shared_memory, "copy"),
+    "shared_memory": (base, "copy_summed"),
     "tcp": (tcp_io.Window, "receive"),
-    "torch_distributed": (torch_distributed, "unpack"),
+    "torch_distributed": (torch_distributed, "land"),
 }
 """Where each transport writes to the taker's blocks."""
 
@@ -94,10 +94,10 @@ async def taking_here(transport: str, **options: float) -> AsyncIterator[Taker]:
 
 
 async def take(taker: Taker, address: str, transfer_id: str) -> None:
-    state = await taker.take(
+    taken = await taker.take(
         transfer_id, address, OURS, start_token=0, num_tokens=NUM_TOKENS, deadline=time.time() + 20
     )
-    assert state == STATE
+    assert taken == (STATE, True)
     np.testing.assert_array_equal(
         tokens(taker._pool, OURS, 0, NUM_TOKENS),
         tokens(pool_of_noise(LAYOUT, seed=GIVER_SEED), THEIRS, 0, NUM_TOKENS),
@@ -184,7 +184,7 @@ async def test_a_giver_that_stops_in_the_middle_of_a_send_is_given_up_after_the_
 ) -> None:
     async with other("giver", 10) as giver, taking_here("torch_distributed", stall_s=0.3) as taker:
         address = await giver.line()
-        gate = Gate(monkeypatch, torch_distributed, "unpack")
+        gate = Gate(monkeypatch, torch_distributed, "land")
         giver.offer("t")
         taking = asyncio.create_task(take(taker, address, "t"))
         await gate.reached.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from inspect import signature
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from sides import STATE, Sides, connected, layout, pool_of_noise, tokens
 
 from core.errors import ChecksumMismatch, TransferError
+from kv_transfer.codecs.names import CodecName
+from kv_transfer.coding import Coding
 from kv_transfer.messages import FromGiver, Hello, PairFailed
-from kv_transfer.transports import tcp_io
+from kv_transfer.taker import Taker
+from kv_transfer.transports import nixl, pairs, tcp_io
 from kv_transfer.transports.base import PullJob, Transport, Unusable
 from kv_transfer.transports.choice import preference
 from kv_transfer.transports.fallback import FirstThatWorks
@@ -47,9 +51,20 @@ class Scripted:
         self.closed = True
 
 
-def job_of(num_pieces: int, verified: list[int], first: int = 10) -> PullJob:
+def job_of(num_pieces: int, verified: list[int], first: int = 10, codec: CodecName = "none") -> PullJob:
     nothing: Any = None
-    return PullJob("t", first, list(range(num_pieces)), nothing, nothing, nothing, lambda: None, verified.append)  # type: ignore[arg-type]
+    return PullJob(
+        transfer_id="t",
+        first=first,
+        pieces=list(range(num_pieces)),  # type: ignore[arg-type]
+        rows=nothing,
+        giver_slots=nothing,
+        taker_slots=nothing,
+        coding=Coding(codec, layout()),
+        on_began=lambda: None,
+        on_verified=verified.append,
+        on_decoded=nothing,
+    )
 
 
 def choices(**transports: Transport | Unusable) -> dict[str, Any]:
@@ -111,6 +126,22 @@ async def test_transports_are_made_when_needed_and_hear_the_giver_once_made() ->
     assert (one.heard, other.heard) == ([message, message], [message])
 
 
+async def test_a_job_in_a_codec_goes_by_who_can_carry_frames_and_any_other_by_whoever_is_next() -> None:
+    in_place, tcp, gloo = Scripted(9), Scripted(0, TransferError("cut")), Scripted(9)
+    first = FirstThatWorks(choices(shared_memory=in_place, tcp=tcp, nixl=Scripted(9), gloo=gloo), lambda _: None)
+    assert first.in_place
+    await first.pull(job_of(1, [], codec="int8"))
+    assert (len(in_place.jobs), len(tcp.jobs), len(gloo.jobs)) == (0, 1, 1)
+    assert not first.in_place
+    broken = FirstThatWorks(choices(tcp=tcp, shared_memory=in_place), lambda _: None)
+    await broken.pull(job_of(1, []))
+    assert (len(tcp.jobs), len(in_place.jobs)) == (2, 1)
+    assert broken.in_place
+    with pytest.raises(TransferError, match="cut"):
+        await broken.pull(job_of(1, [], codec="fp8"))
+    assert len(in_place.jobs) == 1
+
+
 async def test_that_none_can_be_used_is_said_with_every_reason() -> None:
     told: list[str] = []
     with pytest.raises(Unusable, match="a: too far; b: too old"):
@@ -125,6 +156,11 @@ async def test_the_preference_is_one_copy_then_tcp_and_nccl_between_gpus() -> No
     pool = pool_of_noise(layout(), num_blocks=1)
     assert preference(giver("cpu"), pool) == ("shared_memory", "tcp", "torch_distributed")
     assert preference(giver("cuda:x"), pool) == ("tcp", "torch_distributed")
+
+
+async def test_every_transport_gives_up_before_the_taker_does_so_that_the_next_gets_its_chance() -> None:
+    patience = signature(Taker).parameters["stall_s"].default
+    assert all(limit < patience for limit in (tcp_io.IDLE_TIMEOUT_S, nixl.STALL_S, pairs.OP_TIMEOUT_S))
 
 
 # --- in a hand-off ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from sides import STATE, Sides, assert_same, connected, layout, wanted
 
 from core.errors import TransferError
+from kv_transfer.codecs.names import CodecName
 from kv_transfer.counters import TransferCounters
 from kv_transfer.messages import Complete, Offer, Piece, Sealed, SequenceState
 from kv_transfer.pieces import Frontier, rows_of, slots_of
@@ -147,8 +148,11 @@ class Silent:
     """A peer and its transport that do nothing, slowly."""
 
     def __init__(self, sides: Sides) -> None:
-        self.address, self.giver, self.recipients = "nowhere", sides.giver._hello(None), {}
+        self.address, self.giver, self.recipients = "nowhere", sides.giver._hello(None, {}), {}
         self.link = self.transport = self
+
+    def next_codec(self) -> CodecName:
+        return "none"
 
     def send(self, message: Any) -> None: ...
 
@@ -168,6 +172,7 @@ WHOLE = Piece(0, 20, 0, 6, checksum=0)
         ({"block_ids": [1, 64]}, [], "does not fit the pool"),
         ({"block_ids": [1, -1]}, [], "does not fit the pool"),
         ({"layout": layout(8, num_layers=6)}, [], "does not fit the pool"),
+        ({"codec": "int8"}, [], "is given in codec int8, none was asked for"),
         ({}, [[WHOLE, Piece(3, 1, 2, 1, checksum=0)]], "cover a part twice"),
         ({}, [[WHOLE], [WHOLE]], "cover a part twice"),
         ({}, [[Piece(0, 21, 0, 6, checksum=0)]], "or one it has not"),
@@ -186,7 +191,7 @@ async def test_what_does_not_fit_the_reservation_is_refused(
         taking = Taking("t", Silent(sides), TakerTransfer(10, 10, 1e9), TransferCounters())  # type: ignore[arg-type]
         task = asyncio.create_task(taking.run(reserved))
         await asyncio.sleep(0)
-        fields = {"layout": LAYOUT, "start_token": 0, "num_tokens": 20, "block_ids": [1, 2]}
+        fields = {"layout": LAYOUT, "start_token": 0, "num_tokens": 20, "block_ids": [1, 2], "codec": "none"}
         taking.on_message(Offer(transfer_id="t", **fields | offered))
         num_pieces = 0
         for pieces in said:

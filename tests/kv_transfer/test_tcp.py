@@ -16,13 +16,16 @@ import pytest
 from sides import STATE, Gate, Sides, connected, layout, pool_of_noise, tokens
 
 from core.errors import ChecksumMismatch, ConfigError, TransferError
+from kv_transfer.coding import Coding
+from kv_transfer.frames import Frames
 from kv_transfer.messages import Hello, TcpEndpoint
 from kv_transfer.pieces import Extent, Rows, cut, piece_bytes, rows_of, seal, slots_of
 from kv_transfer.transports import tcp_io, tcp_server
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import PullJob, Unusable
+from kv_transfer.transports.reading import Reading
 from kv_transfer.transports.tcp import Tcp
-from kv_transfer.transports.tcp_server import Reading, TcpServer
+from kv_transfer.transports.tcp_server import TcpServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -43,7 +46,18 @@ class Taken:
     def __post_init__(self) -> None:
         theirs, ours = (slots_of(table, LAYOUT.block_size, NUM_TOKENS) for table in (THEIRS, OURS))
         pieces = seal(self.source, theirs, list(cut(LAYOUT, Extent(0, NUM_TOKENS, 0, LAYOUT.num_layers), 3000)))
-        self.job = PullJob("t", 0, pieces, self.target, theirs, ours, lambda: None, self.verified.append)
+        self.job = PullJob(
+            transfer_id="t",
+            first=0,
+            pieces=pieces,
+            rows=self.target,
+            giver_slots=theirs,
+            taker_slots=ours,
+            coding=Coding("none", LAYOUT),
+            on_began=lambda: None,
+            on_verified=self.verified.append,
+            on_decoded=lambda _: None,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +82,8 @@ async def serving(taken: Taken) -> AsyncIterator[tuple[TcpServer, TcpEndpoint, l
         if transfer_id != "t":
             raise TransferError(f"transfer {transfer_id} is not under way here")
         reading.append(transfer_id)
-        return Reading(taken.job.pieces, taken.job.giver_slots, lambda: reading.remove(transfer_id))
+        job = taken.job
+        return Reading("t", job.pieces, job.giver_slots, job.coding, Frames(), lambda: reading.remove(transfer_id))
 
     try:
         yield server, server.admit(start), reading

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from core.errors import InternalError
 from core.types import Finish, FinishReason, Request, SamplingParams
 from core.wire import Prefill
 from engine.engine import Engine
@@ -90,9 +91,19 @@ def test_a_prompt_that_ends_with_its_first_token_is_withdrawn_as_finished() -> N
     h.admit()
     h.giver.calls.clear()
     h.first_token(Finish(reason=FinishReason.STOP))
-    assert h.giver.calls == [("withdraw", "t", "ended at the first token (stop)", ("finished", True))]
+    assert h.giver.calls == [("withdraw", "t", "ended here (stop)", ("finished", True))]
     assert h.worker.released("t") == "r"
     assert h.engine.calls == [("release", "r")]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_decode_side_has_to_speak_up_when_a_prompt_fails_as_nobody_else_may_live_to(held: bool) -> None:
+    h = Harness()
+    h.admit()
+    if held:
+        h.first_token()
+    h.worker.on_update(SequenceUpdate(h.sequence, [], 1, finish=Finish.from_error(InternalError("step failed"))))
+    assert h.giver.calls[-1] == ("withdraw", "t", "ended here (error)", ("finished", False))
 
 
 @pytest.mark.parametrize("state", ["waiting", "computed", "held"])

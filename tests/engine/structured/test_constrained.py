@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from world import Output, Running, World
 
 from core import grammar as core_grammar
 from core.types import FinishReason, Grammar, GrammarKind, Request
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Status
 from engine.structured.constraint import Constraint
 from engine.structured.grammars import Grammars
 
@@ -264,6 +265,29 @@ def test_a_sequence_aborted_while_its_grammar_is_compiled_is_never_admitted(
         (after,) = running.run(world.request("after", max_tokens=1))
         assert running.engine.stats.num_free_blocks == 512
     assert len(free.token_ids) == len(after.token_ids) == 1
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_deferred_reservation_gets_its_blocks_when_it_may_have_them_and_its_grammar_is_compiled(
+    world: World, monkeypatch: pytest.MonkeyPatch, compiled_first: bool
+) -> None:
+    future: Future[Constraint] = Future()
+    with world.engine() as running:
+        real = running.engine._grammars
+        assert real is not None
+        constraint = real.constrain(Sequence(world.request("x", DATE))).result()
+        monkeypatch.setattr(real, "constrain", lambda sequence: future)
+        sequence = Sequence(world.request("kv", DATE), deferred=True)
+        running.engine.reserve(sequence)
+        compiled, let_in = partial(future.set_result, constraint), partial(running.engine.undefer, "kv")
+        first, second = (compiled, let_in) if compiled_first else (let_in, compiled)
+        first()
+        running.run(world.request("free", max_tokens=1))
+        assert sequence.status is Status.WAITING
+        second()
+        assert running.reports.get(timeout=20).granted == [sequence]
+        running.engine.abort("kv")
+        running.run(world.request("after", max_tokens=1))
 
 
 # --- compiled grammars -----------------------------------------------------------------------------------------------

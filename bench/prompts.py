@@ -1,0 +1,24 @@
+"""What the commands that put the questions of a file to a model have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from gateway.tokenizer import ServedModel
+
+T = TypeVar("T")
+
+
+def question_ids(model: ServedModel, text: str) -> list[int]:
+    """A user's first message as the model sees it: by its chat template, if it has one."""
+    if model.tokenizer.chat_template is None:
+        return model.encode(text)
+    rendered = model.render_chat([{"role": "user", "content": text}], template_kwargs={})
+    return model.encode(rendered, add_special_tokens=False)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of them, or all if there are fewer, at even distances."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -1,0 +1,126 @@
+// Rows of the KV cache copied and summed in one pass over memory: what a hand-off within a host costs.
+//
+// The sum is XXH3's 64 bits with seed 0 and its default secret (Y. Collet, xxHash, XXH3 in doc/xxhash_spec.md), for
+// inputs of more than 240 bytes that are whole stripes of 64. Eight lanes are one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <bit>
+#include <cstdint>
+
+namespace slipstream {
+
+constexpr int64_t kStripe = 64;
+constexpr int64_t kShortest = 256;  // from here on inputs are long ones to XXH3
+
+class Xxh3 {
+ public:
+  explicit Xxh3(int64_t bytes) : bytes_(bytes), left_(bytes / kStripe) {}
+
+  void add(__m512i stripe) {
+    if (--left_ == 0) {
+      mix(stripe, kSecret + sizeof kSecret - kStripe - 7);
+      return;
+    }
+    mix(stripe, kSecret + 8 * in_block_);
+    if (++in_block_ == kBlock) scramble();
+  }
+
+  uint64_t digest() const {
+    alignas(64) uint64_t lanes[8];
+    _mm512_store_si512(lanes, lanes_);
+    uint64_t sum = static_cast<uint64_t>(bytes_) * kPrime64[0];
+    for (int pair = 0; pair < 4; ++pair) {
+      const unsigned __int128 product = static_cast<unsigned __int128>(lanes[2 * pair] ^ word(11 + 16 * pair)) *
+                                        (lanes[2 * pair + 1] ^ word(19 + 16 * pair));
+      sum += static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+    }
+    sum ^= sum >> 37;
+    sum *= 0x165667919E3779F9u;
+    return sum ^ (sum >> 32);
+  }
+
+ private:
+  static constexpr int kBlock = 16;  // stripes, each with the secret from 8 bytes further on
+  static constexpr uint32_t kPrime32[3] = {0x9E3779B1u, 0x85EBCA77u, 0xC2B2AE3Du};
+  static constexpr uint64_t kPrime64[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u,
+                                           0x85EBCA77C2B2AE63u, 0x27D4EB2F165667C5u};
+  static constexpr uint8_t kSecret[192] = {
+      0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
+      0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
+      0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
+      0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
+      0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
+      0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
+      0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
+      0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
+      0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+      0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
+      0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
+      0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e};
+
+  static uint64_t word(int at) {
+    uint64_t value;
+    __builtin_memcpy(&value, kSecret + at, sizeof value);
+    return value;
+  }
+
+  void mix(__m512i stripe, const uint8_t* secret) {
+    const __m512i key = _mm512_xor_si512(stripe, _mm512_loadu_si512(secret));
+    const __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
+    const __m512i crossed = _mm512_shuffle_epi32(stripe, static_cast<_MM_PERM_ENUM>(0x4e));
+    lanes_ = _mm512_add_epi64(lanes_, _mm512_add_epi64(product, crossed));
+  }
+
+  void scramble() {
+    const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(lanes_, _mm512_srli_epi64(lanes_, 47)),
+                                           _mm512_loadu_si512(kSecret + sizeof kSecret - kStripe));
+    lanes_ = _mm512_mullo_epi64(mixed, _mm512_set1_epi64(kPrime32[0]));
+    in_block_ = 0;
+  }
+
+  __m512i lanes_ = _mm512_setr_epi64(kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1],
+                                     kPrime64[4], kPrime32[0]);
+  int64_t bytes_, left_;
+  int in_block_ = 0;
+};
+
+// `slots` rows of `row` bytes; layer l's keys begin at l * layer_stride, its values value_stride further on.
+struct Rows {
+  uint8_t* data;
+  int64_t layers, slots, row, layer_stride, value_stride;
+
+  uint8_t* plane(int64_t index) const { return data + (index >> 1) * layer_stride + (index & 1) * value_stride; }
+};
+
+struct Run {
+  int64_t source, target, length;  // rows
+};
+
+// What is copied is on its way to another core, so it is stored past the caches. Runs lie anywhere, and a page walk
+// costs as much as a copied page: while one run is moved the next is asked for.
+template <bool kCopied, bool kSummed>
+uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int64_t count) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) rows += runs[i].length;
+  Xxh3 sum(2 * source.layers * rows * source.row);
+  for (int64_t plane = 0; plane < 2 * source.layers; ++plane) {
+    const uint8_t* from = source.plane(plane);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* here = from + runs[i].source * source.row;
+      const uint8_t* next = i + 1 < count ? from + runs[i + 1].source * source.row : here;
+      uint8_t* there = kCopied ? target->plane(plane) + runs[i].target * target->row : nullptr;
+      for (int64_t at = 0; at < runs[i].length * source.row; at += kStripe) {
+        _mm_prefetch(next + at, _MM_HINT_T0);
+        const __m512i stripe = _mm512_loadu_si512(here + at);
+        if constexpr (kCopied) _mm512_stream_si512(reinterpret_cast<__m512i*>(there + at), stripe);
+        if constexpr (kSummed) sum.add(stripe);
+      }
+    }
+  }
+  if constexpr (kCopied) _mm_sfence();
+  return kSummed ? sum.digest() : 0;
+}
+
+}  // namespace slipstream

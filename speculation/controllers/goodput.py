@@ -1,0 +1,185 @@
+"""Budgets that make a step emit the most tokens per second (SmartSpec, arXiv:2406.14066).
+
+    goodput = (B + sum of the gains of all ranks that are asked for) / T
+
+over B requests, where the gain of a rank is the probability that its node is proposed and accepted (`Acceptance`: for
+a chain alpha, alpha^2, …) and T is fitted while it runs (`StepTime`). Ranks are taken in the order of their gains, over
+all requests, up to where this is largest: so budgets differ per request and fall as the load rises. Nothing is asked
+for unless it beats a plain step by MARGIN.
+
+What is not known yet has to be tried. Plain steps come first; then TRIES, and twice what is known wherever
+all that is known is worth asking for. While nothing is worth it, a try waits GAPS steps, twice as many after each that
+was in vain. No try is made, and no speculation goes on, that purse.py does not pay for, so a useless drafter costs no
+more than what is said there. A plain step now and then keeps T known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculation.acceptance import Acceptance
+from speculation.controllers.allocation import allocate
+from speculation.controllers.base import BaseController, Limits, plain_step
+from speculation.controllers.purse import Purse
+from speculation.controllers.step_time import Speculation, StepTime
+from speculation.rounds import Budgets, Load, Tally, Timing
+
+MARGIN = 1.02
+TRIES = ((4, 4), (1, 4), (4, 1), (2, 2))
+"""Tokens, for requests: unlike ones, or nobody could tell what costs so much."""
+HALVED = 8
+"""Of so many steps that speculate one has half the budgets, for the same reason."""
+GAPS = (4, 256)
+"""Steps before another try: at first, and at most."""
+USES = 4
+"""Steps for which budgets that were found best are used."""
+REFRESH = 128
+"""Steps that speculate before a plain one."""
+
+
+class Goodput(BaseController):
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self._numbers = {name: number for number, name in enumerate(limits.drafters)}
+        self._time = StepTime(len(limits.drafters))
+        self._purse = Purse()
+        self._patience = Patience()
+        self._since_plain = 0
+        self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
+        self._found = (np.zeros(0, np.int64), 1.0)
+        self._uses = 0
+
+    def budget(self, load: Load, stats: Acceptance) -> Budgets:
+        return self.budget_by(load, stats, [self.limits.drafters[0]] * len(load.classes))
+
+    def budget_by(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
+        """With drafters[r] for request r."""
+        room = self.room(load)
+        if not (room.any() and self._time.known and self._purse.affords(0.0) and self._since_plain < REFRESH):
+            return plain_step(drafters)
+        if not self._patience.looks(load):
+            return plain_step(drafters)
+        if not self._time.added_known:
+            return self._budgets(self._try(load, drafters, room), drafters)
+        known = np.array([stats.known(drafter) for drafter in drafters])
+        tokens, speedup = self._best(load, stats, drafters, np.minimum(room, known))
+        if speedup >= MARGIN:
+            self._patience.rewarded()
+            tokens = self._vary(load, drafters, tokens, np.where(tokens == known, np.minimum(room, 2 * known), tokens))
+        else:
+            tokens = self._try(load, drafters, room)
+        return self._budgets(tokens, drafters)
+
+    def price(self, load: Load, budgets: Budgets) -> float:
+        """Tokens that the batch emits in the time that one more draft token takes; 0 for a plain step."""
+        most = self._speculation(budgets.tokens, budgets.drafters)
+        count = float(most.tokens.sum())
+        if not count:
+            return 0.0
+        half = Speculation(most.tokens / 2, most.sequences)
+        seconds = float(self._time.added(load, most) - self._time.added(load, half)) / (count / 2)
+        return seconds * self._found[1] * len(load.classes) / self._time.plain(load)
+
+    def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
+        if not budgets.tokens.any():
+            self._since_plain = 0
+            self._time.record_plain(load, timing.seconds)
+            if self._time.known:
+                self._purse.account_plain(self._time.plain(load))
+            return
+        self._since_plain += 1
+        speculation = self._speculation(tally.drafted, budgets.drafters)
+        plain, seconds = self._time.record(load, speculation, timing.seconds)
+        self._purse.account(plain, seconds, float(tally.emitted.mean()))
+
+    def _budgets(self, tokens: NDArray[np.int64], drafters: Sequence[str]) -> Budgets:
+        return Budgets(tokens, tokens, drafters)
+
+    def _best(
+        self, load: Load, stats: Acceptance, drafters: Sequence[str], room: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], float]:
+        """Budgets and what they gain over a plain step. They hardly change from one step to the next of the same
+        requests, so they are used a few times."""
+        asked = (tuple(drafters), tuple(load.classes), room.tobytes())
+        if asked != self._asked or self._uses == USES:
+            prospects = stats.prospects(drafters, load.classes)
+            self._found = allocate(load, self._number(drafters), prospects, room, self._time)
+            self._asked, self._uses = asked, 0
+        self._uses += 1
+        return self._found
+
+    def _try(self, load: Load, drafters: Sequence[str], room: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A few tokens for a few requests, if it is time and there is the money."""
+        tokens, (length, count) = np.zeros_like(room), self._patience.next_try
+        some = self._patience.some(np.flatnonzero(room), count)
+        tokens[some] = np.minimum(room[some], length)
+        if self._patience.tries(self._affords(load, drafters, tokens), self._purse.is_rich):
+            return tokens
+        return np.zeros_like(room)
+
+    def _vary(
+        self, load: Load, drafters: Sequence[str], tokens: NDArray[np.int64], more: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Around what is best, so that its neighbours stay known."""
+        if self._since_plain % HALVED == HALVED - 1:
+            return (tokens + 1) // 2
+        return more if more.sum() <= self._time.horizon and self._affords(load, drafters, more) else tokens
+
+    def _affords(self, load: Load, drafters: Sequence[str], tokens: NDArray[np.int64]) -> bool:
+        """Whether it would do no harm if all of `tokens` were rejected."""
+        return self._purse.affords(float(self._time.added(load, self._speculation(tokens, drafters))))
+
+    def _speculation(self, tokens: NDArray[np.int64], drafters: Sequence[str]) -> Speculation:
+        count, of = self._time.num_drafters, self._number(drafters)
+        by_drafter = (np.bincount(of, each, minlength=count).astype(np.float64) for each in (tokens, tokens > 0))
+        return Speculation(*by_drafter)
+
+    def _number(self, drafters: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([self._numbers[drafter] for drafter in drafters], np.int64)
+
+
+class Patience:
+    """When to look again whether something is worth it, while nothing is."""
+
+    def __init__(self) -> None:
+        self._wait = 0
+        self._gap = GAPS[0]
+        self._tries = 0
+        self._seen: tuple[int, frozenset[str]] | None = None
+
+    def looks(self, load: Load) -> bool:
+        """Once the wait is over, and before if the batch has about doubled or halved or is made of other classes."""
+        now = (len(load.classes).bit_length(), frozenset(load.classes))
+        changed, self._seen = now != self._seen, now
+        self._wait = max(0, self._wait - 1)
+        return changed or self._wait == 0
+
+    @property
+    def next_try(self) -> tuple[int, int]:
+        return TRIES[self._tries % len(TRIES)]
+
+    def some(self, requests: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """Other ones each time."""
+        return np.roll(requests, -self._tries)[:count]
+
+    def tries(self, affordable: bool, rich: bool) -> bool:
+        """Nothing was worth it: whether a try is made. While there is plenty to pay from, one follows the other."""
+        if self._wait > 0:
+            return False
+        if not affordable:
+            self._wait = GAPS[0]
+            return False
+        self._gap = GAPS[0] if rich else min(2 * self._gap, GAPS[1])
+        self._wait = 0 if rich else self._gap
+        self._tries += 1
+        return True
+
+    def rewarded(self) -> None:
+        self._wait, self._gap = 0, GAPS[0]
+
+
+def build(limits: Limits) -> Goodput:
+    return Goodput(limits)

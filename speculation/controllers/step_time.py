@@ -1,0 +1,173 @@
+"""How long a step takes, fitted on the machine that runs it: T(k) of SmartSpec (arXiv:2406.14066), in two parts.
+
+    plain = a0 + a1 sequences + a2 context + c(rows)
+    added = b (draft tokens x mean context) + c'(rows with draft) - c'(rows without)
+            + for each drafter that drafts: d0 + d1 sequences + d2 draft tokens
+
+c is convex and piecewise linear: on a CPU the first rows are nearly free, for the weights are read anyway. Nothing has
+a negative coefficient, so more never takes less. `added` is what a step took beyond `plain` at the same load, drafter
+and rule included. Least squares of errors relative to `plain`, older steps forgotten; a step that took far longer than
+expected, because the machine did something else, counts for little (Huber's weights).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculation.rounds import Load
+
+FORGETTING = 0.995
+"""Weight of a step relative to the next: the last 200 count."""
+KNOTS = np.array([0.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
+"""Rows at which a further one may begin to cost more."""
+OUTLIER = 2.0
+"""An error counts as if it was at most this many times the usual one."""
+HICCUP = 1.5
+"""Times as long as expected: what takes longer is not for what was asked of the step."""
+RIDGE = 1e-3
+"""Keeps at zero what was never varied."""
+MIN_STEPS = 4
+"""Before a prediction is worth something."""
+UNKNOWN = 0.5
+"""Of a plain step: taken for what speculation costs beyond it until that was seen."""
+_SEQUENCES, _ROWS, _CONTEXT = 8.0, 16.0, 4096.0
+"""Units that bring features to sizes around one."""
+
+
+class Fit:
+    """Non-negative least squares of a number by some features, both of sizes around one."""
+
+    def __init__(self, size: int) -> None:
+        self._xx = RIDGE * np.eye(size)
+        self._xy = np.zeros(size)
+        self._weights = np.zeros(size)
+        self._usual_error = 1.0
+        self._count = 0
+
+    @property
+    def known(self) -> bool:
+        return self._count >= MIN_STEPS
+
+    def predict(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[...] for features [..., size]."""
+        predicted: NDArray[np.float64] = features @ self._weights
+        return predicted
+
+    def observe(self, features: NDArray[np.float64], value: float) -> None:
+        error = abs(value - float(self.predict(features)))
+        counted = min(error, OUTLIER * self._usual_error)
+        weight = counted / error if self.known and error else 1.0
+        self._usual_error += 0.1 * (counted - self._usual_error)
+        self._xx *= FORGETTING
+        self._xx += weight * np.outer(features, features)
+        self._xx[np.diag_indices_from(self._xx)] += (1 - FORGETTING) * RIDGE
+        self._xy = FORGETTING * self._xy + weight * value * features
+        self._count += 1
+        if self._count < 32 or self._count % 8 == 0:
+            self._weights = _non_negative(self._xx, self._xy, self._weights)
+
+
+def _non_negative(xx: NDArray[np.float64], xy: NDArray[np.float64], start: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The w >= 0 that makes w xx w - 2 w xy least, by pivoting blocks: solve for those that are free, fix the negative
+    ones at zero, free those whose gradient says so. Few rounds do; what is negative after the last is cut off."""
+    free, weights = start > 0, start
+    for _ in range(6):
+        weights = np.zeros_like(xy)
+        weights[free] = np.linalg.solve(xx[np.ix_(free, free)], xy[free])
+        wrong = np.where(free, weights < 0, xy - xx @ weights > 1e-9)
+        if not wrong.any():
+            break
+        free = free ^ wrong
+    return weights.clip(min=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What is drafted in a step, or in each of several it might be: [...] leading dimensions."""
+
+    tokens: NDArray[np.float64]
+    """[..., drafters] draft tokens."""
+    sequences: NDArray[np.float64]
+    """[..., drafters] that they are for."""
+
+
+class StepTime:
+    """Seconds of a step. Drafters are known by number."""
+
+    def __init__(self, num_drafters: int) -> None:
+        self.num_drafters = num_drafters
+        self._plain = Fit(3 + len(KNOTS))
+        self._added = Fit(1 + len(KNOTS) + 3 * num_drafters)
+        self._unit = 0.0  # what a step usually takes: predictions are in these
+        self._most = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether `plain` is."""
+        return self._plain.known
+
+    @property
+    def added_known(self) -> bool:
+        return self._added.known
+
+    def plain(self, load: Load) -> float:
+        return self._unit * float(self._plain.predict(_plain_features(load)))
+
+    def added(self, load: Load, speculation: Speculation) -> NDArray[np.float64]:
+        """[...] beyond `plain`; 0 where nothing is drafted."""
+        if self._added.known:
+            found = self._unit * self._added.predict(_added_features(load, speculation))
+        else:
+            found = np.array(UNKNOWN * self.plain(load))
+        return np.where(speculation.tokens.sum(-1) > 0, found, 0.0)
+
+    @property
+    def horizon(self) -> int:
+        """Draft tokens in a step up to which `added` may be trusted: twice what was lately seen."""
+        return 2 * math.ceil(self._most)
+
+    def record_plain(self, load: Load, seconds: float) -> None:
+        self._unit = self._unit or seconds
+        scale = (self.plain(load) if self.known else seconds) / self._unit
+        self._plain.observe(_plain_features(load) / scale, seconds / self._unit / scale)
+
+    def record(self, load: Load, speculation: Speculation, seconds: float) -> tuple[float, float]:
+        """Of a step that speculated, once `plain` is known. Returns what a plain one would have taken, and `seconds`,
+        but of a step in which the machine did something else for long no more than is likely."""
+        plain, added = self.plain(load), UNKNOWN
+        if speculation.tokens.any():
+            features = _added_features(load, speculation) * self._unit / plain
+            added = float(self._added.predict(features)) if self._added.known else UNKNOWN
+            self._most = max(FORGETTING * self._most, float(speculation.tokens.sum()))
+            self._added.observe(features, (seconds - plain) / plain)
+        return plain, min(seconds, HICCUP * (1 + added) * plain)
+
+
+def _rows(load: Load) -> float:
+    return len(load.classes) + load.other_tokens
+
+
+def _plain_features(load: Load) -> NDArray[np.float64]:
+    context = load.context_tokens.sum() / _CONTEXT
+    return np.array([1.0, len(load.classes) / _SEQUENCES, context, *_bends(np.array(_rows(load)))])
+
+
+def _added_features(load: Load, speculation: Speculation) -> NDArray[np.float64]:
+    """[..., features]"""
+    tokens, sequences = speculation.tokens, speculation.sequences
+    total = tokens.sum(-1)
+    rows = _rows(load)
+    reading = total * load.context_tokens.mean() / (_ROWS * _CONTEXT)
+    bends = _bends(rows + total) - _bends(np.array(rows))
+    drafts = (tokens > 0, sequences / _SEQUENCES, tokens / _ROWS)
+    return np.concatenate([reading[..., None], bends, *drafts], axis=-1)
+
+
+def _bends(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., knots]"""
+    bends: NDArray[np.float64] = np.maximum(rows[..., None] - KNOTS, 0.0) / _ROWS
+    return bends

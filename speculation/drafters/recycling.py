@@ -1,0 +1,147 @@
+"""What drafters have in common that learn from the target's likeliest tokens while it verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculation.drafters.base import BaseDrafter, Surroundings
+from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, owners_of, windows_at
+from speculation.drafters.successors import WIDTH, Successors
+from speculation.rounds import DraftRequest, Feedback, Needs, Observed
+
+MOST_BYTES = 128 << 20
+"""More memory would be slower and hardly better."""
+LONGEST_TEXT = 1 << 15
+"""Tokens of a text that are read when it comes: the last ones."""
+OF_WHAT_CAME = 0.2
+"""Part of the evidence of a verified row: the token that came. The rest is the target's law, which grammars, penalties
+and low temperatures do not follow."""
+
+
+@dataclass(slots=True)
+class Reader:
+    """How far a request has been read, and who may see what is learned of it."""
+
+    owners: tuple[int, int]
+    known: int = 0
+    """Contexts whose successor has been learned: those that end before this index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """After each window came one of tokens [n, k], with evidence `weights` [n, k]."""
+
+    owners: NDArray[np.uint64]  # [n, 2] private and shared
+    windows: NDArray[np.int64]  # [n, width]
+    tokens: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+class RecyclingDrafter(BaseDrafter):
+    """Reads every text once: what followed its contexts, with the target's law where that was computed. A drafter says
+    which contexts, adds `learn_text`, and a `propose` that begins with `catch_up`."""
+
+    contexts: ClassVar[Contexts]
+    fading: ClassVar[float]
+    """See Successors."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self.needs = Needs(top=min(WIDTH, surroundings.vocab_size))
+        self._table = Successors(min(surroundings.max_memory_bytes, MOST_BYTES), self.fading)
+        self._readers: dict[int, Reader] = {}
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._table.nbytes
+
+    def learn_text(self, lesson: Lesson) -> None:
+        """Of what was only read: k is 1."""
+        raise NotImplementedError
+
+    def remember(self, contexts: Contexts, lesson: Lesson, *, only_new: bool = False) -> None:
+        """`only_new`: of contexts of which nothing is known."""
+        salts = contexts.salts(lesson.owners)
+        keys = contexts.keys(lesson.windows, salts)
+        which = np.arange(len(keys)).repeat(keys.shape[1])
+        keys, owners = keys.reshape(-1), salts.owners.reshape(-1)
+        if only_new:
+            new = ~self._table.knows(keys, owners)
+            keys, owners, which = keys[new], owners[new], which[new]
+        self._table.add(keys, owners, lesson.tokens[which], lesson.weights[which])
+
+    def recall(
+        self, windows: NDArray[np.int64], salts: Salts
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """[n, contexts, WIDTH] tokens and weights after windows [n, width]."""
+        rows = self._table.find(self.contexts.keys(windows, salts), salts.owners)
+        return self._table.tokens[rows], self._table.weights[rows]
+
+    def start(self, request: DraftRequest) -> None:
+        self._read(request, len(request.token_ids) - 1)
+
+    def absorb(self, requests: Sequence[DraftRequest], observed: Observed) -> None:
+        self._recycle(requests, observed)
+
+    def observe(self, feedback: Feedback) -> None:
+        self._recycle(feedback.requests, feedback.observed)
+
+    def finish(self, key: int) -> None:
+        """What was learned of one that may be remembered goes as newer things come."""
+        reader = self._readers.pop(key, None)
+        if reader is not None and reader.owners[PRIVATE] == reader.owners[SHARED]:
+            self._table.forget(reader.owners[PRIVATE])
+
+    def catch_up(self, requests: Sequence[DraftRequest]) -> Salts:
+        """Reads all texts up to the root."""
+        readers = [self._read(request, len(request.token_ids) - 1) for request in requests]
+        return self.contexts.salts(np.array([reader.owners for reader in readers], np.uint64).reshape(-1, 2))
+
+    def _read(self, request: DraftRequest, end: int) -> Reader:
+        """What followed the contexts that end before index `end`, as far as nobody has told."""
+        reader = self._readers.get(request.key)
+        if reader is None:
+            reader = self._readers[request.key] = Reader(owners_of(request))
+        first = max(reader.known, end - LONGEST_TEXT)
+        if first < end:
+            tokens = np.array(request.token_ids[first + 1 : end + 1], np.int64)[:, None]
+            windows = windows_at(request.token_ids, first, end, self.contexts.width)
+            self.learn_text(Lesson(_owners([reader], [end - first]), windows, tokens, np.ones(tokens.shape, np.float32)))
+            reader.known = end
+        return reader
+
+    def _recycle(self, requests: Sequence[DraftRequest], observed: Observed) -> None:
+        if observed.top_ids is None or observed.top_logprobs is None or not len(observed.indices):
+            return  # texts are read before the next proposal
+        readers, windows, came = [], [], []
+        for request, start, end in zip(requests, observed.offsets, observed.offsets[1:], strict=False):
+            if start == end:
+                continue
+            first, last = int(observed.indices[start]), int(observed.indices[end - 1])
+            readers.append(self._read(request, first))
+            readers[-1].known = max(readers[-1].known, last + 1)
+            windows.append(windows_at(request.token_ids, first, last + 1, self.contexts.width))
+            came.append(_successors(request, first, last))
+        tokens = np.column_stack([observed.top_ids, np.concatenate(came)])
+        weights = np.full(tokens.shape, OF_WHAT_CAME, np.float32)
+        weights[:, :-1] = np.exp(observed.top_logprobs) * np.float32(1 - OF_WHAT_CAME)
+        weights[tokens < 0] = 0.0
+        owners = _owners(readers, [len(some) for some in windows])
+        self.remember(self.contexts, Lesson(owners, np.concatenate(windows), np.maximum(tokens, 0), weights))
+
+
+def _owners(readers: Sequence[Reader], counts: Sequence[int]) -> NDArray[np.uint64]:
+    return np.repeat(np.array([reader.owners for reader in readers], np.uint64), counts, axis=0)
+
+
+def _successors(request: DraftRequest, first: int, last: int) -> NDArray[np.int64]:
+    """The tokens after these indices; -1 for one that has not come yet."""
+    came = np.full(last + 1 - first, -1, np.int64)
+    text = request.token_ids[first + 1 : last + 2]
+    came[: len(text)] = text
+    return came

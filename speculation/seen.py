@@ -1,0 +1,128 @@
+"""Where a step has what: from its chunks to rows of its output, for drafters and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.types import TokenLogprobs
+from engine.schedule import Chunk, Schedule
+from engine.sequence import Sequence as EngineSequence
+from engine.step import StepBatch, StepOutput
+from speculation.rounds import Needs, Observed, Outcome
+from speculation.tree import DraftBatch, offsets_of, ranges
+
+Places = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Of some rows: offsets [sequences + 1], indices [rows] into the tokens of the sequence, rows of the step [rows], and
+logit rows [rows], -1 for a row without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Rows of sequences that a drafter has not drafted for."""
+
+    sequences: list[EngineSequence]
+    places: Places
+
+
+class Step:
+    """A step that has run. A candidate is a chunk that decodes; they are numbered as they were when drafts were asked
+    for."""
+
+    def __init__(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
+        self.output = output
+        self._chunks = schedule.chunks
+        self._starts = batch.query_starts  # [chunks + 1]
+        self._first_logits = offsets_of(np.array([chunk.num_logit_rows for chunk in self._chunks], np.int64))
+        self._sampled = [place for place, chunk in enumerate(self._chunks) if chunk.samples]
+        self._candidates = [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self._candidates)
+
+    @property
+    def first_rows(self) -> NDArray[np.int64]:
+        """[samples] the first logit row of each chunk that samples."""
+        return self._first_logits[self._sampled]
+
+    def sample_of(self, candidate: int) -> int:
+        """Its place among the chunks that sample."""
+        return self._sampled.index(self._candidates[candidate])
+
+    def logit_rows_of(self, candidates: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All of theirs, one after the other."""
+        chunks = [self._candidates[candidate] for candidate in candidates]
+        counts = np.array([self._chunks[chunk].num_logit_rows for chunk in chunks], np.int64)
+        return ranges(self._first_logits[chunks], counts)
+
+    def logprobs_of(self, candidate: int) -> Sequence[TokenLogprobs | None] | None:
+        """Of all its rows, if its request asked."""
+        if not self.output.logprobs:
+            return None
+        chunk = self._candidates[candidate]
+        found = self.output.logprobs[self._first_logits[chunk] : self._first_logits[chunk + 1]]
+        return found if found[0] is not None else None
+
+    def path_rows(self, candidates: NDArray[np.int64], drafts: DraftBatch, outcome: Outcome) -> Places:
+        """Root and accepted path of each."""
+        chunks = np.array([self._candidates[candidate] for candidate in candidates])
+        offsets = outcome.path_offsets + np.arange(len(outcome.path_offsets))
+        own = np.zeros(int(offsets[-1]), np.int64)  # rows within the draft: 0 is the root
+        roots = np.zeros(len(own), np.bool_)
+        roots[offsets[:-1]] = True
+        own[~roots] = 1 + outcome.path - np.repeat(drafts.offsets[:-1], outcome.num_accepted)
+        of_request = np.repeat(np.arange(len(chunks)), np.diff(offsets))
+        starts = np.array([self._chunks[chunk].start for chunk in chunks], np.int64)
+        indices = starts[of_request] + np.arange(len(own)) - offsets[of_request]
+        of_chunk = chunks[of_request]
+        return offsets, indices, self._starts[of_chunk] + own, self._first_logits[of_chunk] + own
+
+    def rows_beside(self, own: Collection[int], *, all_rows: bool) -> Beside | None:
+        """Rows of all sequences but those candidates, the last only unless `all_rows`; None if there are none."""
+        skipped = {self._candidates[candidate] for candidate in own}
+        wanted = [
+            (place, chunk)
+            for place, chunk in enumerate(self._chunks)
+            if place not in skipped and (all_rows or chunk.samples) and not chunk.sequence.hold_after_prefill
+        ]
+        if not wanted:
+            return None
+        counts = np.array([_plain_rows(chunk) if all_rows else 1 for _, chunk in wanted], np.int64)
+        firsts = np.array([0 if all_rows else _plain_rows(chunk) - 1 for _, chunk in wanted], np.int64)
+        places = np.array([place for place, _ in wanted])
+        rows = ranges(self._starts[places] + firsts, counts)
+        indices = ranges(np.array([chunk.start for _, chunk in wanted]) + firsts, counts)
+        offsets = offsets_of(counts)
+        logits = np.full(len(rows), -1, np.int64)
+        samples = np.array([chunk.samples for _, chunk in wanted])
+        logits[offsets[1:][samples] - 1] = self._first_logits[places[samples]]
+        return Beside([chunk.sequence for _, chunk in wanted], (offsets, indices, rows, logits))
+
+
+def observed(
+    step: Step,
+    needs: Needs,
+    offsets: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    logit_rows: NDArray[np.int64],
+) -> Observed:
+    """What the drafter asked to see of these rows. Top tokens only if all of them have logits."""
+    output, of_rows = step.output, torch.from_numpy(rows)
+    taps = {tap: output.taps[tap][of_rows.to(output.taps[tap].device)] for tap in needs.taps}
+    if not needs.top or output.logits is None or (logit_rows < 0).any():
+        return Observed(offsets, indices, taps)
+    logits = output.logits[torch.from_numpy(logit_rows).to(output.logits.device)]
+    values, ids = logits.topk(needs.top)
+    logprobs = values - logits.logsumexp(-1, keepdim=True)
+    return Observed(offsets, indices, taps, ids.cpu().numpy(), logprobs.cpu().numpy())
+
+
+def _plain_rows(chunk: Chunk) -> int:
+    """Rows whose tokens are the sequence's own."""
+    return chunk.num_tokens if chunk.draft is None else 1

@@ -1,0 +1,146 @@
+"""A machine that only counts: how long steps take, what becomes of drafts, and what a controller makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculation.acceptance import Acceptance
+from speculation.laws import DraftLaw
+from speculation.protocols import Controller
+from speculation.rounds import Load, Outcome, Tally, Timing
+from speculation.tree import DraftBatch, offsets_of
+
+
+VERIFY = 0.2e-3
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Seconds. The defaults are about a model of 135M parameters on two cores."""
+
+    fixed: float = 8e-3
+    per_row: float = 0.2e-3
+    free_rows: float = 10.0
+    """Rows beyond these cost the rest."""
+    beyond: float = 0.4e-3
+    per_context: float = 0.2e-6
+    noise: float = 0.03
+    hiccups: float = 0.01
+    """How often a step takes five times as long."""
+
+    def step(self, rows: int, context: int) -> float:
+        return (
+            self.fixed
+            + self.per_row * rows
+            + self.beyond * max(0.0, rows - self.free_rows)
+            + self.per_context * context
+        )
+
+
+@dataclass(frozen=True)
+class SimulatedDrafter:
+    """Proposes chains; a token is accepted with probability alpha of the request's class."""
+
+    alpha: float | Mapping[str, float]
+    fixed: float = 0.3e-3
+    per_token: float = 0.1e-3
+    spread: float = 0.0
+    """A token is accepted with alpha + spread or alpha - spread, as often one as the other, and the drafter says which."""
+    fill: float = 1.0
+    """How often it has anything to propose."""
+
+    def accepts(self, name: str) -> float:
+        return self.alpha if isinstance(self.alpha, float) else self.alpha[name]
+
+
+@dataclass
+class Run:
+    tokens: int = 0
+    seconds: float = 0.0
+    """Without the noise, which the controller sees."""
+    plain_seconds: float = 0.0
+    """That plain steps would have taken for the tokens."""
+    budgets: list[NDArray[np.int64]] = field(default_factory=list)
+    drafters: list[Sequence[str]] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        return self.plain_seconds / self.seconds
+
+
+def simulate(
+    controller: Controller,
+    drafters: Mapping[str, SimulatedDrafter],
+    classes: Sequence[str] | Callable[[int], Sequence[str]],
+    steps: int,
+    hardware: Hardware | None = None,
+    max_budget: int = 16,
+    seed: int = 0,
+) -> Run:
+    """Steps of a batch of these classes, which may change with the step."""
+    hardware, rng, run = hardware or Hardware(), np.random.default_rng(seed), Run()
+    stats = Acceptance(max_budget)
+    for step in range(steps):
+        now = classes(step) if callable(classes) else classes
+        contexts = np.full(len(now), 200 + step % 400)
+        load = Load(now, contexts, np.full(len(now), max_budget))
+        budgets = controller.budget(load, stats)
+        drafted, emitted, draft_seconds = np.zeros(len(now), np.int64), np.ones(len(now), np.int64), 0.0
+        for name in sorted({budgets.drafters[r] for r in np.flatnonzero(budgets.tokens)}):
+            some = np.flatnonzero((budgets.tokens > 0) & (np.array(budgets.drafters) == name))
+            drafts = _propose(drafters[name], name, [now[r] for r in some], budgets.candidates[some], rng)
+            drafts = drafts.cut_below(drafts.path_products(_confidence(drafts)) < budgets.floor)
+            proposed = int(drafts.lengths.max())
+            drafts = controller.trim(drafts, budgets, some)
+            outcome = _verify(drafts, rng)
+            stats.observe(drafts, outcome, budgets.tokens[some], [now[r] for r in some])
+            drafted[some], emitted[some] = drafts.lengths, outcome.num_accepted + 1
+            draft_seconds += drafters[name].fixed + drafters[name].per_token * proposed
+        rows = len(now) + int(drafted.sum())
+        slow = 5.0 if rng.random() < hardware.hiccups else 1.0
+        ideal, noise = hardware.step(rows, int(contexts.sum())), slow * float(rng.lognormal(0.0, hardware.noise))
+        verify_seconds = VERIFY if budgets.tokens.any() else 0.0
+        timing = Timing(len(now), int(contexts.sum()), rows, ideal * noise, draft_seconds, verify_seconds)
+        controller.record(load, budgets, Tally(drafted, emitted), timing)
+        run.tokens, run.seconds = run.tokens + int(emitted.sum()), run.seconds + ideal + draft_seconds + verify_seconds
+        run.plain_seconds += hardware.step(len(now), int(contexts.sum())) * float(emitted.mean())
+        run.budgets.append(budgets.tokens)
+        run.drafters.append(budgets.drafters)
+    return run
+
+
+def _propose(
+    drafter: SimulatedDrafter, name: str, classes: Sequence[str], asked: NDArray[np.int64], rng: np.random.Generator
+) -> DraftBatch:
+    lengths = np.where(rng.random(len(asked)) < drafter.fill, asked, 0)
+    offsets = offsets_of(lengths)
+    parents = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths) - 1
+    alphas = np.repeat([drafter.accepts(of) for of in classes], lengths)
+    chances = alphas + drafter.spread * rng.choice([-1.0, 1.0], len(alphas))
+    drafts = DraftBatch(np.zeros(offsets[-1], np.int64), parents, offsets, DraftLaw.POINT_MASS, name)
+    return replace(drafts, confidence=chances.astype(np.float32))
+
+
+def _confidence(drafts: DraftBatch) -> NDArray[np.float32]:
+    assert drafts.confidence is not None
+    return drafts.confidence
+
+
+def _verify(drafts: DraftBatch, rng: np.random.Generator) -> Outcome:
+    accepted = drafts.path_products(rng.random(drafts.num_nodes) < _confidence(drafts)) > 0
+    return Outcome.of(drafts, accepted, np.zeros(drafts.num_requests, np.int64))
+
+
+def best_budget(hardware: Hardware, drafter: SimulatedDrafter, batch: int, max_budget: int) -> tuple[int, float]:
+    """The budget that is best for all requests, and its speed-up."""
+    rates = []
+    for k in range(max_budget + 1):
+        seconds = hardware.step(batch * (1 + k), batch * 400)
+        if k:
+            seconds += drafter.fixed + drafter.per_token * k + VERIFY
+        rates.append(batch * sum(drafter.accepts("any") ** i for i in range(k + 1)) / seconds)
+    return int(np.argmax(rates)), max(rates) / rates[0]
