@@ -167,6 +167,10 @@ class Engine:
         """Change the token budget of a step."""
         self._commands.put(lambda: self._set_step_tokens(max_num_batched_tokens))
 
+    def speculate(self, speculator: Speculator) -> None:
+        """Have drafts from now on, after having had none."""
+        self._commands.put(lambda: self._start_to_speculate(speculator))
+
     # --- for the runner ----------------------------------------------------------------------------------------------
 
     def layer_written(self, layer: int, batch: StepBatch) -> None:  # noqa: ARG002
@@ -178,9 +182,14 @@ class Engine:
 
     def _run(self) -> None:
         _name_thread(THREAD_NAME)
-        idle = True
-        while self._carry_out_commands(wait=idle):
-            idle = not self._turn()
+        idle = goes_on = True
+        while goes_on:
+            try:
+                goes_on = self._carry_out_commands(wait=idle)
+                idle = not (goes_on and self._turn())
+            except Exception as error:  # noqa: BLE001 - whatever is wrong in here, every request gets its end
+                self._tell(Report(updates=self._fail(error)))
+                idle = True
         while self._flying:
             self._tell(self._take_in_oldest())
 
@@ -347,6 +356,11 @@ class Engine:
 
     def _set_step_tokens(self, max_num_batched_tokens: int) -> None:
         self._scheduler.config = replace(self._scheduler.config, max_num_batched_tokens=max_num_batched_tokens)
+
+    def _start_to_speculate(self, speculator: Speculator) -> None:
+        while self._flying:  # it has not seen these steps being planned
+            self._tell(self._take_in_oldest())
+        self._speculator = speculator
 
     def _drop(self, request_id: str) -> None:
         self._compiling.pop(request_id, None)

@@ -22,6 +22,19 @@ class Pull(NamedTuple):
     """Seconds of it."""
 
 
+class Times(NamedTuple):
+    """Of one transfer, in seconds; TransferCounters says what each is."""
+
+    gap: float
+    wait: float
+    wire: float
+    overlap: float
+    decode: float
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self._asdict().items())
+
+
 @dataclass(slots=True)
 class TransferCounters:
     """Monotonic since start. Bytes and seconds are those of committed transfers, counted where they are taken unless
@@ -48,6 +61,13 @@ class TransferCounters:
     """Counted where they are given."""
     decode_seconds: float = 0.0
     """Part of wire_seconds."""
+
+    def add(self, times: Times) -> None:
+        self.seconds += times.gap
+        self.wait_seconds += times.wait
+        self.wire_seconds += times.wire
+        self.overlap_seconds += times.overlap
+        self.decode_seconds += times.decode
 
     def count(self, outcome: Outcome) -> None:
         match outcome:
@@ -97,11 +117,13 @@ class Stopwatch:
         """We hear that the giver had all KV so long ago."""
         self.computed = max(self.wanted, time.monotonic() - age)
 
-    def add_to(self, counters: TransferCounters) -> None:
+    def times(self) -> Times:
         """It has committed."""
         now = time.monotonic()
-        counters.seconds += now - self.computed
-        counters.wait_seconds += (self.first_piece or now) - self.wanted
-        counters.wire_seconds += sum(pull.ended - pull.began for pull in self.pulls)
-        counters.overlap_seconds += sum(max(0.0, min(pull.ended, self.computed) - pull.began) for pull in self.pulls)
-        counters.decode_seconds += sum(pull.decoding for pull in self.pulls)
+        return Times(
+            gap=now - self.computed,
+            wait=(self.first_piece or now) - self.wanted,
+            wire=sum(pull.ended - pull.began for pull in self.pulls),
+            overlap=sum(max(0.0, min(pull.ended, self.computed) - pull.began) for pull in self.pulls),
+            decode=sum(pull.decoding for pull in self.pulls),
+        )

@@ -226,6 +226,7 @@ class Giver:
         self.counters.count(outcome)
         if outcome is Outcome.COMMITTED:
             self.counters.encode_seconds += giving.encode_seconds
-        if outcome is not Outcome.COMMITTED:
+            logger.info("transfer %s is over, encode %.1f ms", giving.transfer_id, 1e3 * giving.encode_seconds)
+        else:
             logger.info("transfer %s %s: %s", giving.transfer_id, outcome, reason)
         self._on_released(giving.transfer_id, outcome.value)

@@ -79,8 +79,9 @@ class Giving:
     # --- the owner's side --------------------------------------------------------------------------------------------
 
     def open(self, block_ids: Sequence[int], num_tokens: int) -> None:
-        self._block_ids = list(block_ids)
-        self._slots = slots_of(self._block_ids, self._source.pool.layout.block_size, num_tokens)
+        block_size = self._source.pool.layout.block_size
+        self._block_ids = list(block_ids[: -(-num_tokens // block_size)])
+        self._slots = slots_of(self._block_ids, block_size, num_tokens)
         self.feed(states.Opened(num_tokens))
 
     def written(self, frontier: Frontier, ready: torch.cuda.Event | None) -> None:
@@ -147,7 +148,8 @@ class Giving:
             self._owner.draining(self)
         if self._machine.phase is Phase.RELEASED:
             self._todo.clear()
-            self._pieces, self._slots = [], None
+            self._pieces, self._fresh, self._block_ids, self._slots = [], [], [], None  # ended ones are remembered
+            self._ready = self._sealing = None
             self._frames.clear()
             self.over.set()
             self._owner.ended(self)

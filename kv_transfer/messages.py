@@ -178,9 +178,7 @@ class SequenceState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     position), penalties count tokens, and the taker's own constraint is advanced by those that it is given."""
 
     token_ids: list[int]
-    """Output tokens the giver has emitted."""
-    num_cached_tokens: int = 0
-    """Prompt tokens the giver found in its prefix cache."""
+    """Output tokens the giver has emitted, one at least."""
 
 
 class Complete(Struct, frozen=True, tag=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -68,6 +69,12 @@ class Peer:
         self._client = client
         self._reader: asyncio.Task[None] | None = None
 
+    @property
+    def lease_s(self) -> float:
+        """Of the giver; `connect` has seen to it that there is one."""
+        assert self.giver.lease_s is not None
+        return self.giver.lease_s
+
     @staticmethod
     async def connect(address: str, hello: Hello, choose: Choose, on_end: Callable[[Peer], None]) -> Peer:
         """Raises TransferError if nobody answers there or the two can't be joined. `on_end` is called once, when the
@@ -80,6 +87,8 @@ class Peer:
             giver = await asyncio.wait_for(anext(messages, None), HELLO_TIMEOUT_S)
             if not isinstance(giver, Hello):
                 raise TransferError(f"{address} does not answer as a prefill worker: {link.error or giver}")
+            if giver.lease_s is None or not 0 < giver.lease_s < math.inf:
+                raise TransferError(f"{address} gives leases of {giver.lease_s} s; a number of seconds is needed")
             peer = Peer(address, client, link, giver, *choose(giver, address, link))
         except BaseException as error:
             await client.close()

@@ -206,6 +206,11 @@ def tokens_of(slots: Slots, piece: Piece | Extent) -> Slots:
     return slots[piece.token : piece.token + piece.num_tokens]
 
 
+def oversized(rows: Rows, piece: Piece) -> bool:
+    """Whether no giver cuts such a piece."""
+    return piece_bytes(rows, piece) > PIECE_BYTES and (piece.num_tokens, piece.num_layers) != (1, 1)
+
+
 class Coverage:
     """Which KV of tokens start .. stop - 1 pieces have been named for, and that none is named twice."""
 

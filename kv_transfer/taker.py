@@ -15,7 +15,7 @@ from kv_transfer.counters import TransferCounters
 from kv_transfer.messages import Hello
 from kv_transfer.peers import Peer, TakerLink
 from kv_transfer.pieces import rows_of
-from kv_transfer.states import TakerTransfer
+from kv_transfer.states import Outcome, TakerTransfer
 from kv_transfer.taking import Reservation, Taken, Taking, Withdrawn
 from kv_transfer.transports.base import Unusable
 from kv_transfer.transports.batches import device_identity
@@ -85,16 +85,24 @@ class Taker:
         blocks that come later are the caller's to free. Raises also what `reserved` fails with."""
         end = time.monotonic() + deadline - time.time()
         try:
+            peer = await self._reach(transfer_id, address, end)
+        except TransferError as error:
+            self.counters.count(Outcome.EXPIRED if isinstance(error, LeaseExpired) else Outcome.FAILED)
+            raise
+        if transfer_id in peer.recipients:
+            raise ValueError(f"transfer {transfer_id} is being taken already")
+        machine = TakerTransfer(peer.lease_s, self._stall_s, end)
+        return await Taking(transfer_id, peer, machine, self.counters).run(reserved)
+
+    async def _reach(self, transfer_id: str, address: str, end: float) -> Peer:
+        try:
             async with asyncio.timeout(end - time.monotonic()):
                 peer = await self._peer(address)
         except TimeoutError as error:
             raise LeaseExpired(f"transfer {transfer_id}: the deadline of the request has passed") from error
         if peer.link.closed:
             raise TransferError(f"transfer {transfer_id}: the prefill worker at {address} is gone")
-        if transfer_id in peer.recipients:
-            raise ValueError(f"transfer {transfer_id} is being taken already")
-        machine = TakerTransfer(peer.giver.lease_s or 0.0, self._stall_s, end)
-        return await Taking(transfer_id, peer, machine, self.counters).run(reserved)
+        return peer
 
     async def close(self) -> None:
         """End every link; what is being taken over them fails."""

@@ -18,7 +18,7 @@ from kv_transfer.coding import Coding
 from kv_transfer.counters import Stopwatch, TransferCounters
 from kv_transfer.messages import Complete, Offer, Piece, Renewed, Sealed, SequenceState
 from kv_transfer.peers import OfTransfer, Peer
-from kv_transfer.pieces import Coverage, Rows, Slots, piece_bytes, slots_of
+from kv_transfer.pieces import PIECE_BYTES, Coverage, Rows, Slots, oversized, piece_bytes, slots_of
 from kv_transfer.states import Outcome, Phase, TakerTransfer
 from kv_transfer.transports.base import PullJob
 
@@ -141,6 +141,9 @@ class Taking:
                 self._feed(states.OfferReceived())
             case Sealed(first=first, pieces=pieces) if self._coverage is not None:
                 if first == len(self._pieces):
+                    rows = self._reservation.rows if self._reservation is not None else None
+                    if rows is not None and any(oversized(rows, piece) for piece in pieces):
+                        raise TransferError(f"a piece of transfer {self._id} is larger than {PIECE_BYTES} bytes")
                     if not all(self._coverage.add(piece) for piece in pieces):
                         raise TransferError(f"the pieces of transfer {self._id} cover a part twice, or one it has not")
                     self._pieces += pieces
@@ -149,6 +152,8 @@ class Taking:
             case Complete(num_pieces=num_pieces, state=state, age_s=age) if self._coverage is not None:
                 if num_pieces == len(self._pieces) and not self._coverage.whole:
                     raise TransferError(f"the pieces of transfer {self._id} do not cover all of its KV")
+                if not state.token_ids:
+                    raise TransferError(f"transfer {self._id} comes without the token to go on from")
                 self._state = state
                 self._watch.complete(age)
                 self._feed(states.CompleteReceived(num_pieces))
@@ -168,8 +173,8 @@ class Taking:
                 f"transfer {self._id} is given in codec {offer.codec}, {self._coding.codec} was asked for"
             )
         blocks = offer.block_ids
-        enough = len(blocks) * layout.block_size >= offer.num_tokens
-        if layout != giver.layout or not enough or not all(0 <= block < giver.num_blocks for block in blocks):
+        fits = len(blocks) == -(-offer.num_tokens // layout.block_size)
+        if layout != giver.layout or not fits or not all(0 <= block < giver.num_blocks for block in blocks):
             raise TransferError(f"the offer of transfer {self._id} does not fit the pool that the giver announced")
 
     def _pull_ended(self, pulling: asyncio.Task[None]) -> None:
@@ -257,12 +262,22 @@ class Taking:
     def _count(self) -> None:
         counters, outcome = self._counters, self._machine.outcome
         assert outcome is not None
-        counters.count(outcome)
+        if not self._machine.finished:  # else it ended with its first token, as it was to
+            counters.count(outcome)
         if outcome is Outcome.COMMITTED and self._reservation is not None and self._coding is not None:
             rows = self._reservation.rows
-            counters.bytes += sum(piece_bytes(rows, piece) for piece in self._pieces)
-            counters.wire_bytes[self._coding.codec] += sum(map(self._coding.wire_bytes, self._pieces))
-            self._watch.add_to(counters)
+            nbytes, on_wire = (
+                sum(piece_bytes(rows, p) for p in self._pieces),
+                sum(map(self._coding.wire_bytes, self._pieces)),
+            )
+            counters.bytes += nbytes
+            counters.wire_bytes[self._coding.codec] += on_wire
+            times = self._watch.times()
+            counters.add(times)
+            logger.info(
+                "transfer %s from %s: %d bytes, %d on the wire (%s), %s",
+                *(self._id, self._peer.address, nbytes, on_wire, self._coding.codec, times),
+            )
             for pull in self._watch.pulls:
                 self._peer.codec.bandwidth.observe(pull.nbytes, pull.ended - pull.began - pull.decoding)
 

@@ -81,7 +81,7 @@ class PrefillWorker:
         elif sequence.status is Status.HELD:
             self._giver.complete(
                 self._transfers[sequence.request_id],
-                SequenceState(token_ids=list(update.token_ids), num_cached_tokens=sequence.num_cached_tokens),
+                SequenceState(token_ids=list(update.token_ids)),
             )
 
     # --- ends --------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class _Opened:
         self._path = f"/proc/{pid}/fd/{fd}"
 
     def __enter__(self) -> int:
-        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         return self._fd
 
     def __exit__(self, *exc: object) -> None:

@@ -53,6 +53,19 @@ def test_steps_are_taken_in_as_they_were_submitted_whichever_ends_first() -> Non
         assert [harness.tokens(), harness.tokens()] == [[("a", [105])], [("b", [107])]]
 
 
+def test_a_command_that_raises_ends_every_sequence_with_an_error() -> None:
+    runner = HandRunner()
+    with engine_over(runner) as harness:
+        harness.engine.add(sequence("a", 5))
+        first = runner.next()
+        harness.engine.join("a", [], exact=True)  # it is not reserved
+        first.end()
+        assert harness.ends() == {"a": "InternalError"}
+        assert harness.engine.failure is not None
+        harness.engine.add(sequence("b", 5))
+        assert harness.ends() == {"b": "InternalError"}
+
+
 def test_no_more_steps_are_in_flight_than_the_runner_works_on() -> None:
     runner = HandRunner()
     with engine_over(runner) as harness:

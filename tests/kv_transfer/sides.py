@@ -24,7 +24,7 @@ from kv_transfer.messages import SERVICE, SequenceState, ToGiver
 from kv_transfer.pieces import Rows, rows_of, slots_of
 from kv_transfer.taker import Reservation, Taker
 
-STATE = SequenceState(token_ids=[42], num_cached_tokens=3)
+STATE = SequenceState(token_ids=[42])
 
 
 def layout(block_size: int = 16, **changes: Any) -> KVLayout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from sides import STATE, Gate, assert_same, connected, tokens, wanted
 
 from core.errors import LeaseExpired, TransferError
+from kv_transfer import giving, pieces
+from kv_transfer.messages import SequenceState
 from kv_transfer.taker import Taker, Withdrawn
 from kv_transfer.transports import base, pair_server, tcp_io, torch_distributed
 
@@ -225,4 +228,31 @@ async def test_a_copy_that_makes_no_progress_is_given_up(
         with pytest.raises(TransferError, match=r"no piece arrived for 0\.1 s"):
             await sides.take("t", [1], 10)
         gate.opened.set()
+        assert await sides.end() == ("t", "aborted")
+
+
+async def test_kv_without_the_token_to_go_on_from_is_of_no_use() -> None:
+    async with connected() as sides:
+        sides.giver.open("t", [1], 10)
+        sides.giver.complete("t", SequenceState(token_ids=[]))
+        with pytest.raises(TransferError, match="without the token to go on from"):
+            await sides.take("t", [2], 10)
+        assert await sides.end() == ("t", "aborted")
+        assert sides.taker.counters.failed == 1
+
+
+async def test_a_giver_whose_leases_never_end_is_refused() -> None:
+    async with connected(lease_s=math.inf) as sides:
+        with pytest.raises(TransferError, match="leases of inf s"):
+            await sides.take("t", [2], 10)
+        assert sides.taker.counters.failed == 1
+
+
+async def test_a_piece_that_no_giver_cuts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected() as sides:
+        monkeypatch.setattr(giving, "cut", lambda _, extent: [extent])
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+        sides.offer("t", [1, 2], 20)
+        with pytest.raises(TransferError, match="is larger than"):
+            await sides.take("t", [3, 4], 20)
         assert await sides.end() == ("t", "aborted")

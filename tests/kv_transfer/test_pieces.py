@@ -52,7 +52,7 @@ def test_slots_follow_the_block_table() -> None:
 def test_runs_are_as_long_as_both_sides_allow() -> None:
     found = runs(np.array([4, 5, 6, 7, 20]), np.array([0, 1, 8, 9, 10]))
     assert found.tolist() == [[4, 0, 2], [6, 8, 2], [20, 10, 1]]
-    assert runs(np.arange(100), np.arange(50, 150)) .tolist() == [[0, 50, 100]]
+    assert runs(np.arange(100), np.arange(50, 150)).tolist() == [[0, 50, 100]]
     assert runs(np.array([], dtype=np.int64), np.array([], dtype=np.int64)).shape == (0, 3)
 
 
