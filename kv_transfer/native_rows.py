@@ -18,9 +18,9 @@ Memory = NDArray[np.uint8]
 Runs = NDArray[np.int64]
 
 
-def move(source: Memory, target: Memory | None, runs: Runs, *, summed: bool) -> int | None:
-    """Copy rows into `target` if there is one; the xxh3-64 of what was read if `summed`, else 0. None, with nothing
-    done, where the kernel can't: the caller has another way. Lets other threads run."""
+def move(source: Memory, target: Memory | None, runs: Runs, *, summed: bool, streamed: bool = False) -> int | None:
+    """Copy rows into `target` if there is one, past the caches if `streamed`; the xxh3-64 of what was read if `summed`,
+    else 0. None, with nothing done, where the kernel can't: the caller has another way. Lets other threads run."""
     layers, planes, _, row = source.shape
     if not _suits(source, row) or not (target is None or _suits(target, row)) or not library.load():
         return None
@@ -28,7 +28,7 @@ def move(source: Memory, target: Memory | None, runs: Runs, *, summed: bool) -> 
     if summed and few and layers * planes * row * runs[:, 2].sum() < MIN_SUMMED_BYTES:
         return None
     into = None if target is None else torch.from_numpy(target)
-    found = torch.ops.slipstream.move_rows.default(_readable(source), into, torch.from_numpy(runs), summed)
+    found = torch.ops.slipstream.move_rows.default(_readable(source), into, torch.from_numpy(runs), summed, streamed)
     return int(found) % 2**64
 
 

@@ -137,9 +137,10 @@ def layers_per_piece(layout: KVLayout, num_tokens: int, max_bytes: int | None = 
     return max(1, max_bytes // (2 * row_bytes(layout) * max(1, num_tokens)))
 
 
-def copy(target: Rows, source: Rows, pairs: Runs) -> None:
+def copy(target: Rows, source: Rows, pairs: Runs, *, streamed: bool = False) -> None:
     """target[:, :, run's target ...] = source[:, :, run's source ...]. Lets other threads run meanwhile and, unlike
-    torch, takes no cores from the model's thread pool. One of the two may be split."""
+    torch, takes no cores from the model's thread pool. One of the two may be split. `streamed`: it is
+    not read again soon."""
     if isinstance(source, SplitRows):
         assert not isinstance(target, SplitRows)
         for part, own in source.sources(target):
@@ -153,7 +154,7 @@ def copy(target: Rows, source: Rows, pairs: Runs) -> None:
             target[:, :, into : into + length].copy_(source[:, :, first : first + length])
     else:
         assert not isinstance(source, torch.Tensor)
-        if native_rows.move(source, target, pairs, summed=False) is None:
+        if native_rows.move(source, target, pairs, summed=False, streamed=streamed) is None:
             for first, into, length in pairs.tolist():
                 target[:, :, into : into + length] = source[:, :, first : first + length]
 
@@ -161,7 +162,7 @@ def copy(target: Rows, source: Rows, pairs: Runs) -> None:
 def copy_summed(target: Rows, source: Rows, pairs: Runs) -> int:
     """Copy, and the xxh3-64 of what was read, for which it need not be read again. `source` has the target's bytes."""
     if isinstance(source, np.ndarray) and isinstance(target, np.ndarray):
-        found = native_rows.move(source, target, pairs, summed=True)
+        found = native_rows.move(source, target, pairs, summed=True, streamed=True)
         if found is not None:
             return found
     copy(target, source, pairs)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import click
 
+from bench.flags import BadFlag, check_meant
 from core.errors import ConfigError
 from kv_transfer.codecs.names import CodecName
 
@@ -16,12 +17,6 @@ PRIMITIVE = {"shared_memory": "memcpy", "tcp": "tcp", "torch_distributed": "gloo
 """What each transport is made of."""
 _OF_SPEED = ("sizes", "rounds", "prompt_tokens", "num_requests", "servers")
 _OF_QUALITY = ("dataset_path", "num_prompts", "max_tokens", "codecs", "threads", "dtype", "device")
-
-
-class _BadFlag(click.ClickException):
-    """Shown as one line on stderr."""
-
-    exit_code = 2
 
 
 def parse_codecs(text: str) -> tuple[CodecName, ...]:
@@ -67,20 +62,12 @@ def transfer(ctx: click.Context, /, quality: bool, model: str, as_json: bool, **
     slower and wronger each codec is.
     """
     try:
-        _check_meant(ctx, quality)
+        check_meant(ctx, _OF_SPEED if quality else _OF_QUALITY, f"{'with' if quality else 'without'} --quality")
         result = _quality(model, **flags) if quality else _speed(model, **flags)
     except ConfigError as error:
-        raise _BadFlag(error.message) from error
+        raise BadFlag(error.message) from error
     show = table if quality else speed_table
     click.echo(json.dumps(result, indent=2) if as_json else show(result))
-
-
-def _check_meant(ctx: click.Context, quality: bool) -> None:
-    """Raise ConfigError for a flag that has no meaning in this mode."""
-    other = _OF_SPEED if quality else _OF_QUALITY
-    for name in other:
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise ConfigError(f"--{name.replace('_', '-')} has no meaning {'with' if quality else 'without'} --quality")
 
 
 def _quality(

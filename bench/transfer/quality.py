@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.exactness import read_prompts
-from bench.prompts import question_ids, spread
+from bench.prompts import num_equal, question_ids, spread
 from bench.transfer.subject import Subject
 from core.errors import ConfigError
 from gateway.tokenizer import ServedModel
@@ -108,7 +108,7 @@ def _compare(
         cost.divergences.append(_divergence(before, after))
         cost.agreements.append((before.argmax(-1) == after.argmax(-1)).float())
         written = subject.generate(first, length, max_tokens, stop)
-        cost.unchanged += _num_equal(output, written) - 1
+        cost.unchanged += num_equal(output, written) - 1
         cost.num_tokens += len(output) - 1
     return True
 
@@ -159,9 +159,3 @@ def _divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """[positions] of KL(p || q) = sum p (log p - log q), never below 0 by a rounding."""
     log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min_(0)
-
-
-def _num_equal(output: Sequence[int], written: Sequence[int]) -> int:
-    """Tokens before the first that differs."""
-    pairs = zip(output, written, strict=False)
-    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(output), len(written)))

@@ -38,7 +38,7 @@ class Unchecked(PullJob):
 
     def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
         piece = self.pieces[index]
-        copy(layers_of(self.rows, piece), layers_of(theirs, piece), pairs)
+        copy(layers_of(self.rows, piece), layers_of(theirs, piece), pairs, streamed=True)
         self.on_verified(index)
 
 

@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
 from core.errors import ChecksumMismatch
 from kv_transfer.coding import Coding, checksum_of
 from kv_transfer.messages import FromGiver, Piece
-from kv_transfer.pieces import Rows, Runs, Slots, checksum, copy_summed, layers_of, tokens_of
+from kv_transfer.pieces import Rows, Runs, Slots, checksum, copy_summed, layers_of, runs, tokens_of
 
 
 class Unusable(Exception):
@@ -78,6 +79,12 @@ class PullJob:
         """Copy a piece out of the giver's rows, in runs from `source` to `target`; then as `arrived`."""
         piece = self.pieces[index]
         self._verify(index, copy_summed(layers_of(self.rows, piece), layers_of(theirs, piece), pairs))
+
+    def landed(self, index: int, part: Rows) -> None:
+        """Copy a piece that has come in memory of its own, [layers, 2, tokens, row bytes]; then as `arrived`."""
+        piece, slots = self.pieces[index], self.target(index)
+        pairs = runs(np.arange(piece.num_tokens), slots)
+        self._verify(index, copy_summed(layers_of(self.rows, piece), part, pairs))
 
     def decoded(self, index: int, frame: torch.Tensor) -> None:
         """The frame of a piece, [bytes] uint8: decode it into its slots. Raises ChecksumMismatch before if it is not

@@ -72,8 +72,8 @@ def land(job: PullJob, batch: Batch, buffer: torch.Tensor) -> None:
     """The pieces of a batch, which has come in the buffer, into the taker's slots, and verify them."""
     pieces = job.pieces[batch.first : batch.last]
     if not batch.framed:
-        unpack(buffer, job.rows, job.taker_slots, pieces)
-        job.all_arrived(batch.first, batch.last)
+        for index, (_, part) in enumerate(_parts(buffer, job.rows, pieces), batch.first):
+            job.landed(index, part)
         return
     at = 0
     for index, piece in enumerate(pieces, batch.first):

@@ -203,7 +203,7 @@ Rows rows(const at::Tensor& t) {
 
 // runs: [runs][3]: first row in the source, first row in the target, rows.
 int64_t move_rows_op(const at::Tensor& source, const std::optional<at::Tensor>& target, const at::Tensor& runs,
-                     bool summed) {
+                     bool summed, bool streamed) {
   const Rows from = rows(source);
   const Rows into = target ? rows(*target) : from;
   TORCH_CHECK(into.layers == from.layers && into.row == from.row, "rows of unlike shapes: ", source.sizes());
@@ -217,10 +217,10 @@ int64_t move_rows_op(const at::Tensor& source, const std::optional<at::Tensor>& 
     total += run->length;
   }
   TORCH_CHECK(!summed || 2 * from.layers * total * from.row >= kShortest, "too little to be summed here");
-  if (!target) return static_cast<int64_t>(move_rows<false, true>(from, nullptr, list, runs.size(0)));
-  const uint64_t sum = summed ? move_rows<true, true>(from, &into, list, runs.size(0))
-                              : move_rows<true, false>(from, &into, list, runs.size(0));
-  return static_cast<int64_t>(sum);
+  const auto move = !target ? move_rows<false, true, false>
+                    : summed ? (streamed ? move_rows<true, true, true> : move_rows<true, true, false>)
+                             : (streamed ? move_rows<true, false, true> : move_rows<true, false, false>);
+  return static_cast<int64_t>(move(from, &into, list, runs.size(0)));
 }
 
 }  // namespace
@@ -231,7 +231,7 @@ TORCH_LIBRARY(slipstream, m) {
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines, Tensor? norms, float eps) -> ()");
   m.def("attention(Tensor query, Tensor kv, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
   m.def("decoder_layer(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor[] norms, Tensor? head_norms, float eps, int queries, int inner, int activation, Tensor cosines, Tensor sines, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
-  m.def("move_rows(Tensor source, Tensor(a!)? target, Tensor runs, bool summed) -> int");
+  m.def("move_rows(Tensor source, Tensor(a!)? target, Tensor runs, bool summed, bool streamed) -> int");
   m.def("gated_linear(Tensor x, Tensor packed, int inner, Tensor? bias, Tensor? norm, float eps, int activation) -> Tensor");
 }
 

@@ -98,9 +98,9 @@ struct Run {
   int64_t source, target, length;  // rows
 };
 
-// What is copied is on its way to another core, so it is stored past the caches. Runs lie anywhere, and a page walk
-// costs as much as a copied page: while one run is moved the next is asked for.
-template <bool kCopied, bool kSummed>
+// A pool's rows are stored past the caches (`kStreamed`): they are wanted on another core, later. Runs lie anywhere, and
+// a page walk costs as much as a copied page: while one run is moved the next is asked for.
+template <bool kCopied, bool kSummed, bool kStreamed>
 uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int64_t count) {
   int64_t rows = 0;
   for (int64_t i = 0; i < count; ++i) rows += runs[i].length;
@@ -114,12 +114,13 @@ uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int6
       for (int64_t at = 0; at < runs[i].length * source.row; at += kStripe) {
         _mm_prefetch(next + at, _MM_HINT_T0);
         const __m512i stripe = _mm512_loadu_si512(here + at);
-        if constexpr (kCopied) _mm512_stream_si512(reinterpret_cast<__m512i*>(there + at), stripe);
+        if constexpr (kCopied && kStreamed) _mm512_stream_si512(reinterpret_cast<__m512i*>(there + at), stripe);
+        if constexpr (kCopied && !kStreamed) _mm512_store_si512(there + at, stripe);
         if constexpr (kSummed) sum.add(stripe);
       }
     }
   }
-  if constexpr (kCopied) _mm_sfence();
+  if constexpr (kStreamed) _mm_sfence();
   return kSummed ? sum.digest() : 0;
 }
 
