@@ -86,7 +86,7 @@ class Worker:
         role = await self._controller.announce.remote(self._member)
         if role is not self._node.role:
             logger.warning("%s changes from %s to %s", self._member.worker_id, self._node.role, role)
-            self._node.set_role(role, self._config.engine.batched_tokens(role))
+            await self._node.set_role(role, self._config.engine.batched_tokens(role))
             self._member = msgspec.structs.replace(self._member, role=role)
 
     async def check_health(self) -> None:

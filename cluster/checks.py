@@ -65,7 +65,7 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.adapters.values())
     each = _weight_bytes(config, folder) + adapters + _cache_bytes(config) + PROCESS_BYTES
     each += RANK_BYTES * config.engine.ranks if config.engine.ranks > 1 else 0
-    needed = each * config.cluster.num_workers + RAY_BYTES
+    needed = each * config.cluster.num_workers + _drafter_bytes(config) + RAY_BYTES
     available = available_memory()
     if needed > available:
         raise ConfigError(
@@ -78,6 +78,12 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
 def _cache_bytes(config: SlipstreamConfig) -> int:
     """Of one worker, in this machine's memory and not on a GPU."""
     return 0 if config.engine.device == "cuda" else config.engine.kv_cache_bytes or 0
+
+
+def _drafter_bytes(config: SlipstreamConfig) -> int:
+    """Of all workers that decode."""
+    settings = config.speculation.settings
+    return 0 if settings is None else settings.max_memory_bytes * config.cluster.decode_replicas
 
 
 def _weight_bytes(config: SlipstreamConfig, folder: Path) -> int:

@@ -14,12 +14,22 @@ from core.errors import InternalError
 from core.metrics import GatewayMetrics
 from engine.model_config import ModelConfig
 from gateway.app import create_app
-from gateway.config import GatewayConfig
+from gateway.config import GatewayConfig, SpeculationOffer
 from gateway.server import HttpServer
 from gateway.tokenizer import ServedModel
+from speculation.rules.registry import DEFAULT_RULE
 
 ACQUAINTANCE_S = 3.0
 """Workers answer within a second, unless they are still to be started."""
+
+
+def offer(config: SlipstreamConfig) -> SpeculationOffer | None:
+    """What requests may ask of the workers' speculation; None if there is none."""
+    settings = config.speculation.settings
+    if settings is None:
+        return None
+    rules = {name: settings.rules_for(name) for name in settings.drafters}
+    return SpeculationOffer(drafters=rules, budget=settings.max_budget, rule_with_logprobs=DEFAULT_RULE)
 
 
 class Front:
@@ -41,6 +51,7 @@ class Front:
             max_choices=min(64, settings.max_concurrent_requests),
             request_timeout_s=settings.request_timeout_s,
             seed=settings.seed,
+            speculation=offer(config),
         )
         metrics = GatewayMetrics(CollectorRegistry(), model_name=name)
         self._server = HttpServer(create_app(backend, model, limits, metrics), settings.host, settings.port)

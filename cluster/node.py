@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from core.errors import InternalError
+from core.errors import InternalError, SlipstreamError
 from core.links import Link, LinkServer
 from core.types import Role, TokenDelta
 from core.wire import (
@@ -44,6 +45,7 @@ from kv_transfer.messages import ToGiver
 from kv_transfer.taker import Taker
 from kv_transfer.transports.names import TransportName
 from prefill_workers.worker import PrefillWorker
+from speculation.in_batch import InBatch
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +76,16 @@ class WorkerNode:
         grammars: Grammars | None = None,
         kv_transport: Literal["auto", TransportName] = "auto",
         kv_codec: CodecSetting = "none",
+        make_speculator: Callable[[], InBatch] | None = None,
     ) -> None:
+        """`make_speculator` is called once it decodes, which a worker that only prefills may never do."""
         self.worker_id = worker_id
         self.role = role
         self.runner = runner
         self._scheduler = scheduler
-        self._engine = Engine(runner, scheduler, self._on_report, grammars, self._on_written)
+        self._make_speculator = make_speculator
+        self._speculator = make_speculator() if make_speculator is not None and role is not Role.PREFILL else None
+        self._engine = Engine(runner, scheduler, self._on_report, grammars, self._on_written, self._speculator)
         if isinstance(runner, ModelRunner):  # of a group's ranks we hear at the end of each step
             runner.kv_sink = self._engine.layer_written
         self._lease_s = lease_s
@@ -131,10 +137,17 @@ class WorkerNode:
         if (seconds := self._engine.seconds_in_step) > STEP_TIMEOUT_S:
             raise InternalError(f"a step has been running for {seconds:.0f} s")
 
-    def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
+    async def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
         """Be used for something else from now on. What is under way goes on: every worker can do either."""
         self.role = role
         self._engine.set_step_tokens(max_num_batched_tokens)
+        if self._make_speculator is not None and self._speculator is None and role is not Role.PREFILL:
+            try:
+                self._speculator = await asyncio.to_thread(self._make_speculator)
+            except SlipstreamError as error:
+                logger.error("decoding without drafts: %s", error.message)
+            else:
+                self._engine.speculate(self._speculator)
 
     @property
     def num_owned(self) -> int:
@@ -289,6 +302,7 @@ class WorkerNode:
                 transfer_overlap_seconds=taker.overlap_seconds,
                 transfer_encode_seconds=giver.encode_seconds,
                 transfer_decode_seconds=taker.decode_seconds,
+                speculation=None if self._speculator is None else self._speculator.counters.snapshot(),
             ),
         )
 

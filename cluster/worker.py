@@ -16,6 +16,7 @@ from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.structured.grammars import Grammars
+from speculation.make import make_speculator
 
 
 def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunner | GroupRunner:
@@ -64,7 +65,16 @@ def make_node(
         BlockManager(runner.pool.num_blocks, engine.block_size, enable_prefix_caching=engine.prefix_caching),
     )
     grammars = Grammars(folder, runner.config.vocab_size)
-    cluster = config.cluster
+    cluster, settings = config.cluster, config.speculation.settings
+    most = config.gateway.max_concurrent_requests
     return WorkerNode(
-        worker_id, role, runner, scheduler, cluster.lease_s, grammars, cluster.kv_transport, cluster.kv_codec
+        worker_id,
+        role,
+        runner,
+        scheduler,
+        cluster.lease_s,
+        grammars,
+        cluster.kv_transport,
+        cluster.kv_codec,
+        None if settings is None else partial(make_speculator, settings, runner, most),
     )

@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from core.errors import SlipstreamError
+from core.speculation_metrics import Speculating, speculation_counters, speculation_gauges
 from core.types import FinishReason, Slo
 from core.wire import WorkerCounters, WorkerStatus
 
@@ -238,6 +239,8 @@ class WorkerCollector(Collector):
         for series in _COUNTERS:
             yield self._counter(series)
         yield self._wire_bytes()
+        yield from speculation_counters(self._speculating(self._seen.values()), LABELS)
+        yield from speculation_gauges(self._speculating(live), LABELS)
         routed = CounterMetricFamily(
             "slipstream:routed", "Sequences sent to workers, by way.", labels=(*LABELS, "route")
         )
@@ -266,6 +269,9 @@ class WorkerCollector(Collector):
             for codec, count in worker.counters.transfer_wire_bytes.items():
                 family.add_metric([*self._labels(worker), codec], count)
         return family
+
+    def _speculating(self, workers: Iterable[WorkerStatus]) -> list[Speculating]:
+        return [(self._labels(w), w.counters.speculation) for w in workers if w.counters.speculation is not None]
 
     def _remember(self, live: list[WorkerStatus]) -> None:
         for worker in live:

@@ -23,6 +23,7 @@ from gateway.params import build_requests, check_limits, check_token_ids, max_to
 from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, parse
 from gateway.render import Renderer, renderer_for
 from gateway.seeds import Seeds
+from gateway.speculation import may_be_remembered, wanted_speculation
 from gateway.structured import wanted_grammar
 from gateway.tokenizer import MESSAGE_CHARS, ServedModel, inline_or_thread
 from gateway.vetting import Vetting
@@ -107,6 +108,8 @@ class CompletionsEndpoint:
 
     async def _requests(self, body: GenerationRequest, exchange: Exchange, base_id: str) -> list[Request]:
         config = self._service.config
+        has_logprobs = body.needed_alternatives is not None
+        speculation = wanted_speculation(body, config.speculation, has_logprobs=has_logprobs)
         wanted = wanted_grammar(body, config.max_grammar_bytes)
         if wanted is not None:
             await self._service.vetting.check(*wanted)
@@ -120,6 +123,8 @@ class CompletionsEndpoint:
             base_id=base_id,
             deadline=time.time() + config.request_timeout_s - elapsed,
             slo=slo_from_headers(exchange.headers),
+            speculation=speculation,
+            remember=may_be_remembered(body, exchange.headers),
         )
 
     async def _tokenize(self, body: GenerationRequest) -> list[list[int]]:

@@ -5,6 +5,19 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class SpeculationOffer(BaseModel):
+    """What requests may ask of speculation, on a server that speculates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drafters: dict[str, tuple[str, ...]] = Field(min_length=1)
+    """The rules that each may be verified by."""
+    budget: int = Field(ge=1)
+    """Draft tokens per step at most."""
+    rule_with_logprobs: str
+    """The one whose tokens are those that logprobs are reported of."""
+
+
 class GatewayConfig(BaseModel):
     """Frozen; unknown keys are refused."""
 
@@ -28,6 +41,8 @@ class GatewayConfig(BaseModel):
     max_grammar_bytes: int = Field(65536, ge=1)
     seed: int | None = Field(None, ge=0)
     """What the seeds of requests that bring none are derived from; None makes every run different."""
+    speculation: SpeculationOffer | None = None
+    """None: this server does not speculate."""
     max_waiting_texts: int = Field(32, ge=1)
     """Long texts sent to /tokenize and /detokenize that are held at once. They are worked on one after the other, so
     that streams are not starved; one more is refused with 429."""

@@ -53,6 +53,8 @@ class Choice:
         self.request = request
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self._eos_token_ids = model.eos_token_ids
         self._min_tokens = body.min_tokens
         self._show_stop = body.include_stop_str_in_output
@@ -72,6 +74,8 @@ class Choice:
             if self._matcher.matched is not None:
                 break
         self.num_tokens += num_kept
+        self.num_drafted_tokens += delta.num_drafted_tokens
+        self.num_accepted_tokens += min(delta.num_accepted_tokens, num_kept)
         piece = Piece(self.index, text, delta.token_ids[:num_kept], (delta.logprobs or [])[:num_kept])
         piece.prompt_logprobs = delta.prompt_logprobs
         if self._matcher.matched is not None:

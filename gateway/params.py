@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec.structs import replace
 
 from core.errors import ContextLengthExceeded, InvalidRequest
-from core.types import Grammar, Request, SamplingParams, Slo
+from core.types import Grammar, Request, SamplingParams, Slo, SpeculationWish
 from gateway.config import GatewayConfig
 from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 from gateway.seeds import SEED_RANGE, Seeds
@@ -136,8 +136,7 @@ def sampling_params(body: GenerationRequest, limit: int, seed: int, model: Serve
         logit_bias=body.logit_bias,
         seed=seed % SEED_RANGE,
         stop_token_ids=tuple(sorted(stop_token_ids)),
-        # Which candidates are best is told by the logprobs of their tokens.
-        logprobs=0 if body.alternatives is None and body.num_candidates > body.n else body.alternatives,
+        logprobs=body.needed_alternatives,
         prompt_logprobs=body.prompt_alternatives,
     )
 
@@ -179,6 +178,8 @@ def build_requests(
     base_id: str,
     deadline: float,
     slo: Slo | None,
+    speculation: SpeculationWish | None = None,
+    remember: bool = True,
 ) -> list[Request]:
     """One per candidate: prompts in order, the candidates of a prompt next to each other (OpenAI's index). `seeds` are
     for clients that gave none. What the prompt's logprobs are is the same for all candidates: where the answer is
@@ -199,6 +200,8 @@ def build_requests(
                     priority=body.priority,
                     cache_salt=body.cache_salt,
                     adapter=model.adapter_of(body.model),
+                    speculation=speculation,
+                    remember=remember,
                 )
             )
     return requests

@@ -3,10 +3,11 @@
 A parameter we do not support is refused by name (unless it says "off"), an unknown one with the nearest name we know.
 null means: not given.
 
-Four fields of OpenAI's are accepted so that its clients work, and change nothing: `user`, `safety_identifier` and
-`metadata` label a request for OpenAI's own records, which this server does not keep; `store` asks for the answer to be
-kept or not. Requests and answers are neither stored, logged nor trained on, so `store: false` holds by itself and
-`store: true` keeps nothing. `name` and `reasoning_content` of a message go to the chat template, which may use them.
+Three fields of OpenAI's are accepted so that its clients work, and change nothing: `user`, `safety_identifier` and
+`metadata` label a request for OpenAI's own records, which this server does not keep. Requests and answers are neither
+stored nor logged, so `store: true` keeps nothing; with `store: false` drafters too forget the text when it has ended,
+from which they may else draft for others with the same cache_salt. `name` and `reasoning_content` of a message go to
+the chat template, which may use them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from core.errors import InvalidRequest
+from gateway.speculation import SpeculationFields
 from gateway.structured import StructuredFields
 
 INT64 = 2**63 - 1
@@ -125,7 +127,7 @@ class ChatMessage(_Body):
     reasoning_content: str | None = None
 
 
-class GenerationRequest(StructuredFields, _Body):
+class GenerationRequest(StructuredFields, SpeculationFields, _Body):
     """What chat and text completions have in common. Ranges that depend on the model are checked in params.py."""
 
     model: str | None = None
@@ -155,7 +157,6 @@ class GenerationRequest(StructuredFields, _Body):
     cache_salt: str = Field("", max_length=256)
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    store: bool | None = None
     safety_identifier: str | None = None
 
     @property
@@ -176,6 +177,12 @@ class GenerationRequest(StructuredFields, _Body):
     def alternatives(self) -> int | None:
         """How many alternatives to report per token; None reports no logprobs."""
         raise NotImplementedError
+
+    @property
+    def needed_alternatives(self) -> int | None:
+        """As `alternatives`, of what workers report: which candidates are best is told by the logprobs of their
+        tokens."""
+        return 0 if self.alternatives is None and self.num_candidates > self.n else self.alternatives
 
     @property
     def prompt_alternatives(self) -> int | None:

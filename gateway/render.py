@@ -89,15 +89,23 @@ class Renderer:
         raise NotImplementedError
 
     def usage(self) -> Json:
-        """Each prompt counts once, however many choices it has; candidates that are not returned count too."""
+        """Each prompt counts once, however many choices it has; candidates that are not returned count too. Drafted
+        tokens are accepted, and then of the completion's, or rejected, and then of none of the sums."""
         firsts = self._choices[:: self._body.num_candidates]
         num_prompt = sum(len(c.request.prompt_token_ids) for c in firsts)
         num_output = sum(c.num_tokens for c in self._choices)
+        num_drafted = sum(c.num_drafted_tokens for c in self._choices)
+        num_accepted = sum(c.num_accepted_tokens for c in self._choices)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": sum(c.num_cached_tokens for c in firsts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": num_accepted,
+                "rejected_prediction_tokens": num_drafted - num_accepted,
+                "drafted_tokens": num_drafted,
+            },
         }
 
     # --- parts -----------------------------------------------------------------------------------------------------

@@ -97,10 +97,17 @@ class Acceptance:
         both = [found[pair] for pair in pairs]
         return Prospects(np.stack([one.gains for one in both]), np.stack([one.fills for one in both]))
 
-    def known(self, drafter: str, name: str = ALL) -> int:
-        """Ranks that were asked for lately, of a class: of others `prospects` only guesses."""
-        counts = self._counts.get(drafter, {}).get(name)
-        return int((counts.asked >= ASKED_LATELY).sum()) if counts else 0
+    def known(self, drafter: str) -> int:
+        """Ranks that were asked for lately: of others `prospects` only guesses."""
+        counts = self._counts.get(drafter)
+        return int((counts[ALL].asked >= ASKED_LATELY).sum()) if counts else 0
+
+    def rounds(self, drafter: str, name: str) -> float:
+        """Weighted, of a class: how much of its prospects is its own."""
+        by_class = self._counts.get(drafter, {})
+        if name not in by_class and len(by_class) > MAX_CLASSES:
+            name = ALL
+        return float(by_class[name].asked[0]) if name in by_class else 0.0
 
     def alpha(self, drafter: str) -> float:
         """How often the first child of an accepted node is accepted: under rules chain and tree, on average, the sum of

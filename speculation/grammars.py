@@ -18,8 +18,8 @@ def follow_grammars(
     drafts: DraftBatch, constraints: Sequence[Constraint | None]
 ) -> tuple[DraftBatch, list[Masks | None]]:
     """`drafts` without what the grammars of its requests rule out, and [requests] what is allowed after each row that
-    is left, None for a request without a grammar. Of drafts that were drawn only what hangs from a token that is ruled out
-    may go: that it was proposed, and is rejected, is part of the law."""
+    is left, None for a request without a grammar. Of drafts that were drawn only what hangs from a token that is ruled
+    out may go: that it was proposed, and is rejected, is part of the law."""
     if all(constraint is None for constraint in constraints):
         return drafts, [None] * drafts.num_requests
     legal = np.ones(drafts.num_nodes, np.bool_)

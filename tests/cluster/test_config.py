@@ -31,7 +31,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 
 
 def test_leaf_names_are_unique_over_the_tree() -> None:
-    names = [name for _, name, _ in leaves()]
+    names = [leaf.name for leaf in leaves()]
     assert len(names) == len(set(names))
 
 
@@ -54,6 +54,9 @@ def test_leaf_names_are_unique_over_the_tree() -> None:
         ("cluster: {kv_codec: int8, kv_transport: nixl}", "kv_codec int8 has no meaning with kv_transport nixl"),
         ("cluster: {kv_codec: auto, kv_transport: shared_memory}", "use kv_transport tcp or torch_distributed"),
         ("engine: {max_num_batched_tokens: 8, max_num_seqs: 16}", "max_num_batched_tokens 8 is below max_num_seqs 16"),
+        ("speculation: {dratfer: none}", "unknown setting speculation.dratfer; did you mean drafter?"),
+        ("speculation: {drafter: [a, b, a]}", "speculation.drafter: a is there twice"),
+        ("speculation: {budget: 8}", "speculation: budget has no meaning without a drafter"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_setting(tmp_path: Path, text: str, message: str) -> None:

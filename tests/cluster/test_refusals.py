@@ -81,3 +81,14 @@ def test_a_pickle_is_refused(folder: Path, refusal: Callable[..., str]) -> None:
 
 def test_heads_that_do_not_divide_are_named(refusal: Callable[..., str]) -> None:
     assert "num_attention_heads 4" in refusal("--tensor-parallel-size", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--speculation", "no_such_drafter"], "no drafter is called 'no_such_drafter'"),
+        (["--speculation-budget", "3"], "budget has no meaning without a drafter"),
+    ],
+)
+def test_speculation_that_cannot_be_had_is_named(flags: list[str], named: str, refusal: Callable[..., str]) -> None:
+    assert named in refusal(*flags)

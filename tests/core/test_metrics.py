@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
@@ -7,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from core.errors import Overloaded
 from core.metrics import NUM_REMEMBERED_WORKERS, GatewayMetrics, WorkerCollector
 from core.types import FinishReason, Role, Slo
-from core.wire import WorkerCounters, WorkerStatus
+from core.wire import DrafterCounters, SpeculationCounters, WorkerCounters, WorkerStatus
 
 GATEWAY = {"model_name": "m", "role": "gateway", "replica": "0"}
 
@@ -145,6 +147,60 @@ def test_bytes_on_the_wire_are_told_apart_by_codec(registry: CollectorRegistry) 
         assert registry.get_sample_value("slipstream:handoff_wire_bytes_total", labels | {"codec": codec}) == count
     assert of(registry, "slipstream:handoff_decode_seconds_total", "a") == 0.5
     assert of(registry, "slipstream:handoff_encode_seconds_total", "a") == 0
+
+
+def drafter(name: str, version: str = "", alarm: str = "", *, times: int = 1) -> DrafterCounters:
+    return DrafterCounters(
+        drafter=name,
+        version=version,
+        drafts=10 * times,
+        draft_tokens=25 * times,
+        accepted_tokens=8 * times,
+        drafts_per_position=[10 * times, 9 * times, 6 * times],
+        accepted_per_position=[6 * times, 2 * times],
+        alarm=alarm,
+    )
+
+
+def speculating(*drafters: DrafterCounters, off: Sequence[str] = ()) -> WorkerCounters:
+    counted = SpeculationCounters(drafters=list(drafters), switched_off=list(off), draft_seconds=0.5, verify_seconds=2)
+    return WorkerCounters(speculation=counted)
+
+
+def test_drafts_are_counted_over_all_drafters_and_by_drafter_and_version(registry: CollectorRegistry) -> None:
+    counters = speculating(drafter("suffix"), drafter("head", "v1", "low", times=2), drafter("head", "v2"))
+    live = [worker("p", Role.PREFILL), replace(worker("a"), counters=counters)]
+    registry.register(WorkerCollector(lambda: live, model_name="m"))
+    own = {"model_name": "m", "role": "decode", "replica": "a"}
+    totals = {name: of(registry, f"vllm:spec_decode_num_{name}_total", "a") for name in TOTALS}
+    assert totals == TOTALS
+    assert of(registry, "vllm:spec_decode_num_drafts_total", "p", "prefill") is None
+    for position, accepted in enumerate([24, 8]):
+        at = own | {"position": str(position)}
+        assert registry.get_sample_value("vllm:spec_decode_num_accepted_tokens_per_pos_total", at) == accepted
+    at = own | {"position": "2"}
+    assert registry.get_sample_value("slipstream:spec_decode_num_drafts_per_pos_total", at) == 24
+    for version, drafts, alarm in (("v1", 20, -1), ("v2", 10, 0)):
+        head = own | {"drafter": "head", "version": version}
+        assert registry.get_sample_value("slipstream:drafter_drafts_total", head) == drafts
+        assert registry.get_sample_value("slipstream:drafter_acceptance_alarm", head) == alarm
+    assert of(registry, "slipstream:spec_decode_draft_seconds_total", "a") == 0.5
+    assert of(registry, "slipstream:spec_decode_verify_seconds_total", "a") == 2
+
+
+TOTALS = {"drafts": 40, "draft_tokens": 100, "accepted_tokens": 32}
+
+
+def test_drafters_that_failed_and_acceptance_too_good_to_be_true_are_told(registry: CollectorRegistry) -> None:
+    live = [replace(worker("a"), counters=speculating(drafter("head", "v1", "high"), off=["suffix"]))]
+    registry.register(WorkerCollector(lambda: live, model_name="m"))
+    own = {"model_name": "m", "role": "decode", "replica": "a"}
+    assert registry.get_sample_value("slipstream:drafter_switched_off", own | {"drafter": "suffix"}) == 1
+    head = own | {"drafter": "head", "version": "v1"}
+    assert registry.get_sample_value("slipstream:drafter_acceptance_alarm", head) == 1
+    live.clear()
+    assert total(registry, "slipstream:drafter_switched_off") == 0
+    assert total(registry, "slipstream:drafter_drafts_total") == 10
 
 
 def test_totals_do_not_go_backwards_when_a_worker_goes(registry: CollectorRegistry) -> None:

@@ -34,6 +34,11 @@ async def test_a_chat_answer_has_the_text_the_reason_and_the_usage(gateway: Make
         "completion_tokens": len(tokens),
         "total_tokens": num_prompt + len(tokens),
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+            "drafted_tokens": 0,
+        },
     }
     assert one.ends() == {"stop": 1}
 
