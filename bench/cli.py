@@ -10,13 +10,14 @@ from bench.exactness import exactness
 from bench.gpu_speed.cli import gpu
 from bench.serving.cli import serve
 from bench.soak.cli import soak_command
+from bench.speculation.cli import speculation
 from bench.transfer.cli import transfer
 
 
 @click.group()
 def bench() -> None:
-    """Measure or soak a server, measure an engine, or compare output with Transformers'."""
+    """Measure or soak a server, measure an engine or parts of it, or compare output with Transformers'."""
 
 
-for command in (serve, engine, gpu, soak_command, transfer, cost, exactness):
+for command in (serve, engine, gpu, soak_command, speculation, transfer, cost, exactness):
     bench.add_command(command)

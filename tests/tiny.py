@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 Tensors = dict[str, torch.Tensor]
@@ -35,6 +36,15 @@ def save_tiny_llama(folder: Path) -> LlamaForCausalLM:
             parameter.normal_(0.0, 0.1)
     model.save_pretrained(folder)
     return model
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A token for each byte; those of ASCII but the blanks are in the vocabulary of the tiny Llama."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:

@@ -9,13 +9,8 @@ from typing import Any
 
 import click
 
+from bench.flags import BadFlag
 from core.errors import ConfigError
-
-
-class _BadFlag(click.ClickException):
-    """Shown as one line on stderr."""
-
-    exit_code = 2
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -76,7 +71,7 @@ def engine(
             load = {name: flags[name] for name in ("dtype", "device", "threads", "quantization")}
             result |= measure_perplexity(folder, perplexity_texts, perplexity_tokens, **load)
     except ConfigError as error:
-        raise _BadFlag(error.message) from error
+        raise BadFlag(error.message) from error
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
 
 

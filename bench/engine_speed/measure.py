@@ -7,13 +7,11 @@ so that whatever else the machine does meets them alike, and the median over the
 
 from __future__ import annotations
 
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 
 from bench.engine_speed.roofline import copy_bandwidth, step_bytes, weight_bytes
 from bench.engine_speed.shares import shares
+from bench.setting import setting_of
 from cluster.config import EngineSection
 from core.errors import ConfigError
 from core.types import Request, Role, SamplingParams
@@ -228,16 +227,11 @@ def _roofline(folder: Path, runner: ModelRunner, options: Options, decode: dict[
 
 
 def _setting(runner: ModelRunner, options: Options) -> dict[str, Any]:
-    """Under what conditions the numbers hold."""
-    device = runner.pool.device
     return {
-        "dtype": runner.layout.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
+        **setting_of(runner),
         "quantization": options.quantization,
         "context": options.context,
         "prefill": f"{options.prompts}x{options.prompt_tokens}",
         "temperature": options.temperature,
         "runs": options.runs,
-        "versions": {name: version(name) for name in ("slipstream", "torch")} | {"python": platform.python_version()},
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from bench.flags import BadFlag
 from bench.serving.flags import SAMPLING, dataset_flags, load_flags, report_flags, server_flags
 from bench.serving.options import (
     ENDPOINTS,
@@ -41,12 +42,6 @@ class _ManyValues(click.Command):
         return super().parse_args(ctx, expanded)
 
 
-class _BadFlag(click.ClickException):
-    """Shown as one line on stderr."""
-
-    exit_code = 2
-
-
 @click.command(cls=_ManyValues)
 @server_flags
 @dataset_flags
@@ -67,7 +62,7 @@ def serve(ctx: click.Context, /, **flags: Any) -> None:
 
         status = run_benchmark(options)
     except ConfigError as error:
-        raise _BadFlag(error.message) from error
+        raise BadFlag(error.message) from error
     except Unavailable as error:
         raise click.ClickException(error.message) from error
     ctx.exit(status)

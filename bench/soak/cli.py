@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import click
 
+from bench.flags import BadFlag
 from bench.soak.run import SoakOptions, encoded, soak
 from bench.soak.verdict import text
 from core.errors import ConfigError, Unavailable
 
 WARM_UP_SHARE = 0.5
 """Allocators and caches take a while to fill: their curves flatten, a leak does not."""
-
-
-class _BadFlag(click.ClickException):
-    """Shown as one line on stderr."""
-
-    exit_code = 2
 
 
 @click.command("soak")
@@ -85,7 +80,7 @@ def soak_command(
         )
         report = soak(options, lambda line: click.echo(line, err=True))
     except ConfigError as error:
-        raise _BadFlag(error.message) from error
+        raise BadFlag(error.message) from error
     except Unavailable as error:
         raise click.ClickException(error.message) from error
     click.echo(encoded(report) if as_json else text(report))

@@ -7,10 +7,11 @@ a chain alpha, alpha^2, …) and T is fitted while it runs (`StepTime`). Ranks a
 all requests, up to where this is largest: so budgets differ per request and fall as the load rises. Nothing is asked
 for unless it beats a plain step by MARGIN.
 
-What is not known yet has to be tried. Plain steps come first; then TRIES, and twice what is known wherever
-all that is known is worth asking for. While nothing is worth it, a try waits GAPS steps, twice as many after each that
-was in vain. No try is made, and no speculation goes on, that purse.py does not pay for, so a useless drafter costs no
-more than what is said there. A plain step now and then keeps T known.
+What is not known yet has to be tried. Plain steps come first; then TRIES. Where all that is known is worth asking for,
+twice that is; and while anything is, a few tokens for classes that the drafter has hardly drafted for. While nothing
+is, a try waits GAPS steps, twice as many after each that was in vain. No try is made, and no speculation goes on, that
+purse.py does not pay for, so a useless drafter costs no more than what is said there. A plain step now and then keeps T
+known.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ GAPS = (4, 256)
 """Steps before another try: at first, and at most."""
 USES = 4
 """Steps for which budgets that were found best are used."""
-REFRESH = 128
-"""Steps that speculate before a plain one."""
+ENOUGH_ROUNDS, AGAIN = 8.0, 128
+"""Rounds of a class before it may be written off while others are drafted for; steps until it is tried again."""
+REFRESH = (8, 128)
+"""Steps that speculate before a plain one: as many as make that cost REFRESHING, within these bounds."""
+REFRESHING = 0.005
+"""Of the time."""
 
 
 class Goodput(BaseController):
@@ -48,9 +53,11 @@ class Goodput(BaseController):
         self._purse = Purse()
         self._patience = Patience()
         self._since_plain = 0
+        self._refresh = float(REFRESH[0])
         self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
         self._found = (np.zeros(0, np.int64), 1.0)
         self._uses = 0
+        self._looks = 0
 
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
         return self.budget_by(load, stats, [self.limits.drafters[0]] * len(load.classes))
@@ -58,7 +65,7 @@ class Goodput(BaseController):
     def budget_by(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
         """With drafters[r] for request r."""
         room = self.room(load)
-        if not (room.any() and self._time.known and self._purse.affords(0.0) and self._since_plain < REFRESH):
+        if not (room.any() and self._time.known and self._purse.affords(0.0) and self._since_plain < self._refresh):
             return plain_step(drafters)
         if not self._patience.looks(load):
             return plain_step(drafters)
@@ -68,7 +75,10 @@ class Goodput(BaseController):
         tokens, speedup = self._best(load, stats, drafters, np.minimum(room, known))
         if speedup >= MARGIN:
             self._patience.rewarded()
-            tokens = self._vary(load, drafters, tokens, np.where(tokens == known, np.minimum(room, 2 * known), tokens))
+            self._refresh = float(np.clip((speedup - 1) / REFRESHING, *REFRESH))
+            begun = np.maximum(tokens, np.where(self._is_new(load, stats, drafters), np.minimum(room, TRIES[0][0]), 0))
+            grown = np.maximum(begun, np.where(tokens == known, np.minimum(room, 2 * known), 0))
+            tokens = self._vary(load, drafters, tokens, grown, begun)
         else:
             tokens = self._try(load, drafters, room)
         return self._budgets(tokens, drafters)
@@ -91,6 +101,8 @@ class Goodput(BaseController):
                 self._purse.account_plain(self._time.plain(load))
             return
         self._since_plain += 1
+        if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take
+            return
         speculation = self._speculation(tally.drafted, budgets.drafters)
         plain, seconds = self._time.record(load, speculation, timing.seconds)
         self._purse.account(plain, seconds, float(tally.emitted.mean()))
@@ -120,13 +132,25 @@ class Goodput(BaseController):
             return tokens
         return np.zeros_like(room)
 
+    def _is_new(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> NDArray[np.bool_]:
+        """[requests] whether too little was seen of the drafter with requests of the class; now and then all are."""
+        self._looks += 1
+        if self._looks % AGAIN == 0:
+            return np.ones(len(drafters), np.bool_)
+        pairs = zip(drafters, load.classes, strict=True)
+        return np.array([stats.rounds(drafter, name) < ENOUGH_ROUNDS for drafter, name in pairs])
+
     def _vary(
-        self, load: Load, drafters: Sequence[str], tokens: NDArray[np.int64], more: NDArray[np.int64]
+        self, load: Load, drafters: Sequence[str], tokens: NDArray[np.int64], *further: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Around what is best, so that its neighbours stay known."""
+        """Around what is best, so that its neighbours stay known: half of it, or the first of `further` that is not too
+        far from what was seen and can be paid for."""
         if self._since_plain % HALVED == HALVED - 1:
             return (tokens + 1) // 2
-        return more if more.sum() <= self._time.horizon and self._affords(load, drafters, more) else tokens
+        for more in further:
+            if more.sum() <= self._time.horizon and self._affords(load, drafters, more):
+                return more
+        return tokens
 
     def _affords(self, load: Load, drafters: Sequence[str], tokens: NDArray[np.int64]) -> bool:
         """Whether it would do no harm if all of `tokens` were rejected."""

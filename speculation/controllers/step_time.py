@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from speculation.rounds import Load
 
-FORGETTING = 0.995
-"""Weight of a step relative to the next: the last 200 count."""
+FORGETTING = 0.99
+"""Weight of a step relative to the next: the last 100 count."""
 KNOTS = np.array([0.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
 """Rows at which a further one may begin to cost more."""
 OUTLIER = 2.0
@@ -30,8 +30,10 @@ HICCUP = 1.5
 """Times as long as expected: what takes longer is not for what was asked of the step."""
 RIDGE = 1e-3
 """Keeps at zero what was never varied."""
-MIN_STEPS = 4
-"""Before a prediction is worth something."""
+LEAST_USUAL = 0.03
+"""Of errors: on a machine that is never early nor late a slower step would count for nothing."""
+MIN_PLAIN, MIN_ADDED = 12, 4
+"""Steps before a prediction is worth something."""
 UNKNOWN = 0.5
 """Of a plain step: taken for what speculation costs beyond it until that was seen."""
 _SEQUENCES, _ROWS, _CONTEXT = 8.0, 16.0, 4096.0
@@ -41,7 +43,8 @@ _SEQUENCES, _ROWS, _CONTEXT = 8.0, 16.0, 4096.0
 class Fit:
     """Non-negative least squares of a number by some features, both of sizes around one."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, min_steps: int) -> None:
+        self._min_steps = min_steps
         self._xx = RIDGE * np.eye(size)
         self._xy = np.zeros(size)
         self._weights = np.zeros(size)
@@ -50,7 +53,7 @@ class Fit:
 
     @property
     def known(self) -> bool:
-        return self._count >= MIN_STEPS
+        return self._count >= self._min_steps
 
     def predict(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         """[...] for features [..., size]."""
@@ -59,9 +62,9 @@ class Fit:
 
     def observe(self, features: NDArray[np.float64], value: float) -> None:
         error = abs(value - float(self.predict(features)))
-        counted = min(error, OUTLIER * self._usual_error)
+        counted = min(error, OUTLIER * max(self._usual_error, LEAST_USUAL))
         weight = counted / error if self.known and error else 1.0
-        self._usual_error += 0.1 * (counted - self._usual_error)
+        self._usual_error += 0.2 * (counted - self._usual_error)
         self._xx *= FORGETTING
         self._xx += weight * np.outer(features, features)
         self._xx[np.diag_indices_from(self._xx)] += (1 - FORGETTING) * RIDGE
@@ -100,15 +103,16 @@ class StepTime:
 
     def __init__(self, num_drafters: int) -> None:
         self.num_drafters = num_drafters
-        self._plain = Fit(3 + len(KNOTS))
-        self._added = Fit(1 + len(KNOTS) + 3 * num_drafters)
+        self._plain = Fit(3 + len(KNOTS), 1)
+        self._added = Fit(1 + len(KNOTS) + 3 * num_drafters, MIN_ADDED)
         self._unit = 0.0  # what a step usually takes: predictions are in these
         self._most = 0.0
+        self._first: list[tuple[Load, float]] = []
 
     @property
     def known(self) -> bool:
         """Whether `plain` is."""
-        return self._plain.known
+        return len(self._first) == MIN_PLAIN
 
     @property
     def added_known(self) -> bool:
@@ -131,9 +135,20 @@ class StepTime:
         return 2 * math.ceil(self._most)
 
     def record_plain(self, load: Load, seconds: float) -> None:
-        self._unit = self._unit or seconds
-        scale = (self.plain(load) if self.known else seconds) / self._unit
-        self._plain.observe(_plain_features(load) / scale, seconds / self._unit / scale)
+        """The first few are kept until there is something to tell a hiccup by."""
+        if self.known:
+            self._observe_plain(load, seconds, self.plain(load))
+            return
+        self._first.append((load, seconds))
+        if self.known:
+            self._unit = float(np.median([seconds for _, seconds in self._first]))
+            for load, seconds in self._first:
+                if seconds < 2 * self._unit:
+                    self._observe_plain(load, seconds, self._unit)
+
+    def _observe_plain(self, load: Load, seconds: float, expected: float) -> None:
+        """Errors are relative to what was expected."""
+        self._plain.observe(_plain_features(load) * self._unit / expected, seconds / expected)
 
     def record(self, load: Load, speculation: Speculation, seconds: float) -> tuple[float, float]:
         """Of a step that speculated, once `plain` is known. Returns what a plain one would have taken, and `seconds`,

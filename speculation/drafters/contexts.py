@@ -53,10 +53,15 @@ class Contexts:
 
     def __init__(self, orders: Sequence[int], kinds: Sequence[int]) -> None:
         self.width = max(orders)
+        self.orders = np.array(orders)
         self._ends = np.array(orders) - 1
         self._kinds = np.array(kinds)
         self._of_orders = np.array(orders, np.uint64) * _OF_ORDER
         self._tops = self._kinds.astype(np.uint64) << np.uint64(63)
+
+    @property
+    def num_columns(self) -> int:
+        return len(self._ends)
 
     def only(self, kind: int) -> Contexts:
         """The columns for one kind of owner."""
@@ -77,7 +82,8 @@ class Contexts:
         terms = (windows[:, : -width - 1 : -1].astype(np.uint64) + _ONE) * _OF_TOKENS[:width]
         keys = terms.cumsum(axis=1)[:, self._ends] + salts.terms
         keys = (keys ^ (keys >> _HALF)) * _MIXING
-        return ((keys ^ (keys >> _HALF)) >> _ONE) | self._tops | _ONE
+        found: NDArray[np.uint64] = ((keys ^ (keys >> _HALF)) >> _ONE) | self._tops | _ONE
+        return found
 
 
 def windows_at(token_ids: Sequence[int], first: int, end: int, width: int) -> NDArray[np.int64]:
@@ -85,7 +91,8 @@ def windows_at(token_ids: Sequence[int], first: int, end: int, width: int) -> ND
     start = first - width + 1
     text = np.full(end - start, PAD, np.int64)
     text[max(-start, 0) :] = token_ids[max(start, 0) : end]
-    return np.lib.stride_tricks.sliding_window_view(text, width)
+    windows: NDArray[np.int64] = text[np.arange(end - first)[:, None] + np.arange(width)]
+    return windows
 
 
 def last_windows(requests: Sequence[DraftRequest], width: int) -> NDArray[np.int64]:

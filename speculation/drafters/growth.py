@@ -1,9 +1,8 @@
-"""Growing the trees of all requests at once, level by level, by what continuations are worth.
+"""Growing the trees of all requests at once, level by level.
 
-The worth of a node is the probability that its whole path is accepted: the product of the chances along it. It falls
-along a path, so the tree of the most expected tokens under a budget is the budget's worthiest nodes (arXiv:2410.11744
-grows it one node at a time), and a node that is not among those found so far never will be: its children need not be
-looked at.
+The tree of the most expected tokens under a budget is the budget's worthiest nodes. DySpec (arXiv:2410.11744) finds
+them one at a time; here a level is found at a time, and only below nodes that are among the worthiest so far, as no
+other can come to be.
 """
 
 from __future__ import annotations
@@ -15,81 +14,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculation.drafters.contexts import extended
+from speculation.drafters.nodes import LEAST_WORTH, Nodes
 from speculation.laws import DraftLaw
-from speculation.tree import ROOT, DraftBatch, offsets_of
+from speculation.tree import ROOT, DraftBatch
 
-LEAST_WORTH = 1e-3
-"""A node that is accepted more seldom is never worth its row."""
 MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """Continuations of n contexts, in any number each. No context has a token twice."""
+    """Continuations of n windows, in any number each. No window has a token twice."""
 
-    contexts: NDArray[np.int64]  # [branches] below n
+    windows: NDArray[np.int64]  # [branches] below n
     tokens: NDArray[np.int64]  # [branches]
     chances: NDArray[np.float32]  # [branches] at most 1
 
 
-Continue = Callable[[NDArray[np.int64], NDArray[np.int64]], Branches]
+Follow = Callable[[NDArray[np.int64], NDArray[np.int64]], Branches]
 """What may follow windows [n, width] of requests [n]."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    nodes: NDArray[np.int64]  # [n] numbers among all nodes; ROOT
+    """Where trees go on."""
+
+    nodes: NDArray[np.int64]  # [n] numbers among all; ROOT
     requests: NDArray[np.int64]
-    worths: NDArray[np.float32]
+    worths: NDArray[np.float32] | NDArray[np.float64]
     windows: NDArray[np.int64]  # [n, width]
 
 
 class _Forest:
-    """All nodes found so far, parents first."""
-
     def __init__(self, budgets: NDArray[np.int64], floor: float) -> None:
-        self.budgets = budgets
-        self.bars = np.full(len(budgets), max(floor, LEAST_WORTH), np.float32)
-        """[requests] less than this a further node may not be worth."""
-        self.tokens = self.parents = self.requests = np.empty(0, np.int64)
-        self.worths = self.chances = np.empty(0, np.float32)
+        self.nodes = Nodes.joined([])
+        self._budgets = budgets
+        self._bars = np.full(len(budgets), max(floor, LEAST_WORTH), np.float32)  # what a further node must be worth
 
     def add(self, level: _Level, branches: Branches) -> _Level:
-        """The next level: those that belong to the best trees found so far."""
-        requests, worths = level.requests[branches.contexts], level.worths[branches.contexts] * branches.chances
-        kept = np.flatnonzero(worths >= self.bars[requests])
-        above, requests, tokens = branches.contexts[kept], requests[kept], branches.tokens[kept]
-        first = len(self.tokens)
-        self.tokens = np.concatenate([self.tokens, tokens])
-        self.parents = np.concatenate([self.parents, level.nodes[above]])
-        self.requests = np.concatenate([self.requests, requests])
-        self.worths = np.concatenate([self.worths, worths[kept]])
-        self.chances = np.concatenate([self.chances, branches.chances[kept]])
-        best = self.best()
-        new = np.sort(best[best >= first])
-        above = above[new - first]
-        return _Level(new, self.requests[new], self.worths[new], extended(level.windows[above], self.tokens[new]))
+        """Those branches that belong to the best trees so far; where to go on."""
+        requests, worths = level.requests[branches.windows], level.worths[branches.windows] * branches.chances
+        kept = (worths >= self._bars[requests]).nonzero()[0]
+        above = branches.windows[kept]
+        first = len(self.nodes)
+        new = Nodes(branches.tokens[kept], level.nodes[above], requests[kept], worths[kept], branches.chances[kept])
+        self.nodes = Nodes.joined([self.nodes, new])
+        best = self._best()
+        best = best[best >= first]
+        on = best - first
+        return _Level(best, new.requests[on], new.worths[on], extended(level.windows[above[on]], new.tokens[on]))
 
-    def best(self) -> NDArray[np.int64]:
-        """The nodes of the best trees under the budgets, by request and worth; of equals, parents first."""
-        order = np.lexsort((-self.worths, self.requests))
-        requests = self.requests[order]
-        ranks = np.arange(len(order)) - np.searchsorted(requests, requests)
-        last = order[ranks == self.budgets[requests] - 1]
-        self.bars[self.requests[last]] = self.worths[last]
-        return order[ranks < self.budgets[requests]]
-
-    def harvest(self, law: DraftLaw, drafter: str) -> DraftBatch:
-        best = self.best()
-        offsets = offsets_of(np.bincount(self.requests[best], minlength=len(self.budgets)))
-        place = np.full(len(self.tokens) + 1, ROOT, np.int64)  # the last is that of ROOT
-        place[best] = np.arange(len(best)) - offsets[self.requests[best]]
-        parents = place[self.parents[best]]
-        return DraftBatch(self.tokens[best], parents, offsets, law, drafter, confidence=self.chances[best])
+    def _best(self) -> NDArray[np.int64]:
+        order, ranks = self.nodes.ranked()
+        budgets = self._budgets[self.nodes.requests[order]]
+        last = order[ranks == budgets - 1]
+        self._bars[self.nodes.requests[last]] = self.nodes.worths[last]
+        return order[ranks < budgets]
 
 
 def grow(
-    follow: Continue,
+    follow: Follow,
     windows: NDArray[np.int64],
     budgets: NDArray[np.int64],
     floor: float,
@@ -108,12 +91,12 @@ def grow(
         level = forest.add(level, found if branches else _first(found))
         if not len(level.nodes):
             break
-    return forest.harvest(law, drafter)
+    return forest.nodes.trees(budgets, law, drafter)
 
 
 def _first(branches: Branches) -> Branches:
-    """The likeliest of each context."""
-    order = np.lexsort((-branches.chances, branches.contexts))
-    contexts = branches.contexts[order]
-    order = order[np.flatnonzero(np.diff(contexts, prepend=-1))]
-    return Branches(branches.contexts[order], branches.tokens[order], branches.chances[order])
+    """The likeliest of each window."""
+    order = np.lexsort((-branches.chances, branches.windows))
+    windows = branches.windows[order]
+    order = order[np.flatnonzero(np.diff(windows, prepend=-1))]
+    return Branches(branches.windows[order], branches.tokens[order], branches.chances[order])

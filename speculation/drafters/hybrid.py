@@ -18,7 +18,7 @@ from speculation.drafters.base import Surroundings
 from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, last_windows
 from speculation.drafters.growth import Branches, grow
 from speculation.drafters.mixture import mixed
-from speculation.drafters.recycling import Lesson, RecyclingDrafter
+from speculation.drafters.recycling import RecyclingDrafter
 from speculation.rounds import DraftRequest
 from speculation.tree import DraftBatch
 
@@ -34,17 +34,14 @@ class Hybrid(RecyclingDrafter):
     name: ClassVar[str] = "hybrid"
     contexts = Contexts((1, 2, 2, 4, 4, 8), (SHARED, SHARED, PRIVATE, SHARED, PRIVATE, PRIVATE))
     fading = 0.6
-    _of_text = contexts.only(PRIVATE)
-
-    def learn_text(self, lesson: Lesson) -> None:
-        self.remember(self._of_text, lesson)
+    of_text = contexts.only(PRIVATE)
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
         salts = self.catch_up(requests)
 
         def follow(of_request: NDArray[np.int64], windows: NDArray[np.int64]) -> Branches:
             law = mixed(*self.recall(windows, salts.of(of_request)), DOUBTS)
-            return Branches(law.contexts, law.tokens, CERTAINTY * law.chances**FLATNESS)
+            return Branches(law.windows, law.tokens, CERTAINTY * law.chances**FLATNESS)
 
         windows = last_windows(requests, self.contexts.width)
         return grow(follow, windows, budgets, floor, branches=self.branches, law=self.law, drafter=self.name)

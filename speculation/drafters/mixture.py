@@ -16,12 +16,17 @@ NEGLIGIBLE = 1e-3
 """Parts of a chance that are not looked at."""
 
 
-def mixed(tokens: NDArray[np.int32], weights: NDArray[np.float32], doubts: NDArray[np.float32]) -> Branches:
-    """Of n windows and their contexts [n, contexts, WIDTH], the most specific last; doubts [contexts]."""
-    masses = weights.sum(-1)
-    left = doubts / (masses + doubts)
-    parts = 1 / (masses + doubts)  # for each weight: (m / (m + doubt)) / m
+def part_of_each(masses: NDArray[np.float32], doubts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[n, contexts] of the whole law the part of one unit of evidence, by masses [n, contexts] of it, the most specific
+    last; doubts [contexts]."""
+    parts: NDArray[np.float32] = np.reciprocal(masses + doubts)
+    left = doubts * parts
     parts[:, :-1] *= left[:, :0:-1].cumprod(axis=1)[:, ::-1]
-    chances = weights * parts[..., None]
+    return parts
+
+
+def mixed(tokens: NDArray[np.int32], weights: NDArray[np.float32], doubts: NDArray[np.float32]) -> Branches:
+    """Of n windows and their contexts [n, contexts, WIDTH]."""
+    chances = weights * part_of_each(weights.sum(-1), doubts)[..., None]
     windows = np.arange(len(tokens)).repeat(tokens.shape[1] * tokens.shape[2])
     return Branches(*added_up(windows, tokens.reshape(-1), chances.reshape(-1), NEGLIGIBLE))

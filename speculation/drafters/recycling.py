@@ -14,7 +14,7 @@ from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, owne
 from speculation.drafters.successors import WIDTH, Successors
 from speculation.rounds import DraftRequest, Feedback, Needs, Observed
 
-MOST_BYTES = 128 << 20
+MOST_BYTES = 64 << 20
 """More memory would be slower and hardly better."""
 LONGEST_TEXT = 1 << 15
 """Tokens of a text that are read when it comes: the last ones."""
@@ -44,9 +44,11 @@ class Lesson:
 
 class RecyclingDrafter(BaseDrafter):
     """Reads every text once: what followed its contexts, with the target's law where that was computed. A drafter says
-    which contexts, adds `learn_text`, and a `propose` that begins with `catch_up`."""
+    which contexts, and adds a `propose` that begins with `catch_up`."""
 
     contexts: ClassVar[Contexts]
+    of_text: ClassVar[Contexts]
+    """Those after which the tokens of a text are learned too."""
     fading: ClassVar[float]
     """See Successors."""
 
@@ -60,27 +62,15 @@ class RecyclingDrafter(BaseDrafter):
     def memory_bytes(self) -> int:
         return self._table.nbytes
 
-    def learn_text(self, lesson: Lesson) -> None:
-        """Of what was only read: k is 1."""
-        raise NotImplementedError
-
-    def remember(self, contexts: Contexts, lesson: Lesson, *, only_new: bool = False) -> None:
-        """`only_new`: of contexts of which nothing is known."""
+    def remember(self, contexts: Contexts, lesson: Lesson) -> None:
         salts = contexts.salts(lesson.owners)
         keys = contexts.keys(lesson.windows, salts)
         which = np.arange(len(keys)).repeat(keys.shape[1])
-        keys, owners = keys.reshape(-1), salts.owners.reshape(-1)
-        if only_new:
-            new = ~self._table.knows(keys, owners)
-            keys, owners, which = keys[new], owners[new], which[new]
-        self._table.add(keys, owners, lesson.tokens[which], lesson.weights[which])
+        self._table.add(keys.reshape(-1), salts.owners.reshape(-1), lesson.tokens[which], lesson.weights[which])
 
-    def recall(
-        self, windows: NDArray[np.int64], salts: Salts
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """[n, contexts, WIDTH] tokens and weights after windows [n, width]."""
-        rows = self._table.find(self.contexts.keys(windows, salts), salts.owners)
-        return self._table.tokens[rows], self._table.weights[rows]
+    def recall(self, windows: NDArray[np.int64], salts: Salts) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """[n, contexts, WIDTH] tokens and their evidence after windows [n, width]."""
+        return self._table.after(self.contexts.keys(windows, salts), salts.owners)
 
     def start(self, request: DraftRequest) -> None:
         self._read(request, len(request.token_ids) - 1)
@@ -111,7 +101,8 @@ class RecyclingDrafter(BaseDrafter):
         if first < end:
             tokens = np.array(request.token_ids[first + 1 : end + 1], np.int64)[:, None]
             windows = windows_at(request.token_ids, first, end, self.contexts.width)
-            self.learn_text(Lesson(_owners([reader], [end - first]), windows, tokens, np.ones(tokens.shape, np.float32)))
+            sure = np.ones(tokens.shape, np.float32)
+            self.remember(self.of_text, Lesson(_owners([reader], [end - first]), windows, tokens, sure))
             reader.known = end
         return reader
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from speculation.laws import DraftLaw
@@ -24,6 +26,8 @@ class DrafterKind:
     """By which it can draw, the one it is best at first."""
     takes_weights: bool = False
     """Whether it is read from a checkpoint."""
+    module: str = ""
+    """Where its `build` is, if not in the file of its name."""
 
     def law_for(self, rule: Rule) -> DraftLaw:
         """The first of its laws that the rule can verify. Raises ConfigError if there is none."""
@@ -32,9 +36,26 @@ class DrafterKind:
         return law
 
 
-_KINDS: tuple[DrafterKind, ...] = ()
+_KINDS: tuple[DrafterKind, ...] = (
+    DrafterKind("hybrid"),
+    DrafterKind("prompt_lookup"),
+    DrafterKind("suffix"),
+    DrafterKind("token_recycling"),
+    DrafterKind("aded"),
+)
 
-DRAFTERS: Mapping[str, DrafterKind] = {kind.name: kind for kind in _KINDS}
+_BY_NAME = {kind.name: kind for kind in _KINDS}
+DRAFTERS: Mapping[str, DrafterKind] = _BY_NAME
+
+
+@contextmanager
+def registered(kind: DrafterKind) -> Iterator[None]:
+    """One more, of a name that there is not, in this process while this is open."""
+    _BY_NAME[kind.name] = kind
+    try:
+        yield
+    finally:
+        del _BY_NAME[kind.name]
 
 
 def find_drafter(name: str) -> DrafterKind:
@@ -45,6 +66,6 @@ def find_drafter(name: str) -> DrafterKind:
 
 def make_drafter(name: str, surroundings: Surroundings) -> Drafter:
     """By `build` of the file of its name. Raises ConfigError or ModelError if it can't be made so."""
-    check_name("drafter", name, DRAFTERS)
-    drafter: Drafter = module_of("drafter", name).build(surroundings)
+    module = find_drafter(name).module
+    drafter: Drafter = (import_module(module) if module else module_of("drafter", name)).build(surroundings)
     return drafter

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import kl_div
 
 from bench.cli import bench
-from bench.transfer.quality import _divergence, _num_equal
+from bench.prompts import num_equal
+from bench.transfer.quality import _divergence
 from bench.transfer.subject import Subject
 from kv_transfer.codecs.plain import Plain
 from kv_transfer.codecs.registry import CODECS
-from tests.tiny import save_tiny_llama
+from tests.tiny import save_byte_tokenizer, save_tiny_llama
 
 PROMPTS = ["the-quick-brown-fox-" * 5, "a-lazy-dog", "of-speech" * 10, "jumps-over" * 3]
 LOAD = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -26,14 +26,9 @@ LOAD = {"dtype": "float32", "device": "cpu", "threads": 1}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a tokenizer of single bytes; those of ASCII but the blanks are in its vocabulary."""
     folder = tmp_path_factory.mktemp("model")
     save_tiny_llama(folder)
-    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder)
     return folder
 
 
@@ -122,7 +117,7 @@ def test_the_divergence_is_that_of_kullback_and_leibler():
     ("written", "count"), [([1, 2, 3], 3), ([1, 2, 4], 2), ([5, 2, 3], 0), ([1, 2], 2), ([1, 2, 3, 4], 3)]
 )
 def test_tokens_count_as_unchanged_up_to_the_first_that_differs(written, count):
-    assert _num_equal([1, 2, 3], written) == count
+    assert num_equal([1, 2, 3], written) == count
 
 
 def test_without_json_there_is_a_line_for_each_codec(model, prompts):

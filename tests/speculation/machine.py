@@ -14,7 +14,6 @@ from speculation.protocols import Controller
 from speculation.rounds import Load, Outcome, Tally, Timing
 from speculation.tree import DraftBatch, offsets_of
 
-
 VERIFY = 0.2e-3
 
 
@@ -49,7 +48,7 @@ class SimulatedDrafter:
     fixed: float = 0.3e-3
     per_token: float = 0.1e-3
     spread: float = 0.0
-    """A token is accepted with alpha + spread or alpha - spread, as often one as the other, and the drafter says which."""
+    """A token is accepted with alpha + spread or alpha - spread, both as often, and the drafter says which."""
     fill: float = 1.0
     """How often it has anything to propose."""
 
@@ -59,17 +58,17 @@ class SimulatedDrafter:
 
 @dataclass
 class Run:
-    tokens: int = 0
-    seconds: float = 0.0
-    """Without the noise, which the controller sees."""
-    plain_seconds: float = 0.0
+    """By step. Seconds are without the noise, which the controller sees."""
+
+    seconds: list[float] = field(default_factory=list)
+    plain_seconds: list[float] = field(default_factory=list)
     """That plain steps would have taken for the tokens."""
     budgets: list[NDArray[np.int64]] = field(default_factory=list)
     drafters: list[Sequence[str]] = field(default_factory=list)
 
-    @property
-    def speedup(self) -> float:
-        return self.plain_seconds / self.seconds
+    def speedup(self, start: int = 0) -> float:
+        """From a step on."""
+        return sum(self.plain_seconds[start:]) / sum(self.seconds[start:])
 
 
 def simulate(
@@ -79,6 +78,7 @@ def simulate(
     steps: int,
     hardware: Hardware | None = None,
     max_budget: int = 16,
+    room: int = 16,
     seed: int = 0,
 ) -> Run:
     """Steps of a batch of these classes, which may change with the step."""
@@ -87,7 +87,7 @@ def simulate(
     for step in range(steps):
         now = classes(step) if callable(classes) else classes
         contexts = np.full(len(now), 200 + step % 400)
-        load = Load(now, contexts, np.full(len(now), max_budget))
+        load = Load(now, contexts, np.full(len(now), room))
         budgets = controller.budget(load, stats)
         drafted, emitted, draft_seconds = np.zeros(len(now), np.int64), np.ones(len(now), np.int64), 0.0
         for name in sorted({budgets.drafters[r] for r in np.flatnonzero(budgets.tokens)}):
@@ -106,8 +106,8 @@ def simulate(
         verify_seconds = VERIFY if budgets.tokens.any() else 0.0
         timing = Timing(len(now), int(contexts.sum()), rows, ideal * noise, draft_seconds, verify_seconds)
         controller.record(load, budgets, Tally(drafted, emitted), timing)
-        run.tokens, run.seconds = run.tokens + int(emitted.sum()), run.seconds + ideal + draft_seconds + verify_seconds
-        run.plain_seconds += hardware.step(len(now), int(contexts.sum())) * float(emitted.mean())
+        run.seconds.append(ideal + draft_seconds + verify_seconds)
+        run.plain_seconds.append(hardware.step(len(now), int(contexts.sum())) * float(emitted.mean()))
         run.budgets.append(budgets.tokens)
         run.drafters.append(budgets.drafters)
     return run

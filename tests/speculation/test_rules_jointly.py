@@ -21,7 +21,7 @@ from tests.speculation.played import LENGTH, TEXTS, Game, draw, game, likeliest
 
 P_VALUE = 1e-9
 """Seeds are fixed, so this is no rate of false alarms: the tests pass or fail always."""
-REQUESTS = 20_000
+REQUESTS = 10_000
 EXPECTED = TEXTS.texts.joint(LENGTH).ravel()
 
 IID, WITHOUT_REPLACEMENT = DraftLaw.IID, DraftLaw.WITHOUT_REPLACEMENT
@@ -70,7 +70,7 @@ def drawn_in_bfloat16() -> Game:
     """By a draft as good as the target; the logits of a model may be this large."""
 
     def choose(_: Game, laws: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.int64]:
-        logits = torch.tensor(np.log(laws) + 40.0).bfloat16()
+        logits = torch.tensor(np.log(laws) + 80.0).bfloat16()
         return draw(_, logits.double().softmax(-1).numpy(), u)
 
     return replace(game(RULES["chain"], IID), q=TEXTS, choose=choose)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InternalError
@@ -51,6 +51,7 @@ def flat(of: list[list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
     return [text for texts in of for text in texts]
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches())
 def test_paths_depths_and_ancestors_are_those_of_the_texts(batch: DraftBatch) -> None:
     batch.validate(VOCAB)
@@ -62,6 +63,7 @@ def test_paths_depths_and_ancestors_are_those_of_the_texts(batch: DraftBatch) ->
         assert batch.ancestors(request).tolist() == above
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches())
 def test_children_are_in_draw_order_under_the_row_that_judges_them(batch: DraftBatch) -> None:
     under: dict[int, list[int]] = {}
@@ -73,6 +75,7 @@ def test_children_are_in_draw_order_under_the_row_that_judges_them(batch: DraftB
         assert batch.sibling_ranks[batch.children[start:end]].tolist() == list(range(end - start))
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches())
 def test_rows_are_each_root_and_then_its_nodes(batch: DraftBatch) -> None:
     rows = [("root", request) for request in range(batch.num_requests)]
@@ -86,6 +89,7 @@ def test_rows_are_each_root_and_then_its_nodes(batch: DraftBatch) -> None:
         assert (parents[start + 1 : end] + start).tolist() == batch.parent_rows[batch.request_of == request].tolist()
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches(), st.data())
 def test_pruning_leaves_the_first_nodes_of_each_request(batch: DraftBatch, data: st.DataObject) -> None:
     budgets = np.array([data.draw(st.integers(0, 8)) for _ in range(batch.num_requests)])
@@ -94,6 +98,7 @@ def test_pruning_leaves_the_first_nodes_of_each_request(batch: DraftBatch, data:
     assert texts(smaller) == [of[:budget] for of, budget in zip(texts(batch), budgets.tolist(), strict=True)]
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches(), st.data())
 def test_keeping_and_cutting_go_by_what_is_above_a_node(batch: DraftBatch, data: st.DataObject) -> None:
     wanted = np.array([data.draw(st.booleans()) for _ in range(batch.num_nodes)], np.bool_)
@@ -109,17 +114,20 @@ def test_keeping_and_cutting_go_by_what_is_above_a_node(batch: DraftBatch, data:
         assert smaller.confidence.tolist() == [confidences[token] for token in smaller.tokens.tolist()]
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches(), st.data())
 def test_requests_can_be_selected_in_any_order(batch: DraftBatch, data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.integers(0, batch.num_requests - 1), unique=True))
     assert texts(batch.select(chosen)) == [texts(batch)[request] for request in chosen]
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches())
 def test_a_chain_is_a_tree_whose_nodes_all_hang_from_the_one_before(batch: DraftBatch) -> None:
     assert batch.chains.tolist() == [[len(text) for text in of] == list(range(1, len(of) + 1)) for of in texts(batch)]
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches())
 def test_path_products_multiply_what_is_above_and_the_node_itself(batch: DraftBatch) -> None:
     of_token = dict(zip(batch.tokens.tolist(), batch.confidence.tolist(), strict=True))

@@ -1,0 +1,22 @@
+"""Under what conditions a measurement of an engine holds."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from engine.runner import ModelRunner
+
+
+def setting_of(runner: ModelRunner) -> dict[str, Any]:
+    """Keys of a JSON result."""
+    device = runner.pool.device
+    return {
+        "dtype": runner.layout.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("slipstream", "torch")} | {"python": platform.python_version()},
+    }
