@@ -64,7 +64,18 @@ def _overall(results: Sequence[dict[str, Any]]) -> Table:
     table = Table()
     for column in ("batch", "drafter, rule, controller"):
         table.add_column(column, no_wrap=True)
-    for column in ("speed-up", "95 %", "decoding", "tau", "alpha", "tokens/s", "without", "drafting", "verifying"):
+    for column in (
+        "speed-up",
+        "95 %",
+        "geometric",
+        "decoding",
+        "tau",
+        "alpha",
+        "tokens/s",
+        "without",
+        "drafting",
+        "verifying",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         of = result["all"]
@@ -73,6 +84,7 @@ def _overall(results: Sequence[dict[str, Any]]) -> Table:
             name_of(result),
             _times(of, "speedup"),
             _interval(of),
+            _times(of, "geometric_speedup"),
             _times(of, "decode_speedup"),
             _number(of["tau"], ".2f"),
             _number(of["alpha"], ".2f"),
