@@ -20,14 +20,11 @@ from speculation.drafters.search import search
 from speculation.rounds import DraftRequest
 from speculation.tree import DraftBatch
 
-DOUBT = np.float32(0.25)
-"""Of a context: with evidence m its law counts m / (m + DOUBT)."""
-
 
 class Aded(RecyclingDrafter):
     name: ClassVar[str] = "aded"
-    contexts = Contexts((1, 2), (SHARED, SHARED))
-    of_text = contexts
+    contexts = of_text = Contexts((1, 2), (SHARED, SHARED))
+    doubts = np.array([0.25, 0.25], np.float32)
     fading = 0.5
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
@@ -38,10 +35,9 @@ class Aded(RecyclingDrafter):
             of_request: NDArray[np.int64], windows: NDArray[np.int64]
         ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
             tokens, weights = self.recall(windows, salts.of(of_request))
-            masses = weights.sum(-1)
-            known = np.arange(len(tokens)), (masses[:, 1] > 0).astype(np.int64)
-            priors = weights[known] / (masses[known] + DOUBT)[:, None]
-            return tokens[known][:, branches], priors[:, branches]
+            chances = weights / (weights.sum(-1) + self.doubts)[..., None]
+            longest = np.arange(len(tokens)), (weights[:, 1, 0] > 0).astype(np.int64)
+            return tokens[longest][:, branches], chances[longest][:, branches]
 
         windows = last_windows(requests, self.contexts.width)
         return search(expand, windows, budgets, floor, law=self.law, drafter=self.name)

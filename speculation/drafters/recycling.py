@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculation.drafters.base import BaseDrafter, Surroundings
-from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, owners_of, windows_at
+from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, last_windows, owners_of, windows_at
+from speculation.drafters.growth import Branches, grow
+from speculation.drafters.mixture import mixed
 from speculation.drafters.successors import WIDTH, Successors
 from speculation.rounds import DraftRequest, Feedback, Needs, Observed
+from speculation.tree import DraftBatch
 
 MOST_BYTES = 64 << 20
 """More memory would be slower and hardly better."""
+CERTAINTY = np.float32(0.97)
+"""Of what all contexts say: with it chances are about as often right as they say."""
 LONGEST_TEXT = 1 << 15
 """Tokens of a text that are read when it comes: the last ones."""
 OF_WHAT_CAME = 0.2
@@ -43,12 +48,15 @@ class Lesson:
 
 
 class RecyclingDrafter(BaseDrafter):
-    """Reads every text once: what followed its contexts, with the target's law where that was computed. A drafter says
-    which contexts, and adds a `propose` that begins with `catch_up`."""
+    """Reads every text once: what followed its contexts, with the target's law where that was computed. Predicts from
+    all contexts together, and drafts the worthiest trees."""
 
     contexts: ClassVar[Contexts]
+    """The least specific first."""
     of_text: ClassVar[Contexts]
     """Those after which the tokens of a text are learned too."""
+    doubts: ClassVar[NDArray[np.float32]]
+    """[contexts] see mixture.py."""
     fading: ClassVar[float]
     """See Successors."""
 
@@ -80,6 +88,16 @@ class RecyclingDrafter(BaseDrafter):
 
     def observe(self, feedback: Feedback) -> None:
         self._recycle(feedback.requests, feedback.observed)
+
+    def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        salts = self.catch_up(requests)
+
+        def follow(of_request: NDArray[np.int64], windows: NDArray[np.int64]) -> Branches:
+            law = mixed(*self.recall(windows, salts.of(of_request)), self.doubts)
+            return Branches(law.windows, law.tokens, CERTAINTY * law.chances)
+
+        windows = last_windows(requests, self.contexts.width)
+        return grow(follow, windows, budgets, floor, branches=self.branches, law=self.law, drafter=self.name)
 
     def finish(self, key: int) -> None:
         """What was learned of one that may be remembered goes as newer things come."""
