@@ -116,7 +116,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A round after its commit, for drafters and learners. `observed` has the rows of the root and of the path."""
+    """A round after its commit, for drafters and learners. `observed` has the rows of the root and of the path, as far
+    as the request's tokens go: one that ended within its path has not taken the rest of it."""
 
     requests: Sequence[DraftRequest]
     drafts: DraftBatch

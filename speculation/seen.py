@@ -69,7 +69,7 @@ class Step:
         return found if found[0] is not None else None
 
     def path_rows(self, candidates: NDArray[np.int64], drafts: DraftBatch, outcome: Outcome) -> Places:
-        """Root and accepted path of each."""
+        """Root and accepted path of each, as far as its text goes: what ends a text may lie within a path."""
         chunks = np.array([self._candidates[candidate] for candidate in candidates])
         offsets = outcome.path_offsets + np.arange(len(outcome.path_offsets))
         own = np.zeros(int(offsets[-1]), np.int64)  # rows within the draft: 0 is the root
@@ -79,8 +79,11 @@ class Step:
         of_request = np.repeat(np.arange(len(chunks)), np.diff(offsets))
         starts = np.array([self._chunks[chunk].start for chunk in chunks], np.int64)
         indices = starts[of_request] + np.arange(len(own)) - offsets[of_request]
-        of_chunk = chunks[of_request]
-        return offsets, indices, self._starts[of_chunk] + own, self._first_logits[of_chunk] + own
+        lengths = np.array([len(self._chunks[chunk].sequence.token_ids) for chunk in chunks], np.int64)
+        kept = indices < lengths[of_request]
+        own, of_chunk = own[kept], chunks[of_request[kept]]
+        offsets = offsets_of(np.bincount(of_request[kept], minlength=len(chunks)))
+        return offsets, indices[kept], self._starts[of_chunk] + own, self._first_logits[of_chunk] + own
 
     def rows_beside(self, own: Collection[int], *, all_rows: bool) -> Beside | None:
         """Rows of all sequences but those candidates, the last only unless `all_rows`; None if there are none."""

@@ -76,6 +76,33 @@ def test_outputs_are_what_they_are_without_it(model: ModelRunner, name: str) -> 
 
 
 @EACH
+def test_what_ends_a_request_may_lie_within_its_draft(model: ModelRunner, name: str) -> None:
+    """The texts come again, so that they are drafted as they came, and each has to end before a token of its midst."""
+    speculator = InBatch(
+        {name: made(name)},
+        {name: RULES["sampled"]},
+        make_controller("fixed", Limits(BUDGET, (name,))),
+        Acceptance(BUDGET),
+        vocab_size=TINY["vocab_size"],
+        max_budget=BUDGET,
+    )
+    jobs = [reproducible.Job(9 + n, SamplingParams(max_tokens=24, temperature=0.0)) for n in range(4)]
+    with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
+        whole = harness.outputs([job.sequence(f"whole {index}") for index, job in enumerate(jobs)])
+        ended = []
+        for turn in range(1, 8):
+            stops = [output.token_ids[turn * 3] for output in whole]
+            again = [
+                reproducible.Job(job.prompt, SamplingParams(max_tokens=24, temperature=0.0, stop_token_ids=(stop,)))
+                for job, stop in zip(jobs, stops, strict=True)
+            ]
+            ended.append(harness.outputs([job.sequence(f"{turn} {index}") for index, job in enumerate(again)]))
+            for output, all_of_it, stop in zip(ended[-1], whole, stops, strict=True):
+                assert output.token_ids == all_of_it.token_ids[: all_of_it.token_ids.index(stop) + 1]
+    assert not speculator.counters.switched_off
+
+
+@EACH
 @pytest.mark.parametrize("text", [[3], [3, 3], [1, 2, 3, 1, 2, 3, 1, 2], list(range(40)) * 3])
 def test_trees_keep_to_the_budgets_of_short_and_long_texts(name: str, text: list[int]) -> None:
     drafter = made(name)
