@@ -5,17 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from gateway.tokenizer import ServedModel
-
 T = TypeVar("T")
-
-
-def question_ids(model: ServedModel, text: str) -> list[int]:
-    """A user's first message as the model sees it: by its chat template, if it has one."""
-    if model.tokenizer.chat_template is None:
-        return model.encode(text)
-    rendered = model.render_chat([{"role": "user", "content": text}], template_kwargs={})
-    return model.encode(rendered, add_special_tokens=False)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -27,6 +27,7 @@ from cluster.config import SlipstreamConfig, on_device
 from cluster.membership import ANNOUNCE_PERIOD_S, Member, Membership
 from cluster.resources import Share
 from cluster.routes import Routes
+from core.tracing import export_spans
 from core.types import Role
 from engine.kv_layout import KVLayout
 
@@ -60,12 +61,14 @@ class Worker:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: SlipstreamConfig, folder: str, threads: int, controller: DeploymentHandle
     ) -> None:
-        from cluster.worker import load_runner, make_node  # torch is not needed to deploy
+        from cluster.worker import drafter_bytes, load_runner, make_node  # torch is not needed to deploy
 
         self._config = config
         self._controller = controller
         worker_id = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # the process, for who looks at a metric's label
-        runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads)
+        runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads, drafter_bytes(config))
+        if config.cluster.otlp_traces_endpoint is not None:
+            export_spans(config.cluster.otlp_traces_endpoint, "slipstream-worker", worker_id)
         role = await controller.admit.remote(worker_id, runner.layout)
         self._node = make_node(worker_id, role, runner, config, Path(folder))
         address = await self._node.start(_host(config))
@@ -120,6 +123,8 @@ class Gateway:
             routes=Routes.of(config),
             expected_workers=config.cluster.num_workers,
         )
+        if config.cluster.otlp_traces_endpoint is not None:
+            export_spans(config.cluster.otlp_traces_endpoint, "slipstream-gateway", f"gateway-{os.getpid()}")
         self._front = Front(config, Path(folder), backend)
         await self._front.start()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster.config import SlipstreamConfig
 from cluster.machine import available_memory
 from core.errors import ConfigError
+from core.types import Role
 from engine.kv_layout import DTYPE_BYTES
 from engine.lora.checkpoint import WEIGHTS
 from engine.quantization.methods import is_quantized
@@ -81,9 +82,12 @@ def _cache_bytes(config: SlipstreamConfig) -> int:
 
 
 def _drafter_bytes(config: SlipstreamConfig) -> int:
-    """Of all workers that decode."""
+    """Of all workers that decode, and of those that only prefill what observes prompts for them."""
     settings = config.speculation.settings
-    return 0 if settings is None else settings.max_memory_bytes * config.cluster.decode_replicas
+    if settings is None:
+        return 0
+    prefilling = config.cluster.roles.get(Role.PREFILL, 0)
+    return settings.max_memory_bytes * config.cluster.decode_replicas + settings.observing_bytes * prefilling
 
 
 def _weight_bytes(config: SlipstreamConfig, folder: Path) -> int:

@@ -17,7 +17,9 @@ from core.errors import SlipstreamError
 
 LAZY = {
     "bench": ("bench.cli", "bench", "Measure a server."),
+    "drafts": ("cluster.cli_drafts", "drafts", "Make and train what drafts tokens."),
     "models": ("cluster.cli_models", "models", "Fetch and list models."),
+    "simulate": ("placement.cli", "simulate", "Predict how a layout serves a workload."),
 }
 
 

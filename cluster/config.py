@@ -201,6 +201,12 @@ class ClusterSection(Section):
         description="How KV is made smaller on its way; none: not at all, which alone keeps greedy output the same; "
         "auto: fp8 or int8 where that is sooner on a link as measured; a name: always, and never by shared memory",
     )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="URL at which a collector takes traces by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; "
+        "default: none are made",
+    )
     lease_s: float = Field(10.0, gt=0.5, le=600, description="Life of a hand-off's lease without a heartbeat, seconds")
 
     @model_validator(mode="after")

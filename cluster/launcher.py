@@ -94,6 +94,8 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
         adapters = read_adapters(config.engine.adapters, folder, config.engine.max_lora_rank)
         line.note = f"{model.architecture}, up to {max_model_len(model, config.engine)} tokens, {folder}"
         line.note += f", {len(adapters)} adapters" if adapters else ""
+        if (settings := config.speculation.settings) is not None:
+            settings.check_weights(folder, config.engine.dtype)
         line.note += f", drafts by {', '.join(config.speculation.drafter)}" if config.speculation.drafter else ""
     with checklist.step("memory") as line:
         line.note = check_memory(config, folder)

@@ -12,7 +12,7 @@ from cluster.config import SlipstreamConfig
 from cluster.membership import Member
 from cluster.node import WorkerNode
 from cluster.routes import Routes
-from cluster.worker import load_runner, make_node
+from cluster.worker import drafter_bytes, load_runner, make_node
 from core.types import Role
 
 
@@ -40,7 +40,7 @@ class LocalCluster:
         await self.backend.wait_ready()
 
     async def add_worker(self, worker_id: str, role: Role) -> WorkerNode:
-        runner = load_runner(self._folder, self._config.engine, self._threads)
+        runner = load_runner(self._folder, self._config.engine, self._threads, drafter_bytes(self._config))
         node = make_node(worker_id, role, runner, self._config, self._folder)
         address = await node.start("127.0.0.1")
         self.nodes[worker_id] = node

@@ -46,6 +46,7 @@ from kv_transfer.taker import Taker
 from kv_transfer.transports.names import TransportName
 from prefill_workers.worker import PrefillWorker
 from speculation.in_batch import InBatch
+from speculation.in_prefill import InPrefill
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +78,19 @@ class WorkerNode:
         kv_transport: Literal["auto", TransportName] = "auto",
         kv_codec: CodecSetting = "none",
         make_speculator: Callable[[], InBatch] | None = None,
+        make_observer: Callable[[], InPrefill | None] | None = None,
     ) -> None:
-        """`make_speculator` is called once it decodes, which a worker that only prefills may never do."""
+        """`make_speculator` is called once it decodes, which a worker that only prefills may never do; until then it
+        has what `make_observer` makes."""
         self.worker_id = worker_id
         self.role = role
         self.runner = runner
         self._scheduler = scheduler
         self._make_speculator = make_speculator
         self._speculator = make_speculator() if make_speculator is not None and role is not Role.PREFILL else None
-        self._engine = Engine(runner, scheduler, self._on_report, grammars, self._on_written, self._speculator)
+        observer = make_observer() if make_observer is not None and self._speculator is None else None
+        drafting = self._speculator or observer
+        self._engine = Engine(runner, scheduler, self._on_report, grammars, self._on_written, drafting)
         if isinstance(runner, ModelRunner):  # of a group's ranks we hear at the end of each step
             runner.kv_sink = self._engine.layer_written
         self._lease_s = lease_s

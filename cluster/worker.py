@@ -16,12 +16,12 @@ from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.structured.grammars import Grammars
-from speculation.make import make_speculator
+from speculation.make import make_observer, make_speculator
 
 
-def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunner | GroupRunner:
+def load_runner(folder: Path, engine: EngineSection, threads: int, kept_bytes: int = 0) -> ModelRunner | GroupRunner:
     """The model with its KV cache, on this process's device or those of a group of processes, ready for its first
-    request. Each process computes on `threads` cores."""
+    request. Each process computes on `threads` cores. A GPU's cache leaves `kept_bytes` for drafters."""
     tp_size, pp_size = engine.tensor_parallel_size, engine.pipeline_parallel_size
     load = ModelRunner.load if engine.ranks == 1 else partial(GroupRunner.load, tp_size=tp_size, pp_size=pp_size)
     runner = load(
@@ -30,7 +30,7 @@ def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunne
         device=engine.device,
         block_size=engine.block_size,
         kv_cache_bytes=None if engine.kv_cache_memory is None else engine.kv_cache_bytes,
-        gpu=_gpu_share(engine),
+        gpu=_gpu_share(engine, kept_bytes),
         enforce_eager=engine.enforce_eager,
         threads=threads,
         quantization=engine.quantization,
@@ -40,12 +40,19 @@ def load_runner(folder: Path, engine: EngineSection, threads: int) -> ModelRunne
     return runner
 
 
-def _gpu_share(engine: EngineSection) -> GpuShare:
+def drafter_bytes(config: SlipstreamConfig) -> int:
+    """What drafters take of the device of a worker."""
+    settings = config.speculation.settings
+    return 0 if settings is None else settings.device_bytes
+
+
+def _gpu_share(engine: EngineSection, kept_bytes: int) -> GpuShare:
     """With the steps of a prefill worker, which are the larger ones: any worker can become one."""
     return GpuShare(
         utilization=engine.gpu_memory_utilization,
         max_num_batched_tokens=engine.batched_tokens(Role.PREFILL),
         max_num_seqs=engine.sequences,
+        kept_bytes=kept_bytes,
     )
 
 
@@ -77,4 +84,5 @@ def make_node(
         cluster.kv_transport,
         cluster.kv_codec,
         None if settings is None else partial(make_speculator, settings, runner, most),
+        None if settings is None else partial(make_observer, settings, runner, most),
     )

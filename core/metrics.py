@@ -130,6 +130,11 @@ class RequestTimer:
     def finished(self, reason: FinishReason) -> None:
         self._reason = reason
 
+    @property
+    def ttft_s(self) -> float | None:
+        """None before the first token."""
+        return self._first - self._arrived if self._num_tokens else None
+
     def __enter__(self) -> Self:
         self._metrics.in_flight.inc()
         return self

@@ -106,6 +106,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """None leaves everything about it to the worker."""
     remember: bool = True
     """Whether drafters may keep anything of its text once it has ended."""
+    trace: str = ""
+    """The `traceparent` that spans of what is done for it lie below; empty if nobody traces it."""
 
 
 class FinishReason(StrEnum):

@@ -48,7 +48,13 @@ class DecodeWorker:
         self._engine.reserve(Sequence(job.request, deferred=True))
         loop = asyncio.get_running_loop()
         reserved: asyncio.Future[Reservation] = loop.create_future()
-        taking = self._taker.expect(job.transfer_id, job.prefill_address, reserved, deadline=time.time() + job.within_s)
+        taking = self._taker.expect(
+            job.transfer_id,
+            job.prefill_address,
+            reserved,
+            deadline=time.time() + job.within_s,
+            trace=job.request.trace,
+        )
         task = loop.create_task(taking)
         self._transfers[request_id] = _Transfer(task, reserved)
         # Not a finally in a coroutine: a task that is cancelled before its first step never enters it.
@@ -94,8 +100,8 @@ class DecodeWorker:
         del self._transfers[request_id]
         error = None if transfer.cancelled() else transfer.exception()
         if not transfer.cancelled() and error is None:
-            taken = transfer.result()
-            self._engine.join(request_id, taken.state.token_ids, exact=taken.exact)
+            state, exact = transfer.result()
+            self._engine.join(request_id, state.token_ids, exact=exact, draft_states=state.draft_states)
             return
         self._engine.abort(request_id)
         if error is None or (isinstance(error, Withdrawn) and error.finished):

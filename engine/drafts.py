@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from core.draft_state import DraftStates
 from core.types import TokenLogprobs
 from engine.sequence import Sequence
 
@@ -101,6 +102,14 @@ class Speculator(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """It has ended, or is computed elsewhere from now on; perhaps it was never a candidate."""
+        ...
+
+    def pack(self, sequence: Sequence) -> DraftStates:
+        """What a speculator elsewhere needs to go on with it, once its prompt is computed and settled."""
+        ...
+
+    def unpack(self, sequence: Sequence, states: DraftStates) -> None:
+        """`pack` of another speculator, before the sequence is a candidate here. What does not fit is left aside."""
         ...
 
 

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.draft_state import DraftStates
 from core.errors import InternalError, InvalidRequest
 from core.types import Finish
 from engine.batching import build_batch, of_plain_rows
 from engine.drafts import Speculator
 from engine.schedule import Chunk, Opened
 from engine.scheduler import Schedule, Scheduler, SequenceUpdate
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Status
 from engine.step import Runner, StepBatch, StepOutput
 
 if TYPE_CHECKING:
@@ -149,10 +150,12 @@ class Engine:
         """A sequence that was reserved deferred may have its blocks now. Unknown ids are ignored."""
         self._commands.put(lambda: self._undefer(request_id))
 
-    def join(self, request_id: str, token_ids: list[int], *, exact: bool = True) -> None:
+    def join(
+        self, request_id: str, token_ids: list[int], *, exact: bool = True, draft_states: DraftStates | None = None
+    ) -> None:
         """The KV of a reserved sequence has arrived, changed by a codec unless `exact`; `token_ids` are the output
-        tokens its giver emitted."""
-        self._commands.put(lambda: self._join(request_id, token_ids, exact))
+        tokens its giver emitted, `draft_states` what its drafters know of the prompt."""
+        self._commands.put(lambda: self._join(request_id, token_ids, exact, draft_states or {}))
 
     def release(self, request_id: str) -> None:
         """End a sequence that was opened, and unreference its blocks."""
@@ -268,10 +271,17 @@ class Engine:
         verdicts = speculator.judge(schedule, batch, output)
         updates = scheduler.update(schedule, verdicts, logprobs, output.prompt_logprobs)
         speculator.settle(schedule, batch, output)
-        for update in updates:
-            if update.finish is not None:
-                speculator.forget(update.sequence)
-        return updates
+        return [self._without_drafts(update, speculator) for update in updates]
+
+    @staticmethod
+    def _without_drafts(update: SequenceUpdate, speculator: Speculator) -> SequenceUpdate:
+        """Of a sequence that is not computed here any more, drafters keep nothing."""
+        held = update.finish is None and update.sequence.status is Status.HELD
+        if held:
+            update = replace(update, draft_states=speculator.pack(update.sequence))
+        if held or update.finish is not None:
+            speculator.forget(update.sequence)
+        return update
 
     def _count(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
@@ -339,7 +349,7 @@ class Engine:
             self._rejected.append(SequenceUpdate(sequence, [], sequence.num_output_tokens, finish=end))
         return end is not None
 
-    def _join(self, request_id: str, token_ids: list[int], exact: bool) -> None:
+    def _join(self, request_id: str, token_ids: list[int], exact: bool, draft_states: DraftStates) -> None:
         sequence = self._live.get(request_id)  # it may have been aborted while its KV was on the way
         if sequence is None:
             return
@@ -348,6 +358,9 @@ class Engine:
             sequence.constraint.advance(token_ids)
             if self._end_with_constraint(sequence):
                 self._drop(request_id)
+                return
+        if self._speculator is not None and draft_states:
+            self._speculator.unpack(sequence, draft_states)
 
     def _undefer(self, request_id: str) -> None:
         sequence = self._live.get(request_id) or self._compiling.get(request_id)
@@ -370,7 +383,9 @@ class Engine:
                 self._speculator.forget(sequence)
 
     def _release(self, request_id: str) -> None:
-        self._live.pop(request_id, None)
+        sequence = self._live.pop(request_id, None)
+        if sequence is not None and self._speculator is not None:
+            self._speculator.forget(sequence)
         self._scheduler.release(request_id)
 
     @staticmethod

@@ -13,6 +13,7 @@ from engine.linears import Projection
 from engine.lora.adapters import AdaptedLinear
 from engine.model_config import Activation
 from engine.native.linear import GatedLinear, GateUp, NativeLinear, can_gate
+from engine.native.pages import enlarge
 from engine.native.rope import NativeRotate
 from engine.rope import Rope, Rotate, keep
 
@@ -67,6 +68,7 @@ def gated_mlp(norm: Norm, gate_up: Linear, down: Linear, activation: Activation)
 def wide_head(norm: Norm, head: Projection) -> Projection:
     """head(norm(x)), in float32 where that costs nothing."""
     if isinstance(head, NativeLinear) and isinstance(norm, RMSNorm):
+        enlarge([head.packed])
         return head.after(norm.scale, norm.eps).wide
     return lambda x: head(norm(x))
 

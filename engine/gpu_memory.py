@@ -26,6 +26,8 @@ class GpuShare:
     """Share of the memory there is, used by others or not; None is DEFAULT_UTILIZATION."""
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 64
+    kept_bytes: int = 0
+    """Of that share, for what comes after the model: drafters with weights."""
 
 
 class Gpu(Protocol):
@@ -72,6 +74,7 @@ class Meter:
         self._utilization = DEFAULT_UTILIZATION if share.utilization is None else share.utilization
         self._free, self._total = gpu.free_and_total()
         self._reserved = gpu.reserved()
+        self._kept = share.kept_bytes
         self._allowed = int(self._total * self._utilization)
         if self._allowed > self._free:
             raise ConfigError(
@@ -81,15 +84,17 @@ class Meter:
         gpu.forget_peak()
 
     def left(self) -> int:
-        """Bytes for the cache: allowed - peak of the allocator - what grew outside it (contexts, kernels, NCCL). Raises
-        ConfigError when nothing is left."""
+        """Bytes for the cache: allowed - kept - peak of the allocator - what grew outside it (contexts, kernels, NCCL).
+        Raises ConfigError when nothing is left."""
         free, _ = self._gpu.free_and_total()
         outside = max(0, (self._free - free) - (self._gpu.reserved() - self._reserved))
-        used = self._gpu.peak() + outside
+        used = self._gpu.peak() + outside + self._kept
         if used >= self._allowed:
+            drafters, theirs = (", drafters", ", --speculation-memory") if self._kept else ("", "")
             raise ConfigError(
-                f"--gpu-memory-utilization {self._utilization:g} allows {_gib(self._allowed)}, but weights and the "
-                f"largest step take {_gib(used)}; raise it, or lower --max-num-batched-tokens or --max-num-seqs"
+                f"--gpu-memory-utilization {self._utilization:g} allows {_gib(self._allowed)}, but weights{drafters} "
+                f"and the largest step take {_gib(used)}; raise it, or lower --max-num-batched-tokens{theirs} or "
+                "--max-num-seqs"
             )
         return self._allowed - used
 

@@ -26,6 +26,7 @@ from engine.kv_cache import DTYPES, KVPool
 from engine.linears import Linears
 from engine.lora.adapters import Adapters
 from engine.model_config import ModelConfig
+from engine.models.decoder import Decoder
 from engine.models.registry import Model, build
 from engine.native import library
 from engine.native.attention import NativeAttention
@@ -35,6 +36,7 @@ from engine.quantization.make import linear_maker
 from engine.sampler import sample
 from engine.scoring import score
 from engine.step import KVSink, Runner, SamplingRow, StepBatch, StepOutput
+from engine.vocabulary import Vocabulary, read_vocabulary
 from engine.weights import Weights
 
 
@@ -62,6 +64,9 @@ class ModelRunner:
         self.pool = pool
         self.layout = pool.layout
         self.kv_sink: KVSink | None = None
+        self.folder: Path | None = None
+        """Where the weights are from."""
+        self.native = native
         self._model: Model | None = model
         self._adapters = adapters
         self._group = group
@@ -118,6 +123,7 @@ class ModelRunner:
             enforce_eager=plan.enforce_eager,
         )
         runner = cls(config, model, pool, lora, group, native, cuda=cuda)
+        runner.folder = plan.folder
         if meter is not None and plan.gpu is not None:
             runner._fill(meter, plan.gpu)
         return runner
@@ -170,6 +176,13 @@ class ModelRunner:
         decode steps. Writes to block 0: only before the first sequence."""
         warm_up(self, min(self.layout.block_size, self.config.max_position_embeddings))
         self._capture()
+
+    def vocabulary(self) -> Vocabulary:
+        """What others may share of the model. Raises ModelError for one that has no such parts as ours have."""
+        if self.folder is None:
+            raise InternalError("the runner was made without the model's folder")
+        embedding = self._model.embedding if isinstance(self._model, Decoder) else None
+        return read_vocabulary(self.folder, self.config, self.pool.device, DTYPES[self.layout.dtype], embedding)
 
     def check_health(self) -> None:
         """A step that failed is the engine's to tell; there is nothing else that could."""

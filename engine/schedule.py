@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from core.draft_state import DraftStates
 from core.errors import ConfigError, InvalidRequest
 from core.types import Finish, FinishReason, PromptLogprobs, TokenLogprobs
 from engine.drafts import Draft
@@ -104,6 +105,8 @@ class SequenceUpdate:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     """Of `token_ids`, those that come from the draft."""
+    draft_states: DraftStates = field(default_factory=dict)
+    """Set by the engine when the prompt of a sequence that is handed over is computed: what drafters know of it."""
 
 
 def check_fits(sequence: Sequence, config: SchedulerConfig, kv_tokens: int) -> None:

@@ -9,10 +9,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 
 from core.errors import Cancelled, InternalError, Overloaded, SlipstreamError, Unavailable
 from core.metrics import GatewayMetrics
+from core.tracing import serving, traceparent_of
 from core.types import Request
 from gateway.admission import Admission
 from gateway.backend import Backend
@@ -23,6 +25,7 @@ from gateway.params import build_requests, check_limits, check_token_ids, max_to
 from gateway.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, parse
 from gateway.render import Renderer, renderer_for
 from gateway.seeds import Seeds
+from gateway.spans import OPERATIONS, describe
 from gateway.speculation import may_be_remembered, wanted_speculation
 from gateway.structured import wanted_grammar
 from gateway.tokenizer import MESSAGE_CHARS, ServedModel, inline_or_thread
@@ -71,11 +74,13 @@ class CompletionsEndpoint:
     def __init__(self, service: Service, kind: type[ChatRequest | CompletionRequest]) -> None:
         self._service = service
         self._kind = kind
+        self._operation = OPERATIONS[kind.__name__]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         try:
-            await self._serve(exchange)
+            with serving(self._operation, exchange.headers.get("traceparent", "")) as span:
+                await self._serve(exchange, span)
         except Cancelled:
             return  # nobody is there to be answered
         except SlipstreamError as error:
@@ -86,7 +91,7 @@ class CompletionsEndpoint:
             logger.exception("request %s failed", exchange.request_id)
             await exchange.fail(InternalError("internal error; the server's log says more"))
 
-    async def _serve(self, exchange: Exchange) -> None:
+    async def _serve(self, exchange: Exchange, span: Span) -> None:
         service = self._service
         exchange.check_request_id()
         with Guard(service.config.request_timeout_s + DEADLINE_MARGIN_S) as guard:
@@ -98,15 +103,18 @@ class CompletionsEndpoint:
             with service.admission.admit(num_prompts * body.num_candidates, guard.end):
                 guard.watch(exchange.receive)
                 base_id = uuid.uuid4().hex
-                requests = await self._requests(body, exchange, base_id)
+                requests = await self._requests(body, exchange, base_id, traceparent_of(span))
                 choices = [Choice(i, request, body, service.model) for i, request in enumerate(requests)]
                 renderer = renderer_for(body, service.model, name, base_id, choices)
-                if body.stream:
-                    await self._stream(exchange, choices, renderer)
-                else:
-                    await self._answer(exchange, body, choices, renderer)
+                try:
+                    if body.stream:
+                        await self._stream(exchange, choices, renderer)
+                    else:
+                        await self._answer(exchange, body, choices, renderer)
+                finally:
+                    describe(span, self._operation, name, exchange, choices)
 
-    async def _requests(self, body: GenerationRequest, exchange: Exchange, base_id: str) -> list[Request]:
+    async def _requests(self, body: GenerationRequest, exchange: Exchange, base_id: str, trace: str) -> list[Request]:
         config = self._service.config
         has_logprobs = body.needed_alternatives is not None
         speculation = wanted_speculation(body, config.speculation, has_logprobs=has_logprobs)
@@ -125,6 +133,7 @@ class CompletionsEndpoint:
             slo=slo_from_headers(exchange.headers),
             speculation=speculation,
             remember=may_be_remembered(body, exchange.headers),
+            trace=trace,
         )
 
     async def _tokenize(self, body: GenerationRequest) -> list[list[int]]:

@@ -55,6 +55,7 @@ class Choice:
         self.num_cached_tokens = 0
         self.num_drafted_tokens = 0
         self.num_accepted_tokens = 0
+        self.ttft_s: float | None = None
         self._eos_token_ids = model.eos_token_ids
         self._min_tokens = body.min_tokens
         self._show_stop = body.include_stop_str_in_output
@@ -131,6 +132,7 @@ async def run(backend: Backend, choice: Choice, timer: RequestTimer) -> AsyncGen
             async for delta in deltas:
                 piece = choice.push(delta)
                 timer.tokens(len(piece.token_ids))
+                choice.ttft_s = timer.ttft_s
                 if piece.finish_reason is not None:
                     timer.finished(piece.finish_reason)
                 yield piece

@@ -180,6 +180,7 @@ def build_requests(
     slo: Slo | None,
     speculation: SpeculationWish | None = None,
     remember: bool = True,
+    trace: str = "",
 ) -> list[Request]:
     """One per candidate: prompts in order, the candidates of a prompt next to each other (OpenAI's index). `seeds` are
     for clients that gave none. What the prompt's logprobs are is the same for all candidates: where the answer is
@@ -202,6 +203,7 @@ def build_requests(
                     adapter=model.adapter_of(body.model),
                     speculation=speculation,
                     remember=remember,
+                    trace=trace,
                 )
             )
     return requests

@@ -153,6 +153,13 @@ class ServedModel:
             ) from error
         return text
 
+    def question_ids(self, text: str) -> list[int]:
+        """A user's first message as the model sees it: by its chat template, if it has one."""
+        if self.tokenizer.chat_template is None:
+            return self.encode(text)
+        rendered = self.render_chat([{"role": "user", "content": text}], template_kwargs={})
+        return self.encode(rendered, add_special_tokens=False)
+
     # --- tokens to text --------------------------------------------------------------------------------------------
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:

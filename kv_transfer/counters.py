@@ -31,9 +31,6 @@ class Times(NamedTuple):
     overlap: float
     decode: float
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self._asdict().items())
-
 
 @dataclass(slots=True)
 class TransferCounters:

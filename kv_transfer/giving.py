@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 GiverLink = Link[ToGiver, FromGiver]
 
-SEALED_AT_ONCE = 4
-"""Pieces that are sealed before they are named: the taker copies some while others are summed."""
+SEALED_AT_ONCE = 8
+"""Pieces that are sealed before they are named: the taker copies some while others are summed. Fewer are more messages,
+and a message costs either side as much as summing a piece."""
 
 
 class Owner(Protocol):
@@ -166,7 +167,8 @@ class Giving:
             case states.SendComplete():
                 assert self._state is not None
                 age = time.monotonic() - self._computed_at
-                self._send(messages.Complete(self.transfer_id, len(self._pieces), self._state, age))
+                num_pieces, encode_s = len(self._pieces), self.encode_seconds
+                self._send(messages.Complete(self.transfer_id, num_pieces, self._state, age, encode_s))
             case states.SendRenewed(sent_at):
                 self._send(messages.Renewed(self.transfer_id, sent_at))
             case states.SendWithdrawn(reason, outcome, finished):

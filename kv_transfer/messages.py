@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
+from core.draft_state import DraftStates
 from engine.kv_layout import KVLayout
 from kv_transfer.codecs.names import CodecName
 from kv_transfer.states import Outcome
@@ -179,6 +180,8 @@ class SequenceState(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     token_ids: list[int]
     """Output tokens the giver has emitted, one at least."""
+    draft_states: DraftStates = field(default_factory=dict)
+    """What its drafters know of the prompt beside the tokens."""
 
 
 class Complete(Struct, frozen=True, tag=True):
@@ -189,6 +192,8 @@ class Complete(Struct, frozen=True, tag=True):
     state: SequenceState
     age_s: float
     """How long ago the prompt was computed."""
+    encode_s: float = 0.0
+    """What the codec took for all of it."""
 
 
 class Renewed(Struct, frozen=True, tag=True):

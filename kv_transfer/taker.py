@@ -78,11 +78,18 @@ class Taker:
         return Reservation(self._pool, self._rows, block_ids, start_token, num_tokens)
 
     async def expect(
-        self, transfer_id: str, address: str, reserved: asyncio.Future[Reservation], *, deadline: float
+        self,
+        transfer_id: str,
+        address: str,
+        reserved: asyncio.Future[Reservation],
+        *,
+        deadline: float,
+        trace: str = "",
     ) -> Taken:
         """Like `take`, for blocks that are still to be had: until `reserved` has them the giver is told that somebody
         waits, and keeps its offer for as long as it hears so. Ends early, without `reserved`, when the transfer does;
-        blocks that come later are the caller's to free. Raises also what `reserved` fails with."""
+        blocks that come later are the caller's to free. Raises also what `reserved` fails with. The
+        transfer's span lies below `trace` (core.tracing)."""
         end = time.monotonic() + deadline - time.time()
         try:
             peer = await self._reach(transfer_id, address, end)
@@ -92,7 +99,7 @@ class Taker:
         if transfer_id in peer.recipients:
             raise ValueError(f"transfer {transfer_id} is being taken already")
         machine = TakerTransfer(peer.lease_s, self._stall_s, end)
-        return await Taking(transfer_id, peer, machine, self.counters).run(reserved)
+        return await Taking(transfer_id, peer, machine, self.counters, trace).run(reserved)
 
     async def _reach(self, transfer_id: str, address: str, end: float) -> Peer:
         try:

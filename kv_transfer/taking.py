@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from core.errors import LeaseExpired, TransferError
+from core.tracing import record
 from engine.kv_cache import Pool
 from kv_transfer import messages, states
 from kv_transfer.alarm import Alarm
@@ -61,11 +62,16 @@ class Reservation:
 class Taking:
     """One transfer at the taker: feeds its machine and carries out what it says."""
 
-    def __init__(self, transfer_id: str, peer: Peer, machine: TakerTransfer, counters: TransferCounters) -> None:
+    def __init__(
+        self, transfer_id: str, peer: Peer, machine: TakerTransfer, counters: TransferCounters, trace: str = ""
+    ) -> None:
         self._id = transfer_id
         self._peer = peer
         self._machine = machine
         self._counters = counters
+        self._trace = trace
+        self._began = time.monotonic()
+        self._encode_s = 0.0
         self._reservation: Reservation | None = None
         self._giver_slots: Slots | None = None
         self._coverage: Coverage | None = None
@@ -149,12 +155,14 @@ class Taking:
                     self._pieces += pieces
                     self._watch.first_piece = self._watch.first_piece or time.monotonic()
                 self._feed(states.SealedReceived(first, len(pieces)))
-            case Complete(num_pieces=num_pieces, state=state, age_s=age) if self._coverage is not None:
+            case Complete(num_pieces=num_pieces, state=state, age_s=age, encode_s=encode_s) if (
+                self._coverage is not None
+            ):
                 if num_pieces == len(self._pieces) and not self._coverage.whole:
                     raise TransferError(f"the pieces of transfer {self._id} do not cover all of its KV")
                 if not state.token_ids:
                     raise TransferError(f"transfer {self._id} comes without the token to go on from")
-                self._state = state
+                self._state, self._encode_s = state, encode_s
                 self._watch.complete(age)
                 self._feed(states.CompleteReceived(num_pieces))
 
@@ -264,22 +272,45 @@ class Taking:
         assert outcome is not None
         if not self._machine.finished:  # else it ended with its first token, as it was to
             counters.count(outcome)
+        found: dict[str, str | int | float] = {}
         if outcome is Outcome.COMMITTED and self._reservation is not None and self._coding is not None:
-            rows = self._reservation.rows
-            nbytes, on_wire = (
-                sum(piece_bytes(rows, p) for p in self._pieces),
-                sum(map(self._coding.wire_bytes, self._pieces)),
-            )
-            counters.bytes += nbytes
-            counters.wire_bytes[self._coding.codec] += on_wire
-            times = self._watch.times()
-            counters.add(times)
-            logger.info(
-                "transfer %s from %s: %d bytes, %d on the wire (%s), %s",
-                *(self._id, self._peer.address, nbytes, on_wire, self._coding.codec, times),
-            )
-            for pull in self._watch.pulls:
-                self._peer.codec.bandwidth.observe(pull.nbytes, pull.ended - pull.began - pull.decoding)
+            found = self._count_committed(self._reservation.rows, self._coding)
+        self._tell(outcome, found)
+
+    def _count_committed(self, rows: Rows, coding: Coding) -> dict[str, str | int | float]:
+        """What is to be told of it: bytes, and seconds as TransferCounters defines them."""
+        counters, times = self._counters, self._watch.times()
+        nbytes = sum(piece_bytes(rows, piece) for piece in self._pieces)
+        on_wire = sum(map(coding.wire_bytes, self._pieces))
+        counters.bytes += nbytes
+        counters.wire_bytes[coding.codec] += on_wire
+        counters.add(times)
+        for pull in self._watch.pulls:
+            self._peer.codec.bandwidth.observe(pull.nbytes, pull.ended - pull.began - pull.decoding)
+        seconds = {f"{name}_s": value for name, value in times._asdict().items()}
+        return {
+            "bytes": nbytes,
+            "wire_bytes": on_wire,
+            "codec": coding.codec,
+            "transport": self._peer.transport.first(coding) or "",
+            "encode_s": self._encode_s,
+            **seconds,
+        }
+
+    def _tell(self, outcome: Outcome, found: dict[str, str | int | float]) -> None:
+        """A line in the log, and a span for who traces the request."""
+        values = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+        )
+        logger.info("transfer %s from %s %s: %s", self._id, self._peer.address, outcome, values or self._machine.reason)
+        told = {"id": self._id, "peer": self._peer.address, "outcome": str(outcome), **found}
+        record(
+            "kv_transfer",
+            self._trace,
+            time.monotonic() - self._began,
+            {f"slipstream.transfer.{name}": value for name, value in told.items()},
+            error="" if outcome is Outcome.COMMITTED or self._machine.finished else self._machine.reason,
+        )
 
     def _failure(self) -> TransferError:
         message = f"transfer {self._id} from {self._peer.address}: {self._machine.reason}"

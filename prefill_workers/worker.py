@@ -81,7 +81,7 @@ class PrefillWorker:
         elif sequence.status is Status.HELD:
             self._giver.complete(
                 self._transfers[sequence.request_id],
-                SequenceState(token_ids=list(update.token_ids)),
+                SequenceState(token_ids=list(update.token_ids), draft_states=update.draft_states),
             )
 
     # --- ends --------------------------------------------------------------------------------------------------------

@@ -4,24 +4,21 @@ Each step that decodes is one round: the controller sets the budgets, drafters p
 in the same forward, each rule judges its drafts, and everybody learns what came of it. A step whose budgets are all 0
 is a plain one: no drafter and no rule is called for it.
 
-A drafter that raises, proposes what is no tree, or takes longer than STALL_S is switched off for this worker: it is
-counted, said in the log, and requests go on without it.
+Drafters work on a thread of their own; one that fails or stalls is switched off (crew.py), and requests go on.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.draft_state import DraftStates
 from core.types import TokenLogprobs
 from engine.drafts import Candidate, Draft, Verdict
 from engine.sampler import GREEDY_TEMPERATURE, sampling_law
@@ -30,6 +27,7 @@ from engine.sequence import Sequence as EngineSequence
 from engine.step import SamplingRow, StepBatch, StepOutput
 from speculation.acceptance import Acceptance
 from speculation.counters import Counters
+from speculation.crew import PATIENCE_S, Crew
 from speculation.dice import KeyedDice
 from speculation.grammars import follow_grammars
 from speculation.protocols import Controller, Drafter
@@ -38,13 +36,6 @@ from speculation.rules.registry import DEFAULT_RULE, RULES, Rule
 from speculation.seen import Step, observed
 from speculation.tree import DraftBatch, ranges
 from speculation.wishes import Wishes
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-STALL_S = 1.0
-"""No proposal, and no learning from one, is worth as long as this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,31 +78,33 @@ class InBatch:
         *,
         vocab_size: int,
         max_budget: int,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        """`patience_s`: how long a drafter may take, at least; see crew.py."""
         self.counters = Counters()
-        self._drafters = dict(drafters)
+        self._crew = Crew(drafters, self.counters.switched_off, patience_s)
         self._rules = dict(rules)
         self._controller = controller
         self._stats = stats
         self._vocab_size = vocab_size
         self._max_budget = max_budget
-        self._keys = itertools.count()
-        self._requests: dict[str, DraftRequest] = {}
         self._rounds: deque[Round] = deque()
-        self.taps = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.needs.taps}))
-        self._always_reads_logits = any(drafter.needs.top for drafter in drafters.values())
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self._crew.taps
 
     @property
     def reads_logits(self) -> bool:
         """For the step that was proposed for last. Which rules judge it is for its requests to say too."""
         judging = self._rounds[-1].parts if self._rounds else ()
-        return self._always_reads_logits or any(part.rule.reads_laws for part in judging)
+        return self._crew.reads_top or any(part.rule.reads_laws for part in judging)
 
     # --- before the step -------------------------------------------------------------------------------------------
 
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:
         wishes = [Wishes.of(candidate.sequence.request) for candidate in candidates]
-        requests = [self._request(candidate.sequence) for candidate in candidates]
+        requests = self._crew.requests([candidate.sequence for candidate in candidates])
         load = Load(
             classes=[wish.kind for wish in wishes],
             context_tokens=np.array([len(request.token_ids) - 1 for request in requests]),
@@ -125,7 +118,7 @@ class InBatch:
         budgets = replace(budgets, drafters=drafters)
         round_ = Round(requests, load, budgets, num_other_tokens + len(candidates))
         self._rounds.append(round_)
-        if not self._drafters or not budgets.candidates.any():
+        if not self._crew or not budgets.candidates.any():
             return None
         started = time.perf_counter()
         drafts = self._draft(round_, candidates, wishes)
@@ -138,10 +131,12 @@ class InBatch:
         groups: dict[tuple[str, str], list[int]] = {}
         for place, wish in enumerate(wishes):
             name = round_.budgets.drafters[place]
-            if round_.budgets.candidates[place] and name in self._drafters:
+            if round_.budgets.candidates[place] and name in self._crew:
                 groups.setdefault((name, wish.rule or self._rule_for(name, candidates[place]).name), []).append(place)
         drafts: list[Draft | None] = [None] * len(candidates)
         for (name, rule), places in groups.items():
+            if name not in self._crew:  # what it was asked for by another rule was too much for it
+                continue
             part = self._propose(name, RULES[rule], np.array(places), round_, candidates)
             if part is not None and part.drafts.num_nodes:
                 round_.parts.append(part)
@@ -157,7 +152,7 @@ class InBatch:
     def _propose(
         self, name: str, rule: Rule, places: NDArray[np.int64], round_: Round, candidates: Sequence[Candidate]
     ) -> Part | None:
-        drafter, budgets = self._drafters[name], round_.budgets
+        drafter, budgets = self._crew[name], round_.budgets
         requests = [round_.requests[place] for place in places]
 
         def propose() -> DraftBatch:
@@ -165,7 +160,7 @@ class InBatch:
             drafts.validate(self._vocab_size)
             return drafts
 
-        drafts = self._call(name, propose)
+        drafts = self._crew.call(name, propose)
         if drafts is None:
             return None
         drafts = self._controller.trim(drafts, budgets, places).prune(round_.load.limits[places])
@@ -199,17 +194,23 @@ class InBatch:
         round_ = self._rounds.popleft() if step.num_candidates else None
         if round_ is not None:
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
-                self._learn(part, outcome, round_, step)
-        self._absorb(step, round_)
+                self._count(part, outcome, round_)
+        for name in self._crew:
+            if lessons := self._lessons(name, step, round_):
+                self._crew.call(name, partial(_tell, lessons))
+        self._crew.step_took(output.seconds)
         if round_ is not None:
             round_.verify_seconds += time.perf_counter() - started
             self._record(round_, output.seconds)
 
     def forget(self, sequence: EngineSequence) -> None:
-        request = self._requests.pop(sequence.request_id, None)
-        if request is not None:
-            for name in list(self._drafters):
-                self._call(name, partial(self._drafters[name].finish, request.key))
+        self._crew.forget(sequence)
+
+    def pack(self, sequence: EngineSequence) -> DraftStates:
+        return self._crew.pack(sequence)
+
+    def unpack(self, sequence: EngineSequence, states: DraftStates) -> None:
+        self._crew.unpack(sequence, states)
 
     def _target_rows(
         self, part: Part, round_: Round, rows: NDArray[np.int64], batch: StepBatch, output: StepOutput
@@ -227,40 +228,32 @@ class InBatch:
         wanted = [row for row in (batch.sampling[index] for index in chosen) if isinstance(row, SamplingRow)]
         return TargetRows(tokens, sampling_law(output.logits[chosen], wanted), starts)
 
-    def _learn(self, part: Part, outcome: Outcome, round_: Round, step: Step) -> None:
+    def _count(self, part: Part, outcome: Outcome, round_: Round) -> None:
         asked = round_.budgets.tokens[part.candidates]
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
         self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_))
-        if (drafter := self._drafters.get(part.drafter)) is not None:
-            requests = [round_.requests[place] for place in part.candidates]
-            if any(request.key not in {known.key for known in self._requests.values()} for request in requests):
-                return  # one was dropped while the step ran, and drafters have forgotten it
-            seen = observed(step, drafter.needs, *step.path_rows(part.candidates, part.drafts, outcome))
-            self._call(part.drafter, partial(drafter.observe, Feedback(requests, part.drafts, outcome, seen)))
+
+    def _lessons(self, name: str, step: Step, round_: Round | None) -> list[Callable[[], None]]:
+        """What the drafter is to be told of a step: what came of its drafts, and of other rows what it wants to see."""
+        drafter, own = self._crew[name], set[int]()
+        lessons: list[Callable[[], None]] = []
+        for part, outcome in zip(round_.parts, round_.outcomes, strict=True) if round_ is not None else ():
+            if part.drafter != name:
+                continue
+            own.update(part.candidates.tolist())
+            requests = [round_.requests[place] for place in part.candidates] if round_ is not None else []
+            if self._crew.know(requests):  # else one was dropped while the step ran, and drafters have forgotten it
+                seen = observed(step, drafter.needs, *step.path_rows(part.candidates, part.drafts, outcome))
+                lessons.append(partial(drafter.observe, Feedback(requests, part.drafts, outcome, seen)))
+        if (absorbing := self._crew.absorbing(name, step, own)) is not None:
+            lessons.append(absorbing)
+        return lessons
 
     @staticmethod
     def _drawn_freely(part: Part, round_: Round) -> NDArray[np.bool_]:
         """[requests] that are neither greedy nor bound to a grammar: of others every draft may be right."""
         warm = [round_.requests[place].temperature >= GREEDY_TEMPERATURE for place in part.candidates]
         return np.array([hot and mask is None for hot, mask in zip(warm, part.masks, strict=True)], np.bool_)
-
-    def _absorb(self, step: Step, round_: Round | None) -> None:
-        """Rows that a drafter needs to know of and has not drafted."""
-        for name, drafter in list(self._drafters.items()):
-            if not (drafter.needs.taps or drafter.needs.top):
-                continue
-            own = {
-                int(place)
-                for part in (round_.parts if round_ else ())
-                if part.drafter == name
-                for place in part.candidates
-            }
-            rows = step.rows_beside(own, all_rows=bool(drafter.needs.taps))
-            if rows is not None:
-                self._call(
-                    name,
-                    partial(drafter.absorb, self._all(rows.sequences), observed(step, drafter.needs, *rows.places)),
-                )
 
     def _record(self, round_: Round, step_seconds: float) -> None:
         drafted = sum(part.drafts.num_nodes for part in round_.parts)
@@ -279,45 +272,10 @@ class InBatch:
             tally.emitted[part.candidates] += outcome.num_accepted
         self._controller.record(round_.load, round_.budgets, tally, timing)
 
-    # --- requests and drafters -------------------------------------------------------------------------------------
 
-    def _all(self, sequences: Sequence[EngineSequence]) -> list[DraftRequest]:
-        return [self._request(sequence) for sequence in sequences]
-
-    def _request(self, sequence: EngineSequence) -> DraftRequest:
-        known = self._requests.get(sequence.request_id)
-        if known is not None:
-            return known
-        request = sequence.request
-        known = self._requests[request.request_id] = DraftRequest(
-            key=next(self._keys),
-            token_ids=sequence.token_ids,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            seed=request.sampling.seed,
-            temperature=request.sampling.temperature,
-            scope=f"{request.cache_salt}\0{request.adapter}",
-            remember=request.remember,
-        )
-        for name in list(self._drafters):
-            self._call(name, partial(self._drafters[name].start, known))
-        return known
-
-    def _call(self, name: str, work: Callable[[], T]) -> T | None:
-        """What a drafter gives, or None and no such drafter any more."""
-        started = time.perf_counter()
-        try:
-            result = work()
-        except Exception as error:  # noqa: BLE001 - a drafter may be anybody's code, and no request depends on it
-            self._switch_off(name, f"it raised {type(error).__name__}: {error}", error)
-            return None
-        if (seconds := time.perf_counter() - started) > STALL_S:
-            self._switch_off(name, f"it took {seconds:.1f} s")
-        return result
-
-    def _switch_off(self, name: str, reason: str, error: Exception | None = None) -> None:
-        if self._drafters.pop(name, None) is not None:
-            self.counters.switched_off[name] = reason
-            logger.error("drafter %s is switched off on this worker: %s", name, reason, exc_info=error)
+def _tell(lessons: Sequence[Callable[[], None]]) -> None:
+    for lesson in lessons:
+        lesson()
 
 
 def _draft_of(part: Part, index: int) -> Draft:

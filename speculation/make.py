@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from engine.kv_cache import DTYPES
 from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
@@ -9,8 +11,10 @@ from speculation.acceptance import Acceptance
 from speculation.controllers.base import Limits
 from speculation.controllers.registry import make_controller
 from speculation.drafters.base import Surroundings
-from speculation.drafters.registry import make_drafter
+from speculation.drafters.registry import find_drafter, make_drafter
 from speculation.in_batch import InBatch
+from speculation.in_prefill import InPrefill
+from speculation.protocols import Drafter
 from speculation.rules.registry import find_rule
 from speculation.settings import Settings
 
@@ -18,11 +22,8 @@ from speculation.settings import Settings
 def make_speculator(settings: Settings, runner: ModelRunner | GroupRunner, max_requests: int) -> InBatch:
     """For steps of `runner`, of which so many requests are under way at most. Takes as long as it takes to read the
     weights of drafters. Raises ConfigError or ModelError for a drafter that can't be made here."""
-    drafters = {
-        name: make_drafter(name, _surroundings(settings, name, runner, max_requests)) for name in settings.drafters
-    }
     return InBatch(
-        drafters,
+        _drafters(settings.drafters, settings, runner, max_requests, proposes=True),
         dict.fromkeys(settings.drafters, find_rule(settings.rule)),
         make_controller(settings.controller, Limits(settings.max_budget, settings.drafters)),
         Acceptance(settings.max_budget),
@@ -31,18 +32,45 @@ def make_speculator(settings: Settings, runner: ModelRunner | GroupRunner, max_r
     )
 
 
+def make_observer(settings: Settings, runner: ModelRunner | GroupRunner, max_requests: int) -> InPrefill | None:
+    """For a runner whose prompts are decoded elsewhere; None if the drafters there need no more than tokens. As
+    make_speculator otherwise."""
+    names = [name for name in settings.drafters if find_drafter(name).needs_prompts]
+    return InPrefill(_drafters(names, settings, runner, max_requests, proposes=False)) if names else None
+
+
+def _drafters(
+    names: Iterable[str],
+    settings: Settings,
+    runner: ModelRunner | GroupRunner,
+    max_requests: int,
+    *,
+    proposes: bool,
+) -> dict[str, Drafter]:
+    def surroundings(name: str) -> Surroundings:
+        return _surroundings(settings, name, runner, max_requests, proposes=proposes)
+
+    return {name: make_drafter(name, surroundings(name)) for name in names}
+
+
 def _surroundings(
-    settings: Settings, drafter: str, runner: ModelRunner | GroupRunner, max_requests: int
+    settings: Settings, drafter: str, runner: ModelRunner | GroupRunner, max_requests: int, *, proposes: bool
 ) -> Surroundings:
+    shared = runner.vocabulary() if find_drafter(drafter).shares_vocabulary else None
     return Surroundings(
         vocab_size=runner.config.vocab_size,
         max_budget=settings.max_budget,
         max_requests=max_requests,
-        max_memory_bytes=settings.max_memory_bytes // len(settings.drafters),
+        max_memory_bytes=settings.memory_of_each,
         law=settings.law_of(drafter),
         branches=settings.branches,
         weights=settings.weights.get(drafter),
         device=runner.pool.device,
         dtype=DTYPES[runner.layout.dtype],
         num_layers=runner.config.num_layers,
+        embedding=None if shared is None else shared.embedding,
+        output=None if shared is None else shared.output,
+        fingerprint="" if shared is None else shared.fingerprint,
+        native=runner.native,
+        proposes=proposes,
     )

@@ -43,7 +43,8 @@ from speculation.tree import DraftBatch
 
 
 class Drafter(Protocol):
-    """Proposes token trees. For each request: start, then absorb, propose and observe in any number, then finish.
+    """Proposes token trees. For each request: start, then absorb, propose and observe in any number, then finish. Of a
+    request that is decoded elsewhere it sees the prompt only: absorb in any number, then pack, then finish.
 
     `token_ids` of a request is the truth: other steps than its own may have made it longer since the last call, and a
     drafter with state of its own brings that up to date before it proposes. It never fails a request: one that it knows
@@ -103,11 +104,13 @@ class Drafter(Protocol):
         ...
 
     def pack(self, key: int) -> dict[str, torch.Tensor]:
-        """What a drafter on another worker needs to go on as this one would; empty if token_ids are enough."""
+        """What a drafter on another worker needs to go on as this one would; empty if token_ids are enough. Asked when
+        the prompt of a request that was not started here is computed."""
         ...
 
     def unpack(self, request: DraftRequest, state: dict[str, torch.Tensor]) -> None:
-        """`pack` of the same drafter and version elsewhere, after `start`."""
+        """`pack` of the same drafter and version elsewhere, after `start`. It comes from another process: raises
+        TransferError, with nothing changed, for what no `pack` can have been (packing.expect)."""
         ...
 
     @property

@@ -85,13 +85,16 @@ class Step:
         offsets = offsets_of(np.bincount(of_request[kept], minlength=len(chunks)))
         return offsets, indices[kept], self._starts[of_chunk] + own, self._first_logits[of_chunk] + own
 
-    def rows_beside(self, own: Collection[int], *, all_rows: bool) -> Beside | None:
-        """Rows of all sequences but those candidates, the last only unless `all_rows`; None if there are none."""
+    def rows_beside(self, own: Collection[int], *, all_rows: bool, held_only: bool = False) -> Beside | None:
+        """Rows of all sequences but those candidates, or of those that are held after prefill only, the last row only
+        unless `all_rows`; None if there are none."""
         skipped = {self._candidates[candidate] for candidate in own}
         wanted = [
             (place, chunk)
             for place, chunk in enumerate(self._chunks)
-            if place not in skipped and (all_rows or chunk.samples) and not chunk.sequence.hold_after_prefill
+            if place not in skipped
+            and (all_rows or chunk.samples)
+            and (chunk.sequence.hold_after_prefill or not held_only)
         ]
         if not wanted:
             return None

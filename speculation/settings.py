@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from core.errors import ConfigError
@@ -37,6 +38,10 @@ class Settings:
         check_name("controller", self.controller, CONTROLLERS)
         for name in self.drafters:
             self.law_of(name)
+            if find_drafter(name).takes_weights and name not in self.weights:
+                raise ConfigError(
+                    f"weights {name}: this drafter needs some; give {name}=PATH, the folder of a checkpoint"
+                )
         for name, folder in self.weights.items():
             self._check_weights(name, folder)
 
@@ -48,6 +53,29 @@ class Settings:
             if error.param != "rule":
                 raise
             raise ConfigError(f"drafter {drafter}: {error.message}", param="rule") from error
+
+    def check_weights(self, target: Path, dtype: str) -> None:
+        """Raises ModelError or ConfigError for weights that can't draft for the model in folder `target`, served in
+        `dtype`, which may be auto."""
+        for name, folder in self.weights.items():
+            if module := find_drafter(name).checked_by:
+                import_module(module).check(folder, target, self.memory_of_each, dtype)
+
+    @property
+    def device_bytes(self) -> int:
+        """What drafters take beside the model, where it is: those that are models themselves."""
+        return self.memory_of_each * sum(find_drafter(name).takes_weights for name in self.drafters)
+
+    @property
+    def observing_bytes(self) -> int:
+        """What drafters take of a worker that only shows them prompts: those that compute something of a prompt."""
+        kinds = [find_drafter(name) for name in self.drafters]
+        return self.memory_of_each * sum(kind.needs_prompts and kind.takes_weights for kind in kinds)
+
+    @property
+    def memory_of_each(self) -> int:
+        """Bytes that each drafter of a worker may hold."""
+        return self.max_memory_bytes // len(self.drafters)
 
     @property
     def branches(self) -> bool:

@@ -58,6 +58,7 @@ class Watched:
         self.judged: list[Judged] = []
         self._speculator = speculator
         self.propose, self.settle, self.forget = speculator.propose, speculator.settle, speculator.forget
+        self.pack, self.unpack = speculator.pack, speculator.unpack
 
     @property
     def taps(self) -> tuple[int, ...]:

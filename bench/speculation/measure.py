@@ -61,6 +61,8 @@ def measure(folder: Path, options: Options, on_result: Callable[[dict[str, Any]]
             f"--batch: {most} is more than the {len(questions)} questions that are asked; raise "
             "--num-prompts, or lower it"
         )
+    for entry in options.entries:
+        entry.check_weights(folder, options.dtype)
     runner = ModelRunner.load(
         folder,
         dtype=options.dtype,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench.prompts import question_ids, spread
+from bench.prompts import spread
 from bench.serving.datasets import read_lines
 from core.errors import ConfigError
 from gateway.tokenizer import ServedModel
@@ -41,7 +41,7 @@ def read_questions(path: Path, model: ServedModel, count: int, max_tokens: int) 
         if not row.turns:
             raise ValueError("`turns` is empty")
         task = MT_BENCH if row.category in _OF_MT_BENCH else row.category
-        return Question(row.question_id, task, question_ids(model, row.turns[0]))
+        return Question(row.question_id, task, model.question_ids(row.turns[0]))
 
     found = read_lines(path, _Row, question, _FLAG)
     if not found:

@@ -103,12 +103,14 @@ def speed_table(result: dict[str, Any]) -> str:
     lines = [f"bare: {bare}"]
     for name, copy in result["copy"].items():
         lines.append(f"copy, {name}: {copy['bytes_per_s'] / 1e9:.2f} GB/s, {copy['share_of_memcpy']:.0%} of memcpy")
-    lines.append(f"{'transport':<18}{'MiB':>5}{'ms':>9}{'GB/s':>7}{'of its own':>12}{'hidden by prefill':>19}")
+    heads = f"{'of its bare':>13}{'same size':>11}{'hidden by prefill':>19}"
+    lines.append(f"{'transport':<18}{'MiB':>5}{'ms':>9}{'GB/s':>7}{heads}")
     for transport, found in result["transports"].items():
+        own = f"share_of_{PRIMITIVE[transport]}"
         for mib, one in found.items():
             lines.append(
                 f"{transport:<18}{mib:>5}{one['ms']:>9.2f}{one['bytes_per_s'] / 1e9:>7.2f}"
-                f"{one['share_of_' + PRIMITIVE[transport]]:>12.0%}{one['hidden']:>19.0%}"
+                f"{one[own]:>13.0%}{one.get(f'{own}_same_size', one[own]):>11.0%}{one['hidden']:>19.0%}"
             )
     if (gap := result.get("gap")) is not None:
         extra, ttft = gap["first_gap_extra_added_ms"], gap["ttft_added_ms"]

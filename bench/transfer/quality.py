@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.exactness import read_prompts
-from bench.prompts import num_equal, question_ids, spread
+from bench.prompts import num_equal, spread
 from bench.transfer.subject import Subject
 from core.errors import ConfigError
 from gateway.tokenizer import ServedModel
@@ -82,7 +82,7 @@ def _prompts(model: ServedModel, dataset: Path, num_prompts: int, max_tokens: in
     """Evenly spread over those of the file that leave room for the output."""
     fit: list[list[int]] = []
     for text in read_prompts(dataset, sys.maxsize):
-        token_ids = question_ids(model, text)
+        token_ids = model.question_ids(text)
         if 0 < len(token_ids) <= model.max_model_len - max_tokens:
             fit.append(token_ids)
     if not fit:

@@ -29,6 +29,8 @@ from kv_transfer.transports.shared_memory import PoolProbe, SharedMemory
 TRANSPORTS: tuple[TransportName, ...] = ("shared_memory", "tcp", "torch_distributed")
 MIB = 2**20
 TAKE_S = 60.0
+BARE_BYTES = 1 << 30
+"""Moved by a bare loop over large buffers."""
 COMPUTE_FACTOR = 3.0
 """A prefill that takes this many times as long as the transfer of its KV: the compute is longer than the wire."""
 
@@ -91,18 +93,21 @@ def _two_sides(layout: KVLayout, num_tokens: int) -> Iterator[tuple[Lender, KVPo
 
 
 def measure_rates(sizes_mib: list[int], rounds: int, layout: KVLayout | None = None) -> dict[str, Any]:
-    """Bytes per second, medians of `rounds`; shares are of the bare primitive measured in between. Rates of transfers
-    are from the word that the KV is complete to the commit, everything included. `layout` is the demo model's by
-    default."""
+    """Bytes per second, medians of `rounds`. Rates of transfers are from the word that the KV is complete to the
+    commit, everything included. Bare loops of TCP and gloo are measured twice: over one buffer of 8 MiB, which stays in
+    the cache (`share_of_tcp`), and over one as large as the transfer, so that as much memory is read and written
+    (`share_of_tcp_same_size`). `layout` is the demo model's by default."""
     layout = layout or layout_of(30, 3, 64, "bfloat16")
     sizes = {mib: max(1, mib * MIB // layout.token_bytes) for mib in sizes_mib}
     bare = {"memcpy": memcpy_rate(), "tcp": tcp_loop_rate(), "gloo": gloo_loop_rate()}
+    same_size = {mib: _loop_rates(mib * MIB) for mib in sizes_mib}
     report: dict[str, Any] = {"bare_bytes_per_s": bare, "transports": {}, "copy": {}}
+    report["bare_same_size_bytes_per_s"] = {str(mib): rates for mib, rates in same_size.items()}
     with _two_sides(layout, max(sizes.values())) as (lender, pool):
         for name in TRANSPORTS:
             found = asyncio.run(_take_all(lender, pool, name, list(sizes.values()), rounds))
             report["transports"][name] = {
-                str(mib): _summary(layout, sizes[mib], took, overlapped, bare)
+                str(mib): _summary(layout, sizes[mib], took, overlapped, bare | same_size[mib])
                 for mib, (took, overlapped) in zip(sizes, found, strict=True)
             }
     for checked in (True, False):
@@ -112,6 +117,11 @@ def measure_rates(sizes_mib: list[int], rounds: int, layout: KVLayout | None = N
             "share_of_memcpy": rate / bare["memcpy"],
         }
     return report
+
+
+def _loop_rates(nbytes: int) -> dict[str, float]:
+    rounds = max(4, min(24, BARE_BYTES // nbytes))
+    return {"tcp_same_size": tcp_loop_rate(nbytes, rounds), "gloo_same_size": gloo_loop_rate(nbytes, rounds)}
 
 
 def _summary(

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.compiler import cache_root
 from core.errors import ModelError
 from engine.checkpoints.progress import Progress
 
@@ -47,8 +48,8 @@ class Cache:
     """`root` None: $SLIPSTREAM_CACHE, else $XDG_CACHE_HOME/slipstream, else ~/.cache/slipstream."""
 
     def __init__(self, root: Path | None = None) -> None:
-        named = root or (Path(chosen) if (chosen := os.environ.get("SLIPSTREAM_CACHE")) else None)
-        self.root = (named or _user_cache() / "slipstream").expanduser().absolute()
+        named = root or os.environ.get("SLIPSTREAM_CACHE")
+        self.root = root.expanduser().absolute() if root else cache_root()
         self.models = self.root / "models"
         self.downloads = self.root / "downloads"
         self.hub = self.root / "hub" if named else None
@@ -164,10 +165,6 @@ def size_text(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.{0 if size >= 10 * scale else 1}f} {unit}"
     return f"{size} bytes"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -25,11 +25,16 @@ def validate(folder: Path, check_config: CheckConfig | None = None) -> Path:
     config = read_config(folder / "config.json")
     if check_config is not None:
         check_config(config)
-    for shard in shards(folder):
-        _check_shard(shard)
+    check_shards(folder)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer.json: put the model's tokenizer files beside its weights")
     return folder
+
+
+def check_shards(folder: Path) -> None:
+    """Raises ModelError unless the weights are there, whole, and no pickles."""
+    for shard in shards(folder):
+        _check_shard(shard)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class Decoder:
             weights.leave(f"model.layers.{index}.")
         self._num_layers = config.num_layers
         self._embed, embedding = _embedding(config, weights, linears)
+        self.embedding = embedding if linears.split.tp_size == 1 else None
+        """[vocab, hidden], where this is the whole of it."""
         self._scale = float(torch.tensor(config.hidden_size**0.5, dtype=weights.dtype)) if config.gemma else 1.0
         self._ropes = [make_rope(rope, config, weights.device, weights.dtype) for rope in config.ropes.kinds]
         self._layers = {i: DecoderLayer(i, config, self._ropes, weights, linears) for i in own}

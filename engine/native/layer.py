@@ -8,6 +8,7 @@ import torch
 
 from engine.native.attention import NativeAttention
 from engine.native.linear import GatedLinear, NativeLinear
+from engine.native.pages import enlarge
 from engine.native.rope import NativeRotate
 from engine.rope import Angles
 
@@ -48,6 +49,7 @@ class NativeLayer:
             gated.outputs,
             gated.activation,
         )
+        enlarge(part.packed for part in parts)
         self._run = torch.ops.slipstream.decoder_layer.default
 
     def __call__(self, hidden: torch.Tensor, angles: Sequence[Angles], attention: NativeAttention) -> torch.Tensor:

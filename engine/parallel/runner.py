@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Unpack
 
 from core.errors import InternalError
-from engine.kv_cache import GroupPool, KVPool, Pool
+from engine.kv_cache import DTYPES, GroupPool, KVPool, Pool
 from engine.kv_layout import KVLayout
 from engine.model_config import ModelConfig
 from engine.parallel import launch
@@ -29,6 +29,7 @@ from engine.parallel.wire import Done, Failed, FromRank, Refused, Run, frame
 from engine.plan import Choices, Plan, make_plan
 from engine.runner import warm_up
 from engine.step import StepBatch, StepOutput
+from engine.vocabulary import Vocabulary, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class GroupRunner:
         self.config = config
         self.layout: KVLayout = plan.layout
         self.pool = pool
+        self.native = False
+        """What the leader itself might compute is not by our own kernels."""
+        self._folder = plan.folder
         self._ranks = ranks
         self._timeout_s = step_timeout_s
         self._numbers = itertools.count()
@@ -128,6 +132,10 @@ class GroupRunner:
                     self._fail(f"{rank} takes no step: {error}")
                     break
         return future
+
+    def vocabulary(self) -> Vocabulary:
+        """As ModelRunner.vocabulary, in memory of the leader's."""
+        return read_vocabulary(self._folder, self.config, self.pool.device, DTYPES[self.layout.dtype])
 
     def warm_up(self) -> None:
         """As ModelRunner.warm_up."""

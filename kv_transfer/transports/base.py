@@ -2,10 +2,10 @@
 
 Invariants that the hand-off rests on, for every implementation:
 
-1. `pull` calls `job.on_began()` when it starts to work. It writes to the slots of its job and nowhere else, and calls
-   `job.arrived(i)` after the bytes of piece i are all in their slots; `arrived` compares checksums over those slots, so
-   no transport can vouch for bytes it did not bring. One that has the giver's memory at hand calls `job.read(i)`, which
-   copies and sums in one pass. A piece that comes as a frame (kv_transfer.coding) it gives to `job.decoded(i)`.
+1. `pull` calls `job.on_began()` when it starts to work, and writes to the slots of its job by the job's own methods
+   only: `job.landed(i)` for a piece that has come into memory of the transport's, `job.read(i)` for one that it has at
+   hand where the giver has it, `job.decoded(i)` for one that came as a frame (kv_transfer.coding). They sum what they
+   copy, and compare, so no transport can vouch for bytes it did not bring.
 2. When `pull` has returned, raised or been cancelled, nothing of this transport will touch the slots again. Cancelling
    it asks it to be quiet; it may take as long as one copy within the machine, never as long as the peer likes.
 3. Any failure of transport or peer is a TransferError. A transport that can't work with this giver at all says so when
@@ -28,7 +28,7 @@ import torch
 from core.errors import ChecksumMismatch
 from kv_transfer.coding import Coding, checksum_of
 from kv_transfer.messages import FromGiver, Piece
-from kv_transfer.pieces import Rows, Runs, Slots, checksum, copy_summed, layers_of, runs, tokens_of
+from kv_transfer.pieces import Rows, Runs, Slots, copy_summed, layers_of, runs, tokens_of
 
 
 class Unusable(Exception):
@@ -66,22 +66,15 @@ class PullJob:
         """The taker's slots of a piece."""
         return tokens_of(self.taker_slots, self.pieces[index])
 
-    def arrived(self, index: int) -> None:
-        """A piece is in its slots. Raises ChecksumMismatch if it is not what the giver has."""
-        self._verify(index, checksum(layers_of(self.rows, self.pieces[index]), self.target(index)))
-
-    def all_arrived(self, first: int, last: int) -> None:
-        """The pieces `first` .. `last` - 1 are."""
-        for index in range(first, last):
-            self.arrived(index)
-
     def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
-        """Copy a piece out of the giver's rows, in runs from `source` to `target`; then as `arrived`."""
+        """Copy a piece out of the giver's rows, in runs from `source` to `target`. Raises ChecksumMismatch if it is not
+        what the giver sealed."""
         piece = self.pieces[index]
         self._verify(index, copy_summed(layers_of(self.rows, piece), layers_of(theirs, piece), pairs))
 
     def landed(self, index: int, part: Rows) -> None:
-        """Copy a piece that has come in memory of its own, [layers, 2, tokens, row bytes]; then as `arrived`."""
+        """Copy a piece that has come in memory of its own, [layers, 2, tokens, row bytes]. Raises as
+        `read`."""
         piece, slots = self.pieces[index], self.target(index)
         pairs = runs(np.arange(piece.num_tokens), slots)
         self._verify(index, copy_summed(layers_of(self.rows, piece), part, pairs))

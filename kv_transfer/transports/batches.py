@@ -15,7 +15,9 @@ from kv_transfer.pieces import Rows, Slots, copy, is_tensor, layers_of, piece_by
 from kv_transfer.transports.base import PullJob
 
 BATCH_BYTES = 8 << 20
-"""Gloo reaches its full rate from here on."""
+"""Asked for at a time."""
+MESSAGE_BYTES = 2 << 20
+"""Sent at a time: one is packed while the one before is on the wire, and unpacked while it is still in the cache."""
 
 
 class Batch(NamedTuple):
@@ -40,6 +42,15 @@ def batches(coding: Coding, pieces: Sequence[Piece], max_bytes: int | None = Non
         nbytes, framed = nbytes + size, is_framed
     if nbytes:
         yield Batch(first, len(pieces), nbytes, framed)
+
+
+def messages(coding: Coding, pieces: Sequence[Piece], batch: Batch) -> Iterator[tuple[Batch, slice]]:
+    """The batch as what is sent at a time, each with its part of the batch's buffer. Both ends compute them alike."""
+    at = 0
+    for part in batches(coding, pieces[batch.first : batch.last], MESSAGE_BYTES):
+        first, last = batch.first + part.first, batch.first + part.last
+        yield part._replace(first=first, last=last), slice(at, at + part.nbytes)
+        at += part.nbytes
 
 
 def device_identity(device: torch.device) -> str:
@@ -86,12 +97,6 @@ def pack(buffer: torch.Tensor, rows: Rows, slots: Slots, pieces: Sequence[Piece]
     """Pieces out of the giver's slots, those of the sequence by token, into the buffer."""
     for piece, part in _parts(buffer, rows, pieces):
         copy(part, layers_of(rows, piece), runs(tokens_of(slots, piece), np.arange(piece.num_tokens)))
-
-
-def unpack(buffer: torch.Tensor, rows: Rows, slots: Slots, pieces: Sequence[Piece]) -> None:
-    """The other way, into the taker's slots."""
-    for piece, part in _parts(buffer, rows, pieces):
-        copy(layers_of(rows, piece), part, runs(np.arange(piece.num_tokens), tokens_of(slots, piece)))
 
 
 def _parts(buffer: torch.Tensor, rows: Rows, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:

@@ -67,6 +67,10 @@ class FirstThatWorks:
         for transport in self._made.values():
             transport.close()
 
+    def first(self, coding: Coding | None = None) -> str | None:
+        """Who pulls now; None if there is nobody any more."""
+        return self._usable(coding)
+
     @property
     def in_place(self) -> bool:
         """Whether what goes first now reads the giver's pool where it lies."""

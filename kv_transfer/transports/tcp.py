@@ -1,8 +1,9 @@
-"""TCP: connections of the transport's own beside the link, KV moved between pools and sockets without a copy between.
+"""TCP: connections of the transport's own beside the link, KV sent straight out of the giver's pool.
 
 The taker connects to the port that the giver announced, presents the token of the link, and asks for the pieces of one
-job at a time per connection (tcp_wire.py). A thread receives them into the slots. Being quiet is quick: `shutdown`
-wakes the thread, whatever the peer does, and what the kernel still holds for it is no more than a socket buffer.
+job at a time per connection (tcp_wire.py). A thread receives them and copies them to the slots. Being quiet is quick:
+`shutdown` wakes the thread, whatever the peer does, and what the kernel still holds for it is no more than a socket
+buffer.
 
 A connection that has seen any error or cancel is thrown away, and the next job makes a new one.
 """
@@ -22,16 +23,15 @@ from core.errors import TransferError
 from kv_transfer.messages import FromGiver, Hello
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import PullJob, Unusable, settled
-from kv_transfer.transports.batches import Batch, Staging, land
+from kv_transfer.transports.batches import Staging, land
 from kv_transfer.transports.tcp_io import (
     IDLE_TIMEOUT_S,
-    Window,
     batched,
-    memory_of,
     prepare,
     receive,
     receive_frame,
-    send,
+    send_frame,
+    vectors_of,
 )
 
 MAX_CONNECTIONS = 2
@@ -146,26 +146,18 @@ class _Connection:
         self._number = (self._number + 1) % 2**32
         nbytes = sum(map(job.coding.wire_bytes, job.pieces))
         ask = wire.Ask(self._number, job.first, job.first + len(job.pieces), nbytes)
-        send(self.socket, [memoryview(self._unsent + wire.encode_request(ask, job.transfer_id))])
+        send_frame(self.socket, self._unsent + wire.encode_request(ask, job.transfer_id))
         self._unsent = b""
         return ask
 
     def fetch(self, job: PullJob, ask: wire.Ask) -> None:
         self._expect_grant(ask)
-        window = Window(job.rows, job.taker_slots, self._staging)
         for batch in batched(job.coding, job.pieces):
-            if batch.framed:
-                self._fetch_frames(job, batch)
-            else:
-                window.receive(self.socket, job.pieces[batch.first : batch.last])
-                job.all_arrived(batch.first, batch.last)
+            buffer = self._staging.take(batch.nbytes)
+            receive(self.socket, vectors_of([buffer]))
+            land(job, batch, buffer)
             if self._stopped:
                 raise TransferError("stopped")
-
-    def _fetch_frames(self, job: PullJob, batch: Batch) -> None:
-        buffer = self._staging.take(batch.nbytes)
-        receive(self.socket, [memory_of(buffer)])
-        land(job, batch, buffer)
 
     def _expect_grant(self, ask: wire.Ask) -> None:
         reason_bytes = wire.decode_reply(receive_frame(self.socket, wire.REPLY_BYTES), ask)

@@ -27,7 +27,7 @@ from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import settled
 from kv_transfer.transports.batches import Staging
 from kv_transfer.transports.reading import Reading
-from kv_transfer.transports.tcp_io import Window, batched, memory_of, prepare, send
+from kv_transfer.transports.tcp_io import Window, batched, prepare, send, send_frame, vectors_of
 
 logger = logging.getLogger(__name__)
 
@@ -206,14 +206,12 @@ class TcpServer:
 
     def _send(self, connection: _Connection, ask: wire.Ask, reading: Reading) -> None:
         window = Window(self._rows, reading.slots, connection.staging)
-        header = [memoryview(wire.encode_grant(ask))]
+        send_frame(connection.socket, wire.encode_grant(ask))
         for batch in batched(reading.coding, reading.pieces):
             if batch.framed:
-                vectors = [memory_of(frame) for frame in reading.frames(batch)]
+                send(connection.socket, vectors_of(reading.frames(batch)))
             else:
-                vectors = window.vectors(reading.pieces[batch.first : batch.last])
-            send(connection.socket, header + vectors)
-            header = []
+                window.send(connection.socket, reading.pieces[batch.first : batch.last])
 
 
 def _listen(host: str) -> socket.socket:

@@ -1,8 +1,9 @@
 """torch.distributed P2P: gloo between any two hosts, NCCL between CUDA devices.
 
 The taker asks for batches of pieces (Pull), at most WINDOW ahead of what it has unpacked; the giver packs each into a
-contiguous buffer and sends it. Both ends work on staging buffers, so the blocks are free of the transport as soon as a
-copy within the machine is over, however long the network takes: a receive that can't be aborted writes to staging only.
+contiguous buffer and sends it in messages, which are packed, sent and unpacked at the same time. Both ends work on
+staging buffers, so the blocks are free of the transport as soon as a copy within the machine is over, however long the
+network takes: a receive that can't be aborted writes to staging only.
 
 A job has a pair to itself and returns it when all went well. After an error or a cancel the pair is thrown away.
 """
@@ -15,7 +16,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch._C._distributed_c10d import Work
@@ -24,13 +25,21 @@ from core.errors import TransferError
 from engine.kv_cache import Pool
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairFailed, PairKey, Pull, ToGiver
 from kv_transfer.transports.base import PullJob, settled
-from kv_transfer.transports.batches import Batch, Staging, batches, device_identity, land, staging_device
+from kv_transfer.transports.batches import (
+    Batch,
+    Staging,
+    batches,
+    device_identity,
+    land,
+    messages,
+    staging_device,
+)
 from kv_transfer.transports.pairs import GIVER_RANK, TAKER_RANK, Group, PairEnd, wait
 
 T = TypeVar("T")
 
 MAX_PAIRS = 2
-"""Jobs pulled at a time over one link. A pair costs each end a thread, and WINDOW buffers of BATCH_BYTES here."""
+"""Jobs pulled at a time over one link. A pair costs each end a thread and two buffers of BATCH_BYTES."""
 WINDOW = 2
 """Batches asked for and not yet unpacked: one on the wire while one is unpacked."""
 
@@ -120,6 +129,14 @@ class TorchDistributed:
             pair.end.close()
 
 
+class _Receive(NamedTuple):
+    """A message that was asked for."""
+
+    part: Batch
+    buffer: torch.Tensor
+    work: Work
+
+
 class _Puller:
     """One job on one pair; `run` is the pair's thread."""
 
@@ -134,16 +151,16 @@ class _Puller:
         """Receives that were posted are always waited for, even when nobody wants them any more: the group can't be
         dropped under them."""
         todo = enumerate(batches(self._job.coding, self._job.pieces))
-        posted: deque[tuple[Batch, torch.Tensor, Work]] = deque()
+        posted: deque[list[_Receive]] = deque()
         error: TransferError | None = None
         while True:
             while len(posted) < WINDOW and not self._stopped and (turn := next(todo, None)) is not None:
                 posted.append(self._post(group, *turn))
             if not posted:
                 break
-            batch, buffer, work = posted.popleft()
-            wait(work, self._pair.end.device)
-            error = self._unpack(batch, buffer) or error
+            for part, buffer, work in posted.popleft():
+                wait(work, self._pair.end.device)
+                error = self._unpack(part, buffer) or error
         if error is not None:
             raise error
 
@@ -156,12 +173,13 @@ class _Puller:
 
         await settled(asyncio.get_running_loop().run_in_executor(None, stop))
 
-    def _post(self, group: Group, index: int, batch: Batch) -> tuple[Batch, torch.Tensor, Work]:
-        buffer = self._pair.staging[index % WINDOW].take(batch.nbytes)
-        work = group.recv([buffer], GIVER_RANK, 0)
+    def _post(self, group: Group, index: int, batch: Batch) -> list[_Receive]:
         job, first = self._job, self._job.first
+        buffer = self._pair.staging[index % WINDOW].take(batch.nbytes)
+        parts = [(part, buffer[place]) for part, place in messages(job.coding, job.pieces, batch)]
+        receives = [_Receive(part, into, group.recv([into], GIVER_RANK, 0)) for part, into in parts]
         self._send(Pull(job.transfer_id, self._pair.pair_id, first + batch.first, first + batch.last, batch.nbytes))
-        return batch, buffer, work
+        return receives
 
     def _unpack(self, batch: Batch, buffer: torch.Tensor) -> TransferError | None:
         job = self._job

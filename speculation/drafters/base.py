@@ -39,6 +39,12 @@ class Surroundings:
     """[vocab, hidden] the target's, from the normed hidden state to logits."""
     num_layers: int = 0
     """Of the target."""
+    fingerprint: str = ""
+    """Of the target's files (engine.weights.fingerprint); like the two tensors there for kinds that share_vocabulary."""
+    native: bool = False
+    """Whether the target is computed by our own kernels for the CPU, which then are loaded."""
+    proposes: bool = True
+    """False: it sees prompts of requests that are decoded elsewhere, to `pack` them, and never proposes."""
 
 
 class BaseDrafter:

@@ -35,13 +35,18 @@ Follow = Callable[[NDArray[np.int64], NDArray[np.int64]], Branches]
 
 
 @dataclass(frozen=True, slots=True)
-class _Level:
+class Level:
     """Where trees go on."""
 
     nodes: NDArray[np.int64]  # [n] numbers among all; ROOT
     requests: NDArray[np.int64]
     worths: NDArray[np.float32] | NDArray[np.float64]
     windows: NDArray[np.int64]  # [n, width]
+    above: NDArray[np.int64]  # [n] the places of their parents in the level before; of the first, their own
+
+
+FollowLevel = Callable[[Level], Branches]
+"""What may follow the nodes of a level. Levels come one after the other, from that of the roots on."""
 
 
 class _Forest:
@@ -50,7 +55,7 @@ class _Forest:
         self._budgets = budgets
         self._bars = np.full(len(budgets), max(floor, LEAST_WORTH), np.float32)  # what a further node must be worth
 
-    def add(self, level: _Level, branches: Branches) -> _Level:
+    def add(self, level: Level, branches: Branches) -> Level:
         """Those branches that belong to the best trees so far; where to go on."""
         requests, worths = level.requests[branches.windows], level.worths[branches.windows] * branches.chances
         kept = (worths >= self._bars[requests]).nonzero()[0]
@@ -61,7 +66,8 @@ class _Forest:
         best = self._best()
         best = best[best >= first]
         on = best - first
-        return _Level(best, new.requests[on], new.worths[on], extended(level.windows[above[on]], new.tokens[on]))
+        windows = extended(level.windows[above[on]], new.tokens[on])
+        return Level(best, new.requests[on], new.worths[on], windows, above[on])
 
     def _best(self) -> NDArray[np.int64]:
         order, ranks = self.nodes.ranked()
@@ -83,13 +89,34 @@ def grow(
 ) -> DraftBatch:
     """The best trees of at most budgets[r] nodes after windows [requests, width], none worth less than `floor`; chains
     unless there may be `branches`."""
+
+    def after(level: Level) -> Branches:
+        return follow(level.requests, level.windows)
+
+    return grow_levels(after, windows, budgets, floor, branches=branches, law=law, drafter=drafter)
+
+
+def grow_levels(
+    follow: FollowLevel,
+    windows: NDArray[np.int64],
+    budgets: NDArray[np.int64],
+    floor: float,
+    *,
+    branches: bool,
+    law: DraftLaw,
+    drafter: str,
+    depth: int = MAX_DEPTH,
+    least: float = 0.0,
+) -> DraftBatch:
+    """As `grow`, for what has to be computed level by level. None is asked for beyond `depth`, nor below a level whose
+    nodes are not worth `least` together: more than that a further one can't be."""
     forest = _Forest(budgets, floor)
     some = np.flatnonzero(budgets > 0)
-    level = _Level(np.full(len(some), ROOT), some, np.ones(len(some), np.float32), windows[some])
-    for _ in range(min(int(budgets.max(initial=0)), MAX_DEPTH)):
-        found = follow(level.requests, level.windows)
+    level = Level(np.full(len(some), ROOT), some, np.ones(len(some), np.float32), windows[some], np.arange(len(some)))
+    for _ in range(min(int(budgets.max(initial=0)), depth)):
+        found = follow(level)
         level = forest.add(level, found if branches else _first(found))
-        if not len(level.nodes):
+        if not len(level.nodes) or level.worths.sum() < least:
             break
     return forest.nodes.trees(budgets, law, drafter)
 

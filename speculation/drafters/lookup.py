@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculation.drafters.base import BaseDrafter, Surroundings
-from speculation.drafters.contexts import PAD, PRIVATE, SHARED, Contexts, Salts, last_windows, owners_of, windows_at
+from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, last_windows, owners_of, windows_at
 from speculation.drafters.mixture import part_of_each
 from speculation.drafters.nodes import LEAST_WORTH, Nodes
+from speculation.drafters.prefixes import prefixes
 from speculation.drafters.texts import NOWHERE, Occurrences, Texts
 from speculation.rounds import DraftRequest, Feedback
 from speculation.tree import ROOT, DraftBatch
@@ -23,8 +24,6 @@ DEEPEST = 32
 """Tokens after an occurrence that are looked at."""
 GROWING_DOUBT = 1.0
 """What occurred after the same n tokens goes on as it did then with probability n / (n + this)."""
-
-_PATHS = np.random.default_rng(0x52).integers(0, 2**64, DEEPEST + 1, np.uint64) | np.uint64(1)
 
 
 @dataclass(slots=True)
@@ -138,18 +137,9 @@ class LookupDrafter(BaseDrafter):
 
 def _voted(found: Occurrences, tokens: NDArray[np.int32], trusts: NDArray[np.float64]) -> Nodes:
     """The texts after occurrences [occurrences, length] as trees: those that begin alike share nodes."""
-    length = tokens.shape[1]
-    terms = (tokens.astype(np.uint64) + np.uint64(1)) * _PATHS[:length]
-    paths = terms.cumsum(axis=1) + found.windows[:, None].astype(np.uint64) * _PATHS[-1]
-    there = (tokens != PAD).reshape(-1).nonzero()[0]
-    _, first, which = np.unique(paths.reshape(-1)[there], return_index=True, return_inverse=True)
-    order = first.argsort()  # as in the texts, so parents come first
-    number = np.empty_like(order)
-    number[order] = np.arange(len(order))
-    node_at = np.full(tokens.size, ROOT)
-    node_at[there] = number[which]
-    at = there[first[order]]
-    worths = np.bincount(node_at[there], trusts.reshape(-1)[there], minlength=len(at)).astype(np.float64)
-    parents = np.where(at % max(length, 1) > 0, node_at[at - 1], ROOT)
+    trees = prefixes(found.windows, tokens)
+    at, parents = trees.first, trees.parents
+    worths = np.bincount(trees.nodes, trusts.reshape(-1)[trees.places], minlength=len(at)).astype(np.float64)
     above = np.where(parents == ROOT, 1.0, worths[parents])
-    return Nodes(tokens.reshape(-1)[at], parents, found.windows[at // max(length, 1)], worths, worths / above)
+    windows = found.windows[at // max(tokens.shape[1], 1)]
+    return Nodes(tokens.reshape(-1)[at].astype(np.int64), parents, windows, worths, worths / above)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from core.errors import TransferError
 from speculation.drafters.base import BaseDrafter, Surroundings
 from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, last_windows, owners_of, windows_at
 from speculation.drafters.growth import Branches, grow
 from speculation.drafters.mixture import mixed
 from speculation.drafters.successors import WIDTH, Successors
+from speculation.packing import expect
 from speculation.rounds import DraftRequest, Feedback, Needs, Observed
 from speculation.tree import DraftBatch
 
@@ -26,6 +29,12 @@ LONGEST_TEXT = 1 << 15
 OF_WHAT_CAME = 0.2
 """Part of the evidence of a verified row: the token that came. The rest is the target's law, which grammars, penalties
 and low temperatures do not follow."""
+
+
+_ONE = np.array([0, 1])
+"""Offsets of one row of one request."""
+_ROUNDING = 1e-3
+"""Above which a log-probability is none."""
 
 
 @dataclass(slots=True)
@@ -63,8 +72,11 @@ class RecyclingDrafter(BaseDrafter):
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__(surroundings)
         self.needs = Needs(top=min(WIDTH, surroundings.vocab_size))
-        self._table = Successors(min(surroundings.max_memory_bytes, MOST_BYTES), self.fading)
+        room = min(surroundings.max_memory_bytes, MOST_BYTES) if surroundings.proposes else 0
+        self._table = Successors(room, self.fading)
         self._readers: dict[int, Reader] = {}
+        self._of_prompts: dict[int, Observed] = {}
+        """The last row of each request's prompt."""
 
     @property
     def memory_bytes(self) -> int:
@@ -84,7 +96,12 @@ class RecyclingDrafter(BaseDrafter):
         self._read(request, len(request.token_ids) - 1)
 
     def absorb(self, requests: Sequence[DraftRequest], observed: Observed) -> None:
-        self._recycle(requests, observed)
+        for place, request in enumerate(requests):
+            end = int(observed.offsets[place + 1])
+            if end > observed.offsets[place] and observed.indices[end - 1] < request.num_prompt_tokens:
+                self._of_prompts[request.key] = _row(observed, end - 1)
+        if self.surroundings.proposes:
+            self._recycle(requests, observed)
 
     def observe(self, feedback: Feedback) -> None:
         self._recycle(feedback.requests, feedback.observed)
@@ -101,9 +118,27 @@ class RecyclingDrafter(BaseDrafter):
 
     def finish(self, key: int) -> None:
         """What was learned of one that may be remembered goes as newer things come."""
+        self._of_prompts.pop(key, None)
         reader = self._readers.pop(key, None)
         if reader is not None and reader.owners[PRIVATE] == reader.owners[SHARED]:
             self._table.forget(reader.owners[PRIVATE])
+
+    def pack(self, key: int) -> dict[str, torch.Tensor]:
+        row = self._of_prompts.get(key)
+        if row is None or row.top_ids is None or row.top_logprobs is None:
+            return {}
+        parts = {"index": row.indices, "top_ids": row.top_ids, "top_logprobs": row.top_logprobs}
+        return {name: torch.from_numpy(part) for name, part in parts.items()}
+
+    def unpack(self, request: DraftRequest, state: dict[str, torch.Tensor]) -> None:
+        index = expect(state, "index", torch.int64, 1)
+        ids = expect(state, "top_ids", torch.int64, 1, self.needs.top)
+        logprobs = expect(state, "top_logprobs", torch.float32, 1, self.needs.top)
+        known = 0 <= int(index) < len(request.token_ids)
+        if not known or (ids < 0).any() or (ids >= self.surroundings.vocab_size).any() or (logprobs > _ROUNDING).any():
+            raise TransferError("the draft state is of another prompt or vocabulary, or has probabilities above one")
+        row = Observed(_ONE, index.numpy(), top_ids=ids.numpy(), top_logprobs=logprobs.numpy())
+        self._recycle([request], row)
 
     def catch_up(self, requests: Sequence[DraftRequest]) -> Salts:
         """Reads all texts up to the root."""
@@ -142,6 +177,17 @@ class RecyclingDrafter(BaseDrafter):
         weights[tokens < 0] = 0.0
         owners = _owners(readers, [len(some) for some in windows])
         self.remember(self.contexts, Lesson(owners, np.concatenate(windows), np.maximum(tokens, 0), weights))
+
+
+def _row(observed: Observed, row: int) -> Observed:
+    """In memory of its own."""
+    own, ids, logprobs = slice(row, row + 1), observed.top_ids, observed.top_logprobs
+    return Observed(
+        _ONE,
+        observed.indices[own].copy(),
+        top_ids=None if ids is None else ids[own].copy(),
+        top_logprobs=None if logprobs is None else logprobs[own].copy(),
+    )
 
 
 def _owners(readers: Sequence[Reader], counts: Sequence[int]) -> NDArray[np.uint64]:

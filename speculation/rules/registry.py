@@ -26,6 +26,8 @@ class Rule:
     branches: bool = True
     reads_laws: bool = True
     lossless: bool = True
+    favours: DraftLaw = DraftLaw.POINT_MASS
+    """By which it accepts most, for drafters that have the choice."""
 
     def verify(self, drafts: DraftBatch, rows: TargetRows, dice: Dice) -> Outcome:
         outcome: Outcome = module_of("rule", self.name).verify(drafts, rows, dice)
@@ -36,9 +38,9 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule("sampled", _ALL, reads_laws=False),
-        Rule("chain", _ALL, branches=False),
-        Rule("tree", _ALL),
-        Rule("k_seq", frozenset({DraftLaw.IID})),
+        Rule("chain", _ALL, branches=False, favours=DraftLaw.IID),
+        Rule("tree", _ALL, favours=DraftLaw.WITHOUT_REPLACEMENT),
+        Rule("k_seq", frozenset({DraftLaw.IID}), favours=DraftLaw.IID),
         Rule("typical", _ALL, lossless=False),
     )
 }

@@ -33,6 +33,8 @@ def test_every_transport_is_measured_beside_its_bare_primitive(report: dict) -> 
         assert one["bytes_per_s"] == pytest.approx(one["bytes"] / (one["ms"] / 1e3))
         assert one["share_of_memcpy"] == pytest.approx(one["bytes_per_s"] / report["bare_bytes_per_s"]["memcpy"])
         assert one["hidden"] <= 1
+        for name, rate in report["bare_same_size_bytes_per_s"]["1"].items():
+            assert one[f"share_of_{name}"] == pytest.approx(one["bytes_per_s"] / rate)
 
 
 def test_the_copy_is_measured_with_and_without_checksums(report: dict) -> None:

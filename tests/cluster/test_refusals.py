@@ -92,3 +92,18 @@ def test_heads_that_do_not_divide_are_named(refusal: Callable[..., str]) -> None
 )
 def test_speculation_that_cannot_be_had_is_named(flags: list[str], named: str, refusal: Callable[..., str]) -> None:
     assert named in refusal(*flags)
+
+
+def test_a_draft_model_that_can_not_draft_for_the_model_is_named(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, refusal: Callable[..., str]
+) -> None:
+    draft = tmp_path_factory.mktemp("draft")
+    save_tiny_llama(draft)
+    asked = ("--speculation", "draft_model", "--speculation-weights", f"draft_model={draft}")
+    assert "weights draft_model: this drafter needs some" in refusal(*asked[:2])
+    assert "raise --speculation-memory" in refusal(*asked, "--speculation-memory", "64KiB")
+    configure(draft, vocab_size=64)
+    assert "vocab_size is 64, and that of the model it is to draft for 128" in refusal(*asked)
+    (draft / "model.safetensors").rename(draft / "pytorch_model.bin")
+    configure(draft, vocab_size=128)
+    assert "has pickled weights (.bin) only" in refusal(*asked)

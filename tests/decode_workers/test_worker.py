@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from core.draft_state import DraftState, PackedTensor
 from core.errors import ChecksumMismatch
 from core.types import Request, SamplingParams
 from core.wire import Receive
@@ -17,7 +18,8 @@ from engine.sequence import Sequence
 from kv_transfer.messages import SequenceState
 from kv_transfer.taker import Taken, Taker, Withdrawn
 
-STATE = SequenceState(token_ids=[7])
+DRAFT_STATES = {"hybrid": DraftState("", {"index": PackedTensor("int64", (1,), bytes(8))})}
+STATE = SequenceState(token_ids=[7], draft_states=DRAFT_STATES)
 
 
 class Recorder:
@@ -39,7 +41,9 @@ class Outcomes:
         self.reserved: asyncio.Future[Any] | None = None
         self.deadline = 0.0
 
-    async def expect(self, transfer_id: str, _: str, reserved: asyncio.Future[Any], *, deadline: float) -> Taken:
+    async def expect(
+        self, transfer_id: str, _: str, reserved: asyncio.Future[Any], *, deadline: float, trace: str
+    ) -> Taken:
         self.expected.append(transfer_id)
         self.deadline = deadline
         self.reserved = reserved
@@ -81,7 +85,7 @@ async def test_kv_that_has_arrived_joins_the_batch_as_what_it_is(exact: bool) ->
     h.taker.ending.set_result(Taken(STATE, exact))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert await h.settle() == [("join", "r", [7], ("exact", exact))]
+    assert await h.settle() == [("join", "r", [7], ("exact", exact), ("draft_states", DRAFT_STATES))]
     assert h.failed == []
 
 

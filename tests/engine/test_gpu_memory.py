@@ -65,6 +65,18 @@ def test_nine_tenths_are_taken_when_nothing_is_said() -> None:
     assert Meter(MadeUpGpu(), GpuShare()).left() == int(80 * GIB * 0.9)
 
 
+def test_what_drafters_will_take_is_left_out() -> None:
+    whole = Meter(MadeUpGpu(), GpuShare()).left()
+    assert Meter(MadeUpGpu(), GpuShare(kept_bytes=3 * GIB)).left() == whole - 3 * GIB
+
+
+def test_a_share_that_drafters_use_up_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"weights, drafters and the largest step take 41.0 GiB; .* --speculation-memory"
+    ):
+        Meter(MadeUpGpu(), GpuShare(utilization=0.5, kept_bytes=41 * GIB)).left()
+
+
 def test_a_share_that_others_use_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"asks for 72.0 GiB of the GPU's 80.0 GiB and 70.0 GiB are free"):
         Meter(MadeUpGpu(others=10 * GIB), GpuShare())

@@ -21,7 +21,7 @@ from kv_transfer import pieces
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, ToGiver
 from kv_transfer.taker import Reservation, Taker
-from kv_transfer.transports import base, batches, tcp_io, torch_distributed
+from kv_transfer.transports import base, batches, tcp, tcp_io, torch_distributed
 
 LAYOUT = layout(num_layers=8)
 GIVER_SEED, TAKER_SEED = 1, 2
@@ -31,6 +31,7 @@ def many_small_messages() -> None:
     """Both processes must cut alike."""
     pieces.PIECE_BYTES = 1 << 10
     batches.BATCH_BYTES = tcp_io.BATCH_BYTES = 2 << 10
+    batches.MESSAGE_BYTES = 1 << 10
     tcp_io.MIN_VECTOR_BYTES = 1
 
 
@@ -63,7 +64,7 @@ async def take(transport: str, address: str, transfer_id: str, block_ids: str, n
         case "shared_memory":
             base.copy_summed = hang
         case "tcp":
-            tcp_io.Window.receive = hang
+            tcp.land = hang
         case "torch_distributed":
             torch_distributed.land = hang
     taker = Taker(pool_of_noise(LAYOUT, seed=TAKER_SEED), transports=[transport])

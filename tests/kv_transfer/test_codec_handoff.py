@@ -58,6 +58,7 @@ def arrived(sides: Sides, codec: str) -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.pieces.PIECE_BYTES", 1500)
     monkeypatch.setattr(batches, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(batches, "MESSAGE_BYTES", 1000)
     monkeypatch.setattr(tcp_io, "BATCH_BYTES", 2000)
 
 
@@ -153,7 +154,7 @@ def flipped(whole: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("transport", "module", "sends"),
-    [("tcp", tcp_server, "memory_of"), ("torch_distributed", pair_server, "pack_frames")],
+    [("tcp", tcp_server, "vectors_of"), ("torch_distributed", pair_server, "pack_frames")],
 )
 async def test_a_frame_that_was_changed_on_its_way_is_not_even_decoded(
     transport: str, module: Any, sends: str, monkeypatch: pytest.MonkeyPatch
@@ -280,7 +281,7 @@ async def test_a_committed_transfer_tells_how_fast_the_link_is_and_one_that_fail
         filled(sides)
         blocks = list(range(64))
         with monkeypatch.context() as broken:
-            broken.setattr(tcp_server, "memory_of", flipped(tcp_server.memory_of))
+            broken.setattr(tcp_server, "vectors_of", flipped(tcp_server.vectors_of))
             sides.offer("t", blocks, 1024)
             with pytest.raises(ChecksumMismatch):
                 await sides.take("t", blocks, 1024)

@@ -15,7 +15,7 @@ from core.errors import LeaseExpired, TransferError
 from kv_transfer import giving, pieces
 from kv_transfer.messages import SequenceState
 from kv_transfer.taker import Taker, Withdrawn
-from kv_transfer.transports import base, pair_server, tcp_io, torch_distributed
+from kv_transfer.transports import base, pair_server, tcp, tcp_io, torch_distributed
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),  # gRPC's poller outlives a loop and would call into a closed one
@@ -24,7 +24,7 @@ pytestmark = [
 
 SLOW_TO_SEND = pytest.mark.parametrize(
     ("transport", "module", "sends"),
-    [("tcp", tcp_io.Window, "vectors"), ("torch_distributed", pair_server, "pack")],
+    [("tcp", tcp_io.Window, "send"), ("torch_distributed", pair_server, "pack")],
 )
 
 
@@ -73,7 +73,7 @@ async def test_a_cancel_before_the_offer_frees_the_blocks_once_they_are_offered(
     ("transport", "module", "writes"),
     [
         ("shared_memory", base, "copy_summed"),
-        ("tcp", tcp_io.Window, "receive"),
+        ("tcp", tcp, "land"),
         ("torch_distributed", torch_distributed, "land"),
     ],
 )

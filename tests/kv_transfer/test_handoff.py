@@ -77,7 +77,8 @@ async def test_a_prompt_that_is_cached_whole_commits_without_a_byte(transport: s
 
 @EACH
 async def test_many_transfers_share_one_link(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "BATCH_BYTES", 2000)  # several batches to each
+    monkeypatch.setattr(batches, "BATCH_BYTES", 4000)  # several batches to each, several messages to a batch
+    monkeypatch.setattr(batches, "MESSAGE_BYTES", 2000)
     monkeypatch.setattr("kv_transfer.pieces.PIECE_BYTES", 1000)
     async with connected(transports=[transport]) as sides:
         tables = {f"t{n}": [2 * n, 2 * n + 1] for n in range(32)}

@@ -20,14 +20,14 @@ from sides import STATE, Gate, connected, pool_of_noise, tokens
 from core.errors import LeaseExpired, TransferError
 from kv_transfer import pieces
 from kv_transfer.taker import Taker
-from kv_transfer.transports import base, batches, tcp_io, torch_distributed
+from kv_transfer.transports import base, batches, tcp, tcp_io, torch_distributed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
 EACH = pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
 WRITES = {
     "shared_memory": (base, "copy_summed"),
-    "tcp": (tcp_io.Window, "receive"),
+    "tcp": (tcp, "land"),
     "torch_distributed": (torch_distributed, "land"),
 }
 """Where each transport writes to the taker's blocks."""
@@ -39,6 +39,7 @@ THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 61
 def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", pieces.PIECE_BYTES)  # put back what the next line changes
     monkeypatch.setattr(batches, "BATCH_BYTES", batches.BATCH_BYTES)
+    monkeypatch.setattr(batches, "MESSAGE_BYTES", batches.MESSAGE_BYTES)
     monkeypatch.setattr(tcp_io, "BATCH_BYTES", tcp_io.BATCH_BYTES)
     monkeypatch.setattr(tcp_io, "MIN_VECTOR_BYTES", tcp_io.MIN_VECTOR_BYTES)
     other_process.many_small_messages()

@@ -16,7 +16,7 @@ from kv_transfer.codecs.names import CodecName
 from kv_transfer.coding import Coding
 from kv_transfer.messages import FromGiver, Hello, PairFailed
 from kv_transfer.taker import Taker
-from kv_transfer.transports import nixl, pairs, tcp_io
+from kv_transfer.transports import nixl, pairs, tcp, tcp_io
 from kv_transfer.transports.base import PullJob, Transport, Unusable
 from kv_transfer.transports.choice import preference
 from kv_transfer.transports.fallback import FirstThatWorks
@@ -177,7 +177,7 @@ async def test_a_connection_that_breaks_in_the_middle_costs_no_transfer(
 ) -> None:
     monkeypatch.setattr("kv_transfer.pieces.PIECE_BYTES", 1000)
     monkeypatch.setattr(tcp_io, "BATCH_BYTES", 2000)
-    whole, calls = tcp_io.Window.receive, []
+    whole, calls = tcp.receive, []
 
     def breaks(*arguments: Any) -> None:
         calls.append(arguments)
@@ -185,7 +185,7 @@ async def test_a_connection_that_breaks_in_the_middle_costs_no_transfer(
             raise TransferError("the connection broke: cable cut")
         whole(*arguments)
 
-    monkeypatch.setattr(tcp_io.Window, "receive", breaks)
+    monkeypatch.setattr(tcp, "receive", breaks)
     async with connected(transports=["tcp", "torch_distributed"]) as sides:
         sides.offer("t", THEIRS, NUM_TOKENS)
         with caplog.at_level(logging.WARNING, "kv_transfer"):
@@ -201,7 +201,7 @@ async def test_a_transport_that_was_asked_for_alone_fails_the_transfer(monkeypat
     def breaks(*arguments: Any) -> None:
         raise TransferError("the connection broke: cable cut")
 
-    monkeypatch.setattr(tcp_io.Window, "receive", breaks)
+    monkeypatch.setattr(tcp, "receive", breaks)
     async with connected(transports=["tcp"]) as sides:
         sides.offer("t", THEIRS, NUM_TOKENS)
         with pytest.raises(TransferError, match="cable cut"):

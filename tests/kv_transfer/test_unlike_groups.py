@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from engine.kv_layout import KVLayout
 from kv_transfer.messages import Piece
-from kv_transfer.pieces import Extent, checksum, cut, layers_of, seal, slots_of, tokens_of
+from kv_transfer.pieces import Extent, checksum, copy_summed, cut, layers_of, runs, seal, slots_of, tokens_of
 from kv_transfer.split_rows import Share, SplitRows
-from kv_transfer.transports.batches import pack, unpack
+from kv_transfer.transports.batches import pack
 
 TOKENS, NUM_SLOTS, LAYERS, HEAD_BYTES = 75, 256, 5, 4
 SPLITS = list(product((1, 2, 4), (1, 2)))
@@ -63,7 +63,10 @@ def handed_over(theirs: SplitRows, ours: SplitRows, giver: KVLayout, taker: KVLa
         width = 2 * piece.num_layers * piece.num_tokens * theirs.shape[-1]
         buffer = torch.empty(width, dtype=torch.uint8)
         pack(buffer, theirs, source, [piece])
-        unpack(buffer, ours, target, [piece])
+        part = buffer.view(piece.num_layers, 2, piece.num_tokens, -1)
+        own = tokens_of(target, piece)
+        came = part if ours.is_tensor else part.numpy()
+        assert copy_summed(layers_of(ours, piece), came, runs(np.arange(len(own)), own)) == piece.checksum
         assert checksum(layers_of(ours, piece), tokens_of(target, piece)) == piece.checksum
         yield [piece]
 

@@ -31,6 +31,7 @@ def settings(**given: Any) -> Settings:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"speculation": "small_model"}, "weights small_model: this drafter needs some; give small_model=PATH"),
         ({"speculation": "copyer"}, "no drafter is called 'copyer': did you mean copier?"),
         ({"speculation": "copier,small_modle"}, "did you mean small_model?"),
         ({"speculation_rule": "sampeld"}, "no rule is called 'sampeld': did you mean sampled?"),
@@ -64,8 +65,9 @@ def test_what_does_not_go_together_is_refused_in_one_line_that_names_it(given: d
     ("written", "drafters"),
     [("copier", ("copier",)), ("copier, small_model", ("copier", "small_model")), (["small_model"], ("small_model",))],
 )
-def test_drafters_are_a_name_or_several(written: object, drafters: tuple[str, ...]) -> None:
-    found = load(None, {"speculation": written}).speculation.settings
+def test_drafters_are_a_name_or_several(written: object, drafters: tuple[str, ...], tmp_path: Path) -> None:
+    weights = (f"small_model={tmp_path}",) if "small_model" in drafters else ()
+    found = load(None, {"speculation": written, "speculation_weights": weights}).speculation.settings
     assert found is not None
     assert found.drafters == drafters
 
@@ -92,10 +94,13 @@ def test_a_file_has_a_section_for_it(tmp_path: Path) -> None:
         ({"allow_lossy": True}, "copier", {"sampled", "tree", "typical"}),
         ({"rule": "typical"}, "copier", {"sampled", "tree", "typical"}),
         ({"drafters": ("small_model",)}, "small_model", {"sampled", "tree", "k_seq"}),
-        ({"drafters": ("small_model",), "rule": "tree"}, "small_model", {"sampled", "tree", "k_seq"}),
+        ({"drafters": ("small_model",), "rule": "tree"}, "small_model", {"sampled", "tree"}),
+        ({"drafters": ("small_model",), "rule": "chain"}, "small_model", {"sampled", "tree", "k_seq", "chain"}),
     ],
 )
 def test_requests_may_ask_for_rules_that_are_right_for_the_drafts_that_are_made(
-    given: dict[str, Any], drafter: str, rules: set[str]
+    given: dict[str, Any], drafter: str, rules: set[str], tmp_path: Path
 ) -> None:
-    assert set(settings(**given).rules_for(drafter)) == rules
+    """Of the laws that a drafter has the choice of, the operator's rule takes the one that it accepts most of."""
+    weights = {"small_model": tmp_path} if drafter == "small_model" else {}
+    assert set(settings(weights=weights, **given).rules_for(drafter)) == rules

@@ -227,7 +227,7 @@ class PartRun {
       const int64_t key = first + p * kPanel;
       const bool all_seen =
           span_.mask == nullptr && key >= a_.first_seen(span_, bottom) && key + kPanel <= a_.end_seen(span_, top);
-      multiply_rows<2, 0>(rows, queries, &panel, pairs_, [&](int64_t row, const __m512* sums) {
+      multiply_rows<2, 0>(rows, queries, &panel, pairs_, Ahead{}, [&](int64_t row, const __m512* sums) {
         for (int64_t half = 0; half < 2; ++half) {
           __m512 score = scaled(sums[half]);
           if (!all_seen) score = _mm512_mask_mov_ps(hidden(), seen(own(start + row), key + half * 16), score);
@@ -241,7 +241,7 @@ class PartRun {
     for (int64_t d = 0, p = 0; d < a_.heads.size; d += kPanel, ++p) {
       const bf16* panel = work_.values() + p * value_panel + from * kPanel * kPanel;
       multiply_rows<2, kChunkKeys / 2>(
-          rows, work_.weights() + from * kPanel / 2, &panel, (to - from) * kPanel / 2,
+          rows, work_.weights() + from * kPanel / 2, &panel, (to - from) * kPanel / 2, Ahead{},
           [&](int64_t row, const __m512* sums) {
             float* mix = result_.mixes + (base + row) * a_.heads.size + d;
             const __m512 factor = _mm512_set1_ps(rescale[row]);

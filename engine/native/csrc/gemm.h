@@ -18,7 +18,8 @@ namespace slipstream {
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kTileRows = 12;
-constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kPrefetchBytes = 8192;  // weights are asked for so far ahead: beyond the page, where no hardware does
+constexpr int64_t kPrefetchPairs = 2;     // inputs between requests
 constexpr int64_t kBlockRows = 192;  // rows of x that stay in the second-level cache while panels pass by
 
 enum class Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
@@ -73,10 +74,17 @@ inline void pack_row(const bf16* x, int64_t inputs, const Norm& norm, uint32_t* 
   }
 }
 
+// Cache lines to ask memory for while a tile is computed: `lines` of them for every kPrefetchPairs pairs of inputs.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;
+};
+
 // R rows times V registers of 16 outputs, two from each panel. The rows are a packed tile, or with a Stride lie so many
 // pairs apart. `store(row, sums)` gets V registers for each row.
 template <int R, int V, int64_t Stride, class Store>
-inline void multiply_tile(const uint32_t* a, const bf16* const* panels, int64_t pairs, Store&& store) {
+inline void multiply_tile(const uint32_t* a, const bf16* const* panels, int64_t pairs, Ahead ahead,
+                          Store&& store) {
   __m512 sums[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -84,45 +92,46 @@ inline void multiply_tile(const uint32_t* a, const bf16* const* panels, int64_t 
     for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_ps();
   const bf16* b0 = panels[0];
   const bf16* b1 = V > 2 ? panels[1] : nullptr;
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512i weights[V];
+  for (int64_t p = 0; p < pairs;) {
+    for (const char* end = ahead.at + ahead.lines * 64; ahead.at < end; ahead.at += 64)
+      _mm_prefetch(ahead.at, _MM_HINT_T1);
+    for (const int64_t end = std::min(pairs, p + kPrefetchPairs); p < end; ++p) {
+      __m512i weights[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512((v < 2 ? b0 : b1) + (v & 1) * 32);
-    if (R <= kTileRows * 2 / 3 && Stride == 0) {  // few rows wait for weights from memory: look beyond the page
-      _mm_prefetch(reinterpret_cast<const char*>(b0) + kPrefetchBytes, _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(b0) + kPrefetchBytes + 64, _MM_HINT_T1);
-    }
+      for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512((v < 2 ? b0 : b1) + (v & 1) * 32);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = dot_pairs(sums[r][v], a[Stride > 0 ? r * Stride : r], weights[v]);
-    a += Stride > 0 ? 1 : R;
-    b0 += 2 * kPanel;
-    if (V > 2) b1 += 2 * kPanel;
+        for (int v = 0; v < V; ++v) sums[r][v] = dot_pairs(sums[r][v], a[Stride > 0 ? r * Stride : r], weights[v]);
+      a += Stride > 0 ? 1 : R;
+      b0 += 2 * kPanel;
+      if (V > 2) b1 += 2 * kPanel;
+    }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) store(r, sums[r]);
 }
 
 template <int V, int64_t Stride, class Store>
-inline void multiply_rows(int64_t rows, const uint32_t* a, const bf16* const* panels, int64_t pairs, Store&& store) {
+inline void multiply_rows(int64_t rows, const uint32_t* a, const bf16* const* panels, int64_t pairs, Ahead ahead,
+                          Store&& store) {
   switch (rows) {
-    case 1: return multiply_tile<1, V, Stride>(a, panels, pairs, store);
-    case 2: return multiply_tile<2, V, Stride>(a, panels, pairs, store);
-    case 3: return multiply_tile<3, V, Stride>(a, panels, pairs, store);
-    case 4: return multiply_tile<4, V, Stride>(a, panels, pairs, store);
-    case 5: return multiply_tile<5, V, Stride>(a, panels, pairs, store);
-    case 6: return multiply_tile<6, V, Stride>(a, panels, pairs, store);
+    case 1: return multiply_tile<1, V, Stride>(a, panels, pairs, ahead, store);
+    case 2: return multiply_tile<2, V, Stride>(a, panels, pairs, ahead, store);
+    case 3: return multiply_tile<3, V, Stride>(a, panels, pairs, ahead, store);
+    case 4: return multiply_tile<4, V, Stride>(a, panels, pairs, ahead, store);
+    case 5: return multiply_tile<5, V, Stride>(a, panels, pairs, ahead, store);
+    case 6: return multiply_tile<6, V, Stride>(a, panels, pairs, ahead, store);
     default: break;
   }
   if constexpr (V == 2) {
     switch (rows) {
-      case 7: return multiply_tile<7, V, Stride>(a, panels, pairs, store);
-      case 8: return multiply_tile<8, V, Stride>(a, panels, pairs, store);
-      case 9: return multiply_tile<9, V, Stride>(a, panels, pairs, store);
-      case 10: return multiply_tile<10, V, Stride>(a, panels, pairs, store);
-      case 11: return multiply_tile<11, V, Stride>(a, panels, pairs, store);
-      case 12: return multiply_tile<12, V, Stride>(a, panels, pairs, store);
+      case 7: return multiply_tile<7, V, Stride>(a, panels, pairs, ahead, store);
+      case 8: return multiply_tile<8, V, Stride>(a, panels, pairs, ahead, store);
+      case 9: return multiply_tile<9, V, Stride>(a, panels, pairs, ahead, store);
+      case 10: return multiply_tile<10, V, Stride>(a, panels, pairs, ahead, store);
+      case 11: return multiply_tile<11, V, Stride>(a, panels, pairs, ahead, store);
+      case 12: return multiply_tile<12, V, Stride>(a, panels, pairs, ahead, store);
       default: break;
     }
   }

@@ -23,6 +23,17 @@ struct Scratch {  // grows to what the largest call needs, and is kept: a step m
   }
 };
 
+// What to ask for while tile `index` of `count` is multiplied by a unit of V / 2 panels: all tiles together ask for as much
+// as the unit has, and keep ahead of the first tile, which reads it all. A single tile asks for one panel of a pair; the
+// other, which is read beside it, is left to the hardware, or both would wait for each other.
+template <int V>
+Ahead ahead_of(const bf16* unit, int64_t bytes, int64_t index, int64_t count) {
+  const char* from = reinterpret_cast<const char*>(unit);
+  if (count == 1) return {from + kPrefetchBytes, 2 * kPrefetchPairs};
+  const int64_t read = V > 2 ? bytes : bytes - bytes / count + kPrefetchBytes;
+  return {from + read + index * bytes / count, (V * kPrefetchPairs + count - 1) / count};
+}
+
 // Calls epilogue(row, unit, sums) for all rows and units; a unit is V / 2 neighbouring panels. Threads share the units of
 // all blocks of rows evenly.
 template <int V, class Epilogue>
@@ -42,12 +53,14 @@ void multiply(const Input& x, const bf16* packed, int64_t units, int threads, Sc
 #pragma omp barrier
     const int64_t work = blocks.count * units;
     for (int64_t item = thread * work / team; item < (thread + 1) * work / team; ++item) {
-      const int64_t block = item / units, unit = item % units;
-      const bf16* panels[2] = {packed + unit * (V / 2) * panel, packed + (unit * (V / 2) + V / 2 - 1) * panel};
-      for (int64_t tile = blocks.start(block); tile < blocks.start(block) + blocks.size(block); ++tile) {
-        const int64_t start = tiling.start(tile);
+      const int64_t block = item / units, count = blocks.size(block);
+      const bf16* weights = packed + item % units * (V / 2) * panel;
+      const bf16* panels[2] = {weights, weights + (V / 2 - 1) * panel};
+      for (int64_t index = 0; index < count; ++index) {
+        const int64_t tile = blocks.start(block) + index, start = tiling.start(tile);
         multiply_rows<V, 0>(tiling.size(tile), tiles + start * pairs, panels, pairs,
-                         [&](int64_t row, const __m512* sums) { epilogue(start + row, unit, sums); });
+                         ahead_of<V>(weights, V / 2 * panel * sizeof(bf16), index, count),
+                         [&](int64_t row, const __m512* sums) { epilogue(start + row, item % units, sums); });
       }
     }
   }

@@ -99,7 +99,8 @@ struct Run {
 };
 
 // A pool's rows are stored past the caches (`kStreamed`): they are wanted on another core, later. Runs lie anywhere, and
-// a page walk costs as much as a copied page: while one run is moved the next is asked for.
+// a page walk costs as much as a copied page: while one run is moved the next is asked for, into the second cache: the
+// first has places for few lines that are still to come.
 template <bool kCopied, bool kSummed, bool kStreamed>
 uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int64_t count) {
   int64_t rows = 0;
@@ -112,7 +113,7 @@ uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int6
       const uint8_t* next = i + 1 < count ? from + runs[i + 1].source * source.row : here;
       uint8_t* there = kCopied ? target->plane(plane) + runs[i].target * target->row : nullptr;
       for (int64_t at = 0; at < runs[i].length * source.row; at += kStripe) {
-        _mm_prefetch(next + at, _MM_HINT_T0);
+        _mm_prefetch(next + at, _MM_HINT_T1);
         const __m512i stripe = _mm512_loadu_si512(here + at);
         if constexpr (kCopied && kStreamed) _mm512_stream_si512(reinterpret_cast<__m512i*>(there + at), stripe);
         if constexpr (kCopied && !kStreamed) _mm512_store_si512(there + at, stripe);

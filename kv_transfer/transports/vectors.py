@@ -1,0 +1,105 @@
+"""Places in memory as the kernel takes them, and moved between them and a socket without a Python object for each."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Places: TypeAlias = NDArray[np.uint64]  # [n, 2] of address and length, none of them empty: the C type iovec
+
+MAX_VECTORS = 1024
+"""IOV_MAX of Linux."""
+
+_libc = ctypes.CDLL(None, use_errno=True)  # calls let other threads run
+
+
+class _Message(ctypes.Structure):
+    """The C type msghdr."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_bytes", ctypes.c_uint32),
+        ("vectors", ctypes.c_void_p),
+        ("num_vectors", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_bytes", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+def _call(name: str) -> Callable[[int, Any, int], int]:
+    function = getattr(_libc, name)
+    function.argtypes = (ctypes.c_int, ctypes.POINTER(_Message), ctypes.c_int)
+    function.restype = ctypes.c_ssize_t
+    return function  # type: ignore[no-any-return]
+
+
+_sendmsg, _recvmsg = _call("sendmsg"), _call("recvmsg")
+
+
+class Vectors(NamedTuple):
+    places: Places
+    memory: object
+    """Where they are; it lives for as long as they do."""
+
+
+def of_arrays(arrays: Sequence[NDArray[np.uint8]]) -> Vectors:
+    """Contiguous ones."""
+    places = [(array.ctypes.data, array.nbytes) for array in arrays]
+    return Vectors(np.array(places, np.uint64).reshape(-1, 2), arrays)
+
+
+def of_runs(memory: NDArray[np.uint8], offsets: NDArray[np.int64], runs: NDArray[np.int64]) -> Vectors:
+    """The same `runs`, [r, 2] of first byte and length, from every one of the `offsets` into the memory on, one offset
+    after the other."""
+    places = np.empty((len(offsets), len(runs), 2), np.uint64)
+    places[..., 0] = memory.ctypes.data + offsets[:, None] + runs[:, 0]
+    places[..., 1] = runs[:, 1]
+    return Vectors(places.reshape(-1, 2), memory)
+
+
+def send(end: socket.socket, vectors: Vectors) -> None:
+    """All of them, in order. OSError as of a socket's sendmsg; BlockingIOError when its time to send is over."""
+    left = vectors.places
+    while len(left):
+        left = _after(left, _moved(_sendmsg, end, left, socket.MSG_NOSIGNAL))
+
+
+def receive(end: socket.socket, vectors: Vectors) -> bool:
+    """Fill them, in order; False if the other end has closed the connection before. OSError as of a socket's recvmsg;
+    BlockingIOError when its time to receive is over."""
+    left = vectors.places
+    while len(left):
+        if not (moved := _moved(_recvmsg, end, left, socket.MSG_WAITALL)):
+            return False
+        left = _after(left, moved)
+    return True
+
+
+def _moved(call: Callable[[int, Any, int], int], end: socket.socket, places: Places, flags: int) -> int:
+    """How many bytes one call moves; not none unless the other end has closed."""
+    part = np.ascontiguousarray(places[:MAX_VECTORS])
+    message = _Message(vectors=part.ctypes.data, num_vectors=len(part))
+    while (moved := call(end.fileno(), ctypes.byref(message), flags)) < 0:
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))  # of the class that belongs to the number
+    return moved
+
+
+def _after(places: Places, moved: int) -> Places:
+    """What is left of them when the first `moved` bytes have been dealt with."""
+    ends = np.cumsum(places[:MAX_VECTORS, 1])
+    done = int(np.searchsorted(ends, moved, side="right"))
+    left = places[done:]
+    if begun := moved - (int(ends[done - 1]) if done else 0):
+        left = left.copy()
+        left[0, 0] += begun
+        left[0, 1] -= begun
+    return left

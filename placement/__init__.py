@@ -1,0 +1,17 @@
+"""Where models go: latency models, workloads, simulators and the search over layouts. No ray, no torch.
+
+| file | what is in it |
+|---|---|
+| `latency.py` | how long a step takes: DistServe's form, and that of our own engine |
+| `workload.py`, `arrivals.py`, `traces.py` | lengths and gaps of requests, drawn or read from a trace |
+| `prefixes.py` | how much of each prompt a prefix cache has |
+| `outcome.py`, `slo.py` | what a simulation says of each request, and the targets it is held against |
+| `pipeline.py` | the simulator in DistServe-compatible mode: its definition, in plain Python |
+| `layout.py`, `serving.py` | our own system and the definition of its simulator |
+| `native.py`, `csrc/` | both simulators in C++, compiled once for a machine; the same results |
+| `distserve.py` | DistServe's search, algorithms 1 and 2 |
+| `reference.py`, `agreement.py` | a file of reference results, run and compared case by case |
+| `candidates.py` | the layouts there are on some devices |
+| `bounds.py`, `pools.py`, `goodput.py`, `search.py` | which of them is best |
+| `layout_file.py`, `prediction.py`, `cli.py` | `slipstream simulate` |
+"""

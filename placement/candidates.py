@@ -1,0 +1,188 @@
+"""The layouts that a search looks at: groups of which shape, how many of each role, and how close together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+
+from core.errors import ConfigError
+from placement.layout import Group, Layout, Link, Role
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to run the model on one group of devices of a pool. `group` has its latency, memory and speculation; roles
+    and chunks are what is searched. `dollars_per_hour` is for all its devices."""
+
+    name: str
+    tp: int
+    group: Group
+    dollars_per_hour: float = 1.0
+    pool: str = "default"
+
+    @property
+    def devices(self) -> int:
+        return self.tp * self.group.stages
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Links of KV: one for each prefill group to the others of its node, and one out of each node."""
+
+    inside: Link
+    across: Link
+
+
+@dataclass(frozen=True)
+class Space:
+    """`pools`: devices of each kind, of which the learner has `learner_devices`. `refused`: shapes that cannot run, and
+    why, to be told with the result."""
+
+    options: tuple[Option, ...]
+    pools: Mapping[str, int]
+    devices_per_node: int
+    fabric: Fabric
+    chunk_tokens: tuple[int, ...] = (2048,)
+    handoff_min_tokens: int = 0
+    overhead_ms: float = 0.0
+    learner_devices: Mapping[str, int] = field(default_factory=dict)
+    roles: frozenset[Role] = frozenset(Role)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pool in {option.pool for option in self.options} | set(self.learner_devices):
+            if self.budget(pool) < 1:
+                raise ConfigError(
+                    f"the pool {pool} has {self.pools.get(pool, 0)} devices, of which the learner has "
+                    f"{self.learner_devices.get(pool, 0)}: none is left to serve with",
+                    param="pools",
+                )
+        if not (self.devices_per_node >= 1 and self.chunk_tokens):
+            raise ConfigError("devices_per_node is 1 or more, and chunk_tokens has at least one size to try")
+
+    def budget(self, pool: str) -> int:
+        return self.pools.get(pool, 0) - self.learner_devices.get(pool, 0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`prefills` and `decodes` groups on each of `nodes` nodes if `near`; else in all, anywhere. Of one that does not
+    disaggregate, `prefill` is None and `decode` does both."""
+
+    space: Space
+    prefill: Option | None
+    decode: Option
+    prefills: int
+    decodes: int
+    chunk_tokens: int
+    near: bool = False
+    nodes: int = 1
+
+    @property
+    def stages(self) -> int:
+        """Of all groups."""
+        prefill = self.prefill.group.stages * self.prefills if self.prefill else 0
+        return self.nodes * (prefill + self.decode.group.stages * self.decodes)
+
+    @property
+    def devices(self) -> int:
+        prefill = self.prefill.devices * self.prefills if self.prefill else 0
+        return self.nodes * (prefill + self.decode.devices * self.decodes)
+
+    @property
+    def dollars_per_hour(self) -> float:
+        prefill = self.prefill.dollars_per_hour * self.prefills if self.prefill else 0.0
+        return self.nodes * (prefill + self.decode.dollars_per_hour * self.decodes)
+
+    @property
+    def kinds(self) -> tuple[object, ...]:
+        """Equal for candidates that differ in how many groups they have only."""
+        return self.prefill and self.prefill.name, self.decode.name, self.chunk_tokens
+
+    @property
+    def kind_name(self) -> str:
+        decode = f"{self.decode.name}, chunks of {self.chunk_tokens}"
+        return f"{self.prefill.name} + {decode}" if self.prefill else decode
+
+    @property
+    def name(self) -> str:
+        """As a person would say it: `4 prefill TP2 + 2 decode TP4, near`."""
+        if self.prefill is None:
+            return f"{self.decodes} x {self.decode.name}, chunks of {self.chunk_tokens}"
+        counts = self.prefills * self.nodes, self.decodes * self.nodes
+        place = f"together on each of {self.nodes} nodes" if self.near else "anywhere"
+        roles = f"{counts[0]} prefill {self.prefill.name} + {counts[1]} decode {self.decode.name}"
+        return f"{roles}, {place}, chunks of {self.chunk_tokens}"
+
+    def most_rate(self, most_each: Callable[[Option, Role, int], float], kv_tokens: float) -> float:
+        """The rate of all, given that of a group by option, role and chunk: prompts need the prefill groups, outputs
+        the decode groups, and `kv_tokens` per request the links."""
+        if self.prefill is None:
+            return self.decodes * most_each(self.decode, Role.BOTH, self.chunk_tokens)
+        prefill = self.prefills * most_each(self.prefill, Role.PREFILL, self.chunk_tokens)
+        decode = self.decodes * most_each(self.decode, Role.DECODE, self.chunk_tokens)
+        busy_ms = kv_tokens * self.link.ms_per_token
+        return min(self.nodes * min(prefill, decode), self.num_links * 1000.0 / busy_ms if busy_ms else float("inf"))
+
+    @cached_property
+    def layout(self) -> Layout:
+        if self.prefill is None:
+            return Layout((self._group(self.decode, Role.BOTH),) * self.decodes, overhead_ms=self.space.overhead_ms)
+        islands = range(self.nodes)
+        prefills = [self._group(self.prefill, Role.PREFILL, island) for island in islands for _ in range(self.prefills)]
+        decodes = [self._group(self.decode, Role.DECODE, island) for island in islands for _ in range(self.decodes)]
+        takers = range(len(prefills), len(prefills) + len(decodes))
+        paths = {(giver, taker): giver % self.num_links for giver, taker in product(range(len(prefills)), takers)}
+        return Layout(
+            (*prefills, *decodes),
+            (self.link,) * self.num_links,
+            paths,
+            self.space.handoff_min_tokens,
+            overhead_ms=self.space.overhead_ms,
+        )
+
+    @property
+    def link(self) -> Link:
+        """Over which the KV of a prefill group leaves."""
+        return self.space.fabric.inside if self.near else self.space.fabric.across
+
+    @property
+    def num_links(self) -> int:
+        """Near, each prefill group has a link of its own; else one out of the node it is on. They are spread over the
+        nodes that the layout takes."""
+        if self.near:
+            return self.prefills * self.nodes
+        return min(self.prefills, -(-self.devices // self.space.devices_per_node))
+
+    def _group(self, option: Option, role: Role, island: int = 0) -> Group:
+        return replace(option.group, role=role, chunk_tokens=self.chunk_tokens, island=island)
+
+
+def candidates(space: Space) -> Iterator[Candidate]:
+    """All layouts of the space on its devices, or fewer. A group's tensor parallel ranks are in one node."""
+    options = [option for option in space.options if option.tp <= space.devices_per_node]
+    for chunk_tokens in space.chunk_tokens:
+        if Role.BOTH in space.roles:
+            for option in options:
+                for count in range(1, space.budget(option.pool) // option.devices + 1):
+                    yield Candidate(space, None, option, 0, count, chunk_tokens)
+        if {Role.PREFILL, Role.DECODE} <= space.roles:
+            for prefill, decode in product(options, options):
+                yield from _apart(space, prefill, decode, chunk_tokens)
+
+
+def _apart(space: Space, prefill: Option, decode: Option, chunk_tokens: int) -> Iterator[Candidate]:
+    """Devices of one pool that fit a node are kept in one, and repeated over nodes; others are anywhere."""
+    same_pool = prefill.pool == decode.pool
+    for prefills in range(1, space.budget(prefill.pool) // prefill.devices + 1):
+        used = prefills * prefill.devices
+        left = space.budget(decode.pool) - (used if same_pool else 0)
+        for decodes in range(1, left // decode.devices + 1):
+            devices = used + decodes * decode.devices
+            if same_pool and devices <= space.devices_per_node:
+                for nodes in range(1, max(1, space.budget(decode.pool) // space.devices_per_node) + 1):
+                    yield Candidate(space, prefill, decode, prefills, decodes, chunk_tokens, near=True, nodes=nodes)
+            else:
+                yield Candidate(space, prefill, decode, prefills, decodes, chunk_tokens)

@@ -1,0 +1,559 @@
+// What placement/serving_plainly.py defines. Steps that only decode and change nothing else are taken many at a time: the
+// i-th of them takes base + i * slope, so their end is a closed form. What happens meanwhile cuts them short.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <deque>
+#include <limits>
+#include <queue>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+struct Coefficients {
+    double a, b, c;
+    double at(double x, double y) const { return a + b * x + c * y; }
+};
+
+// These three as placement/native.py declares them.
+struct LaneSpec {
+    Coefficients prompt, decode, large_decode;
+    double large_rows, shared_ms, every_step_ms, draft_ms, draft_sequence_ms, tokens_per_step, rows, kv_tokens;
+    int64_t role, chunk_tokens, max_sequences, island;
+};
+struct Link {
+    double ms_per_token, latency_ms;
+};
+struct Outage {
+    double at_ms, until_ms;
+    int64_t lane;
+};
+
+enum Role { prefills, decodes, does_both };
+enum class At { router, waiting, prompt, held, joined, decoding, done };
+
+struct Request {
+    int prompt, output, cached;
+    int emitted = 0, target = 0, computed = 0;  // target: tokens to compute before the next can be drawn
+    int p = -1, d = -1;                         // lanes that prefill and decode it
+    int attempt = 0;
+    At at = At::router;
+    bool reserved = false;
+    double sent_ms = 0.0;  // when what was sent so far has arrived
+    int64_t joined_at = 0; // count of the lane's decode steps
+};
+
+struct Lane {
+    const LaneSpec* spec;
+    std::deque<int> waiting, incoming;
+    std::vector<int> prompts, joined;
+    std::vector<std::pair<int64_t, int>> decoding;  // a heap: (the decode step after which it ends, request), least first
+    std::vector<std::pair<int, int>> chunks;        // of the step that runs: (request, tokens)
+    double kv_used = 0.0, context = 0.0;
+    double start_ms = 0.0, base_ms = 0.0, slope_ms = 0.0, busy_ms = 0.0;  // of the steps that run
+    int64_t steps = 0, planned = 0, pending = 0;
+    int seats = 0, live = 0, down = 0, version = 0;
+    bool busy = false, starting = false, advances = false;
+
+    double end_ms(int64_t count) const {
+        return start_ms + count * base_ms + slope_ms * (static_cast<double>(count) * (count - 1) / 2);
+    }
+    double growth() const { return decoding.size() * spec->tokens_per_step; }
+    bool jumping() const { return busy && chunks.empty(); }
+    double context_of(const Request& r) const { return r.target + spec->tokens_per_step * (steps - r.joined_at); }
+};
+
+// A run may end when more than `allowed` of the requests from `from` on have missed a target.
+struct Limits {
+    double ttft_ms, tpot_ms;
+    int64_t from, allowed;
+};
+
+// At one instant: first what ends, then what begins; by lane or request.
+enum Rank { outage, ending, starting };
+enum Kind { fails, is_repaired, step_ends, kv_arrives, begins };
+struct Event {
+    double time;
+    int rank, index, kind, version;
+    bool operator>(const Event& other) const {
+        return std::tie(time, rank, index, kind, version) >
+               std::tie(other.time, other.rank, other.index, other.kind, other.version);
+    }
+};
+
+class Serving {
+  public:
+    Serving(const LaneSpec* specs, int num_lanes, const Link* links, int num_links, const int32_t* paths,
+            int64_t handoff_min_tokens, const Limits& limits, double* first, double* last)
+        : lanes_(num_lanes), links_(links), link_free_(num_links), paths_(paths), handoff_min_(handoff_min_tokens),
+          limits_(limits), first_(first), last_(last) {
+        for (int i = 0; i < num_lanes; ++i) lanes_[i].spec = &specs[i];
+    }
+
+    // Whether it ran to the end.
+    bool run(int n, const double* arrivals, const int32_t* prompt, const int32_t* output, const int32_t* cached,
+             const Outage* outages, int num_outages) {
+        requests_.reserve(n);
+        arrivals_ = arrivals;
+        for (int i = 0; i < num_outages; ++i) {
+            push(outages[i].at_ms, outage, outages[i].lane, fails);
+            push(outages[i].until_ms, outage, outages[i].lane, is_repaired);
+        }
+        while (static_cast<int>(requests_.size()) < n || !events_.empty()) {
+            if (missed_ > limits_.allowed) return false;
+            const int next = requests_.size();
+            if (next < n && (events_.empty() || arrivals[next] <= events_.top().time)) {
+                now_ = arrivals[next];
+                requests_.push_back({prompt[next], output[next], cached[next]});
+                route(next);
+                continue;
+            }
+            const Event event = events_.top();
+            events_.pop();
+            now_ = event.time;
+            handle(event);
+        }
+        return missed_ <= limits_.allowed;
+    }
+
+    int64_t preemptions = 0;
+    const std::vector<Lane>& lanes() const { return lanes_; }
+
+  private:
+    void push(double time, int rank, int index, int kind, int version = 0) {
+        events_.push({time, rank, index, kind, version});
+    }
+
+    void handle(const Event& event) {
+        switch (event.kind) {
+            case fails: return fail(event.index);
+            case is_repaired: return repair(event.index);
+            case step_ends: if (event.version == lanes_[event.index].version) end(event.index); return;
+            case kv_arrives: if (event.version == requests_[event.index].attempt) kv_arrived(event.index); return;
+            default: lanes_[event.index].starting = false; begin(event.index);
+        }
+    }
+
+    // --- routing ---------------------------------------------------------------------------------------------------
+
+    int least_live() const {
+        int best = -1;
+        for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
+            if (lanes_[i].down || lanes_[i].spec->role == prefills) continue;
+            if (best < 0 || lanes_[i].live < lanes_[best].live) best = i;
+        }
+        return best;
+    }
+
+    int least_pending(int64_t island) const {
+        int best = -1;
+        for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
+            const LaneSpec& spec = *lanes_[i].spec;
+            if (lanes_[i].down || spec.role != prefills || spec.island != island) continue;
+            if (best < 0 || lanes_[i].pending < lanes_[best].pending) best = i;
+        }
+        return best;
+    }
+
+    void route(int index) {
+        Request& r = requests_[index];
+        r.target = r.prompt + r.emitted;
+        r.at = At::router;
+        r.reserved = false;
+        r.d = least_live();
+        if (r.d < 0) return stranded_.push_back(index);
+        r.p = r.d;
+        const bool ends_at_once = r.emitted + 1 >= r.output;
+        if (lanes_[r.d].spec->role == decodes && !ends_at_once && r.target - r.cached > handoff_min_) {
+            if (const int p = least_pending(lanes_[r.d].spec->island); p >= 0) r.p = p;
+        }
+        ++lanes_[r.d].live;
+        r.at = At::waiting;
+        Lane& lane = lanes_[r.p];
+        lane.pending += r.target - r.cached;
+        lane.waiting.push_back(index);
+        if (lane.waiting.size() == 1) cut_short(r.p);  // behind another that has to wait it would change nothing
+        kick(r.p);
+    }
+
+    void kick(int index) {
+        Lane& lane = lanes_[index];
+        if (lane.busy || lane.starting || lane.down) return;
+        lane.starting = true;
+        push(now_, starting, index, begins);
+    }
+
+    // --- steps -----------------------------------------------------------------------------------------------------
+
+    void begin(int index) {
+        Lane& lane = lanes_[index];
+        if (lane.busy || lane.down) return;
+        for (int joined : lane.joined) join(lane, joined);
+        lane.joined.clear();
+        make_room(lane);
+        while (!lane.incoming.empty() && reserve(requests_[lane.incoming.front()])) {
+            const int request = lane.incoming.front();
+            lane.incoming.pop_front();
+            send_all(request);
+        }
+        const double squares = choose_chunks(lane);
+        if (lane.chunks.empty() && lane.decoding.empty()) return;
+        start(lane, squares);
+        push(lane.end_ms(lane.planned), ending, index, step_ends, lane.version);
+    }
+
+    void join(Lane& lane, int index) {
+        Request& r = requests_[index];
+        r.at = At::decoding;
+        r.joined_at = lane.steps;
+        const auto needed = static_cast<int64_t>(std::ceil((r.output - r.emitted) / lane.spec->tokens_per_step));
+        lane.decoding.push_back({lane.steps + needed, index});
+        std::push_heap(lane.decoding.begin(), lane.decoding.end(), std::greater<>());
+        lane.context += r.target;
+    }
+
+    // A step needs room for what its decodes add. Who came last gives way, and is computed again later.
+    void make_room(Lane& lane) {
+        while (!lane.decoding.empty() && lane.kv_used + lane.growth() > lane.spec->kv_tokens) {
+            int last = lane.prompts.empty() ? -1 : *std::max_element(lane.prompts.begin(), lane.prompts.end());
+            for (const auto& [_, index] : lane.decoding) last = std::max(last, index);
+            preempt(lane, last);
+        }
+    }
+
+    void preempt(Lane& lane, int index) {
+        Request& r = requests_[index];
+        if (r.at == At::decoding) {
+            std::erase_if(lane.decoding, [index](const auto& entry) { return entry.second == index; });
+            std::make_heap(lane.decoding.begin(), lane.decoding.end(), std::greater<>());
+            leave(lane, r);
+            keep_emitted(lane, r);
+        } else {
+            std::erase(lane.prompts, index);
+            lane.kv_used -= r.target;
+            --lane.seats;
+            lane.pending -= r.target - r.computed;
+        }
+        ++preemptions;
+        r.target = r.prompt + r.emitted;
+        r.at = At::waiting;
+        r.p = r.d;  // computed again where it decodes
+        r.reserved = false;
+        lane.pending += r.target - r.cached;
+        lane.waiting.push_front(index);
+    }
+
+    void keep_emitted(const Lane& lane, Request& r) const {
+        r.emitted += static_cast<int>(std::floor(lane.spec->tokens_per_step * (lane.steps - r.joined_at)));
+    }
+
+    // What a decoding request held is free.
+    void leave(Lane& lane, const Request& r) {
+        const double held = lane.context_of(r);
+        lane.kv_used -= held;
+        lane.context -= held;
+        --lane.seats;
+    }
+
+    double choose_chunks(Lane& lane) {
+        double squares = 0.0;
+        int64_t budget = lane.spec->chunk_tokens - static_cast<int64_t>(lane.decoding.size() * lane.spec->rows);
+        for (int index : lane.prompts) squares += add_chunk(lane, index, budget);
+        while (budget > 0 && !lane.waiting.empty() && has_room(lane, requests_[lane.waiting.front()])) {
+            const int index = lane.waiting.front();
+            lane.waiting.pop_front();
+            admit(lane, requests_[index]);
+            lane.prompts.push_back(index);
+            squares += add_chunk(lane, index, budget);
+        }
+        return squares;
+    }
+
+    bool has_room(const Lane& lane, const Request& r) const {
+        const double needed = lane.kv_used + lane.growth() + r.target + lane.spec->tokens_per_step;
+        return lane.seats < lane.spec->max_sequences && needed <= lane.spec->kv_tokens;
+    }
+
+    void admit(Lane& lane, Request& r) {
+        r.at = At::prompt;
+        r.computed = r.cached;
+        r.sent_ms = 0.0;
+        lane.kv_used += r.target;
+        ++lane.seats;
+        if (r.p != r.d && lanes_[r.d].incoming.empty()) reserve(r);
+    }
+
+    double add_chunk(Lane& lane, int index, int64_t& budget) {
+        const Request& r = requests_[index];
+        const int64_t tokens = std::min<int64_t>(budget, r.target - r.computed);
+        if (tokens <= 0) return 0.0;
+        budget -= tokens;
+        lane.chunks.push_back({index, static_cast<int>(tokens)});
+        return static_cast<double>(tokens) * (2.0 * r.computed + tokens);
+    }
+
+    void start(Lane& lane, double squares) {
+        const LaneSpec& spec = *lane.spec;
+        const double sequences = lane.decoding.size(), rows = sequences * spec.rows;
+        double tokens = 0.0, took = spec.every_step_ms;
+        for (const auto& [_, chunk] : lane.chunks) tokens += chunk;
+        if (tokens > 0) took += spec.prompt.at(tokens, squares);
+        lane.slope_ms = 0.0;
+        if (sequences > 0) {
+            const Coefficients& c = rows < spec.large_rows ? spec.decode : spec.large_decode;
+            took += c.at(lane.context + sequences, rows) + spec.draft_ms + spec.draft_sequence_ms * sequences;
+            lane.slope_ms = c.b * sequences * spec.tokens_per_step;
+        }
+        if (tokens > 0 && sequences > 0) took -= spec.shared_ms;
+        lane.busy = true;
+        lane.advances = sequences > 0;
+        lane.start_ms = now_;
+        lane.base_ms = took;
+        lane.planned = lane.chunks.empty() ? undisturbed(lane) : 1;
+    }
+
+    // Steps until a decode ends or memory runs out.
+    int64_t undisturbed(const Lane& lane) const {
+        const double room = std::floor((lane.spec->kv_tokens - lane.kv_used) / lane.growth());
+        const int64_t to_end = lane.decoding.front().first - lane.steps;
+        return room < to_end ? std::max<int64_t>(1, room) : to_end;
+    }
+
+    // The least count of steps that end no earlier than now, at least one.
+    int64_t steps_until(const Lane& lane) const {
+        const double passed = now_ - lane.start_ms, half = lane.slope_ms / 2, linear = lane.base_ms - half;
+        const double root = half > 0 ? (std::sqrt(linear * linear + 4 * half * passed) - linear) / (2 * half)
+                                     : passed / lane.base_ms;
+        auto count = std::clamp<int64_t>(std::isfinite(root) ? root : 1, 1, lane.planned);
+        while (count > 1 && lane.end_ms(count - 1) >= now_) --count;
+        while (count < lane.planned && lane.end_ms(count) < now_) ++count;
+        return count;
+    }
+
+    int64_t steps_done(const Lane& lane) const {
+        if (!lane.busy) return 0;
+        const int64_t count = steps_until(lane);
+        return lane.end_ms(count) <= now_ ? count : count - 1;
+    }
+
+    void cut_short(int index) {
+        Lane& lane = lanes_[index];
+        if (!lane.jumping()) return;
+        const int64_t count = steps_until(lane);
+        if (count == lane.planned) return;
+        lane.planned = count;
+        push(lane.end_ms(count), ending, index, step_ends, ++lane.version);
+    }
+
+    void end(int index) {
+        Lane& lane = lanes_[index];
+        lane.busy = false;
+        lane.busy_ms += now_ - lane.start_ms;
+        if (lane.advances) advance(lane, lane.planned);
+        chunks_.swap(lane.chunks);
+        lane.chunks.clear();
+        for (const auto& [request, tokens] : chunks_) chunk_done(lane, request, tokens);
+        if (!chunks_.empty()) std::erase_if(lane.prompts, [this](int i) { return requests_[i].at != At::prompt; });
+        kick(index);
+    }
+
+    void advance(Lane& lane, int64_t steps) {
+        const double tokens = steps * lane.growth();
+        lane.steps += steps;
+        lane.kv_used += tokens;
+        lane.context += tokens;
+        while (!lane.decoding.empty() && lane.decoding.front().first <= lane.steps) {
+            const int index = lane.decoding.front().second;
+            std::pop_heap(lane.decoding.begin(), lane.decoding.end(), std::greater<>());
+            lane.decoding.pop_back();
+            leave(lane, requests_[index]);
+            finish(index);
+        }
+    }
+
+    void finish(int index) {
+        Request& r = requests_[index];
+        r.at = At::done;
+        last_[index] = now_;
+        --lanes_[r.d].live;
+        const bool late = first_[index] - arrivals_[index] > limits_.ttft_ms;  // counted when the first token came
+        if (!late && now_ - first_[index] > limits_.tpot_ms * (r.output - 1) && index >= limits_.from) ++missed_;
+    }
+
+    void chunk_done(Lane& lane, int index, int tokens) {
+        Request& r = requests_[index];
+        const int fresh = r.computed == r.cached ? tokens + r.cached : tokens;
+        r.computed += tokens;
+        lane.pending -= tokens;
+        if (r.reserved) send(r, fresh);
+        if (r.computed == r.target) prompt_done(lane, index);
+    }
+
+    void prompt_done(Lane& lane, int index) {
+        Request& r = requests_[index];
+        if (r.emitted++ == 0) {
+            first_[index] = now_;
+            if (now_ - arrivals_[index] > limits_.ttft_ms && index >= limits_.from) ++missed_;
+        }
+        if (r.emitted >= r.output) {
+            lane.kv_used -= r.target;
+            --lane.seats;
+            return finish(index);
+        }
+        if (r.p == r.d) {
+            r.at = At::joined;
+            return lane.joined.push_back(index);
+        }
+        r.at = At::held;
+        hand_over(index);
+    }
+
+    // --- hand-off --------------------------------------------------------------------------------------------------
+
+    void hand_over(int index) {
+        Request& r = requests_[index];
+        Lane& to = lanes_[r.d];
+        if (r.reserved) return push(std::max(now_, r.sent_ms), ending, index, kv_arrives, r.attempt);
+        if (to.incoming.empty() && reserve(r)) return send_all(index);
+        to.incoming.push_back(index);
+    }
+
+    bool reserve(Request& r) {
+        Lane& lane = lanes_[r.d];
+        if (lane.down || lane.seats >= lane.spec->max_sequences) return false;
+        const double used = lane.kv_used + (lane.advances ? steps_done(lane) * lane.growth() : 0.0);
+        if (used + lane.growth() + r.target + lane.spec->tokens_per_step > lane.spec->kv_tokens) return false;
+        lane.kv_used += r.target;
+        ++lane.seats;
+        r.reserved = true;
+        if (lane.jumping() && lane.kv_used + lane.planned * lane.growth() > lane.spec->kv_tokens) cut_short(r.d);
+        return true;
+    }
+
+    void send(Request& r, int tokens) {
+        const int link = paths_[r.p * lanes_.size() + r.d];
+        if (link < 0) return;
+        link_free_[link] = std::max(link_free_[link], now_) + tokens * links_[link].ms_per_token;
+        r.sent_ms = link_free_[link] + links_[link].latency_ms;
+    }
+
+    void send_all(int index) {
+        Request& r = requests_[index];
+        r.sent_ms = now_;
+        send(r, r.target);
+        push(r.sent_ms, ending, index, kv_arrives, r.attempt);
+    }
+
+    void kv_arrived(int index) {
+        Request& r = requests_[index];
+        release(r.p, r.target);
+        r.at = At::joined;
+        lanes_[r.d].joined.push_back(index);
+        cut_short(r.d);
+        kick(r.d);
+    }
+
+    void release(int index, int tokens) {
+        lanes_[index].kv_used -= tokens;
+        --lanes_[index].seats;
+        cut_short(index);
+        kick(index);
+    }
+
+    // --- failures --------------------------------------------------------------------------------------------------
+
+    void fail(int index) {
+        Lane& lane = lanes_[index];
+        if (lane.down++) return;
+        if (const int64_t done = lane.jumping() ? steps_done(lane) : 0) {
+            lane.steps += done;
+            lane.busy_ms += lane.end_ms(done) - lane.start_ms;
+        }
+        std::vector<int> lost, moved;
+        for (int i = 0; i < static_cast<int>(requests_.size()); ++i) {
+            const Request& r = requests_[i];
+            if (r.at == At::done || r.at == At::router) continue;
+            const bool decoded = r.at == At::joined || r.at == At::decoding;
+            if ((decoded ? r.d : r.p) == index) lost.push_back(i);
+            else if (r.d == index && !decoded) moved.push_back(i);
+        }
+        for (int i : lost) give_up(i);
+        clear(lane);
+        for (int i : moved) move(i);
+        for (int i : lost) route(i);
+    }
+
+    void give_up(int index) {
+        Request& r = requests_[index];
+        if (r.at == At::decoding) keep_emitted(lanes_[r.d], r);
+        const bool elsewhere = r.p != r.d && r.at != At::joined && r.at != At::decoding;
+        if (elsewhere && r.reserved) release(r.d, r.target);
+        if (elsewhere) std::erase(lanes_[r.d].incoming, index);
+        --lanes_[r.d].live;
+        ++r.attempt;
+    }
+
+    void clear(Lane& lane) {
+        lane.waiting.clear();
+        lane.incoming.clear();
+        lane.prompts.clear();
+        lane.joined.clear();
+        lane.decoding.clear();
+        lane.chunks.clear();
+        lane.kv_used = lane.context = 0.0;
+        lane.seats = 0;
+        lane.pending = 0;
+        ++lane.version;
+        lane.busy = false;
+    }
+
+    // Its decode lane is down: another one, wherever it is, if there is one.
+    void move(int index) {
+        Request& r = requests_[index];
+        ++r.attempt;
+        r.reserved = false;
+        --lanes_[r.d].live;
+        if (const int d = least_live(); d >= 0) r.d = d;
+        ++lanes_[r.d].live;
+        if (r.at == At::held) hand_over(index);
+    }
+
+    void repair(int index) {
+        if (--lanes_[index].down) return;
+        std::vector<int> stranded;
+        stranded.swap(stranded_);
+        for (int i : stranded) route(i);
+        kick(index);
+    }
+
+    std::vector<Lane> lanes_;
+    std::vector<Request> requests_;
+    std::vector<int> stranded_;
+    std::vector<std::pair<int, int>> chunks_;
+    std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events_;
+    const Link* links_;
+    std::vector<double> link_free_;
+    const int32_t* paths_;
+    int64_t handoff_min_, missed_ = 0;
+    const Limits& limits_;
+    const double* arrivals_ = nullptr;
+    double *first_, *last_;
+    double now_ = 0.0;
+};
+
+}  // namespace
+
+extern "C" int64_t simulate_serving(const LaneSpec* lanes, int64_t num_lanes, const Link* links, int64_t num_links,
+                                    const int32_t* paths, int64_t handoff_min_tokens, const Limits* limits,
+                                    const Outage* outages, int64_t num_outages, int64_t num_requests, const double* arrivals,
+                                    const int32_t* prompt, const int32_t* output, const int32_t* cached, double* first,
+                                    double* last, double* busy_ms) {
+    Serving serving(lanes, static_cast<int>(num_lanes), links, static_cast<int>(num_links), paths, handoff_min_tokens,
+                    *limits, first, last);
+    const bool whole = serving.run(static_cast<int>(num_requests), arrivals, prompt, output, cached, outages,
+                static_cast<int>(num_outages));
+    for (int64_t i = 0; i < num_lanes; ++i) busy_ms[i] = serving.lanes()[i].busy_ms;
+    return whole ? serving.preemptions : -1;
+}

@@ -1,0 +1,95 @@
+"""The highest rate at which a layout meets the targets, how sure that is, and whether the run was long enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.layout import Layout
+from placement.native import Limits, serve_unless_missed
+from placement.outcome import Targets
+from placement.workload import Workload
+
+RATE_STEP = 1.01
+"""RATES are the powers of this: goodput of a layout does not depend on where it was looked for."""
+_PER_OCTAVE = 70
+WARM_UP = 0.1
+"""The part of a run that is left out: it begins with empty queues."""
+REPLICATIONS = 5
+_T_95 = 2.776
+"""Student's t for a two-sided 95 % interval of REPLICATIONS values."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`share` of the requests meet both targets."""
+
+    targets: Targets
+    share: float = 0.9
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of goodput, in requests/s, over runs with other requests and gaps: mean, and the 95 % interval of it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def attains(layout: Layout, workload: Workload, rate: float, goal: Goal) -> bool:
+    """Whether the share meets the targets, after warm-up, and in the second half too: if queues still grow there, the
+    run is not in a steady state and a longer one would fail."""
+    settled, late = (
+        _limits(goal, len(workload), start) for start in (int(len(workload) * WARM_UP), len(workload) // 2)
+    )
+    served = serve_unless_missed(layout, workload, rate, settled)
+    return served is not None and late.kept(served.outcome)
+
+
+def _limits(goal: Goal, requests: int, start: int) -> Limits:
+    return Limits(goal.targets, start, math.floor((1 - goal.share) * (requests - start) + 1e-9))
+
+
+def goodput(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, floor: float = 0.0) -> float:
+    """The highest of the RATES that attains the goal, looked for between `floor`, which is one that is known to attain
+    it, and `ceiling`. 0 if even about a thousandth of the ceiling does not attain it."""
+    if ceiling <= 0.0:
+        return 0.0
+    top = high = _place(ceiling) + 1
+    low = _place(floor) if floor > 0.0 else high - 1
+    while floor == 0.0 and not attains(layout, workload, _rate(low), goal):
+        if low < top - 10 * _PER_OCTAVE:
+            return 0.0
+        high, low = low, low - _PER_OCTAVE
+    while high - low > 1:
+        middle = (low + high) // 2
+        if attains(layout, workload, _rate(middle), goal):
+            low = middle
+        else:
+            high = middle
+    return _rate(low)
+
+
+def next_rate(above: float) -> float:
+    """The lowest of the RATES above one."""
+    return _rate(_place(above) + 1)
+
+
+def _rate(place: int) -> float:
+    return RATE_STEP**place
+
+
+def _place(rate: float) -> int:
+    """Of the highest of the RATES that is not above `rate`."""
+    return math.floor(math.log(rate) / math.log(RATE_STEP) + 1e-9)
+
+
+def interval(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, seed: int = 0) -> Interval:
+    """Goodput over REPLICATIONS runs of as many requests, drawn from the workload by `seed`."""
+    draws = (workload.resampled(len(workload), np.random.default_rng((seed, run))) for run in range(REPLICATIONS))
+    found = np.array([goodput(layout, drawn, goal, ceiling=ceiling) for drawn in draws])
+    half = _T_95 * found.std(ddof=1) / math.sqrt(REPLICATIONS)
+    return Interval(float(found.mean()), float(max(0.0, found.mean() - half)), float(found.mean() + half))

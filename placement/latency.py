@@ -1,0 +1,95 @@
+"""How long a step of a model takes. Pure functions of what is in the step; all times in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Coefficients(NamedTuple):
+    """a + b·x + c·y. What x and y are, the latency model says."""
+
+    a: float
+    b: float
+    c: float
+
+    def at(self, x: float, y: float) -> float:
+        return self.a + self.b * x + self.c * y
+
+
+FIRST_STAGE_MS = 2.0
+"""What the first stage of a pipeline adds to each of its batches in DistServe's model, and …"""
+FIRST_STAGE_MS_PER_TOKEN = 1e-4
+"""… for each token of the prompts or contexts in it."""
+STAGE_HOP_MS = 1.0
+"""What a prefill stage takes longer for each stage of its pipeline."""
+
+
+@dataclass(frozen=True)
+class DistServeLatency:
+    """The latency model of DistServe (arXiv:2401.09670) as its simulator applies it, for one tensor parallel size.
+
+    A batch of prompts of lengths L takes a + b·ΣL + c·ΣL² over all stages of a pipeline; a decode batch of B sequences
+    a + b·Σ(context + 1) + c·B, by other coefficients from B = `large_batch` on.
+    """
+
+    prefill: Coefficients
+    decode: Coefficients
+    large_decode: Coefficients
+    large_batch: int = 95
+
+    def prefill_stage_ms(self, tokens: int, squares: int, *, stages: int, first: bool) -> float:
+        """`tokens` is ΣL, `squares` ΣL²; `first` is for the first stage of `stages`."""
+        whole = self.prefill.at(tokens, squares)
+        return whole / stages + STAGE_HOP_MS * stages + _first_stage_ms(tokens, first)
+
+    def decode_stage_ms(self, context: int, sequences: int, *, stages: int, first: bool) -> float:
+        """`context` is the sum over the sequences of the tokens each has so far."""
+        coefficients = self.decode if sequences < self.large_batch else self.large_decode
+        return coefficients.at(context + sequences, sequences) / stages + _first_stage_ms(context, first)
+
+
+def _first_stage_ms(tokens: int, first: bool) -> float:
+    return FIRST_STAGE_MS + FIRST_STAGE_MS_PER_TOKEN * tokens if first else 0.0
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Decode steps that verify drafts. A sequence gains `acceptance_length` tokens in each, on average, for
+    `rows` rows of computation: the drafted tokens and one. Drafting takes `draft_ms` and `draft_sequence_ms` more for
+    each sequence."""
+
+    acceptance_length: float
+    rows: int
+    draft_ms: float = 0.0
+    draft_sequence_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepLatency:
+    """One step of our engine, which may hold chunks of prompts and sequences that decode.
+
+    Chunks take a + b·tokens + c·Σ((past + chunk)² - past²): over a whole prompt that is DistServe's form, however it is
+    cut. Decodes take a + b·Σ(context + 1) + c·rows, by other coefficients from `large_rows` rows on; a sequence has one
+    row, or more with drafts. A step with both saves `shared_ms`: weights are read once.
+    """
+
+    prompt: Coefficients
+    decode: Coefficients
+    large_decode: Coefficients
+    large_rows: int
+    shared_ms: float = 0.0
+
+    @staticmethod
+    def of(model: DistServeLatency) -> StepLatency:
+        """The same coefficients in steps of our own; chunks and decodes share what the cheaper takes at the least."""
+        shared = max(0.0, min(model.prefill.a, model.decode.a, model.large_decode.a))
+        return StepLatency(model.prefill, model.decode, model.large_decode, model.large_batch, shared)
+
+    def step_ms(self, tokens: int, squares: float, context: float, sequences: int, rows: int) -> float:
+        """`tokens` and `squares` of the chunks, `context` tokens and `rows` of the decodes."""
+        took = self.prompt.at(tokens, squares) if tokens else 0.0
+        if sequences:
+            decode = self.decode if rows < self.large_rows else self.large_decode
+            took += decode.at(context + sequences, rows)
+        return took - self.shared_ms if tokens and sequences else took

@@ -1,0 +1,148 @@
+"""What is simulated of our own system: groups of devices with their roles, links between them, and what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from core.errors import ConfigError
+from placement.latency import Speculation, StepLatency
+from placement.workload import Workload
+
+
+class Role(IntEnum):
+    PREFILL = 0
+    DECODE = 1
+    BOTH = 2
+
+
+@dataclass(frozen=True)
+class Group:
+    """One model on one group of devices.
+
+    A pipeline of `stages` has as many steps in flight, of disjoint sequences, each as long as a step through the whole
+    model and `hop_ms` for every stage after the first. It is simulated as that many lanes with equal parts of the
+    memory and the seats. KV is handed over within an island only.
+    """
+
+    role: Role
+    latency: StepLatency
+    kv_tokens: int
+    chunk_tokens: int = 2048
+    max_sequences: int = 256
+    stages: int = 1
+    hop_ms: float = 0.0
+    speculation: Speculation | None = None
+    island: int = 0
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Where one step runs at a time. `every_step_ms` is added to each."""
+
+    group: int
+    role: Role
+    latency: StepLatency
+    kv_tokens: int
+    chunk_tokens: int
+    max_sequences: int
+    every_step_ms: float
+    speculation: Speculation
+    island: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """What KV moves over, one transfer after the other. All that use a link share it."""
+
+    ms_per_token: float
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A group is gone from `at_ms` on and is back, empty, `for_ms` later."""
+
+    group: int
+    at_ms: float
+    for_ms: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`paths` names the link between a prefill and a decode group, by their places in `groups`; KV between groups
+    without one moves in no time. Prompts with no more than `handoff_min_tokens` to compute are prefilled where they are
+    decoded. `overhead_ms` is what a request takes before and after the groups: gateway, routing, the way back."""
+
+    groups: tuple[Group, ...]
+    links: tuple[Link, ...] = ()
+    paths: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    handoff_min_tokens: int = 0
+    outages: tuple[Outage, ...] = ()
+    overhead_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        roles = {group.role for group in self.groups}
+        if not roles - {Role.PREFILL}:
+            raise ConfigError("the layout has no group that decodes", param="groups")
+        for number, group in enumerate(self.groups):
+            _check_group(number, group)
+        for pair, link in self.paths.items():
+            if not 0 <= link < len(self.links):
+                raise ConfigError(f"the path {pair} is over link {link}, but there are {len(self.links)} links")
+        for outage in self.outages:
+            if not (0 <= outage.group < len(self.groups) and outage.at_ms >= 0 and 0 <= outage.for_ms < float("inf")):
+                raise ConfigError(f"{outage}: needs one of {len(self.groups)} groups and times of 0 or more")
+
+    def lanes(self) -> list[Lane]:
+        return [lane for number, group in enumerate(self.groups) for lane in [_lane(number, group)] * group.stages]
+
+    def check(self, workload: Workload) -> None:
+        """Raise ConfigError for a request that some group could never hold."""
+        longest = int((workload.prompt_tokens.astype(int) + workload.output_tokens).max())
+        for lane in self.lanes():
+            needed = longest + lane.speculation.acceptance_length
+            if needed > lane.kv_tokens:
+                raise ConfigError(
+                    f"group {lane.group} has room for {lane.kv_tokens} tokens of KV in a stage's step, and a request "
+                    f"needs {needed:g}: give it more memory, or leave such requests out",
+                    param="kv_tokens",
+                )
+
+
+NO_SPECULATION = Speculation(acceptance_length=1.0, rows=1)
+
+
+def _lane(number: int, group: Group) -> Lane:
+    return Lane(
+        group=number,
+        role=group.role,
+        latency=group.latency,
+        kv_tokens=group.kv_tokens // group.stages,
+        chunk_tokens=group.chunk_tokens,
+        max_sequences=max(1, group.max_sequences // group.stages),
+        every_step_ms=group.hop_ms * (group.stages - 1),
+        speculation=group.speculation or NO_SPECULATION,
+        island=group.island,
+    )
+
+
+def _check_group(number: int, group: Group) -> None:
+    speculation = group.speculation or NO_SPECULATION
+    for name in ("stages", "max_sequences", "chunk_tokens", "kv_tokens"):
+        if getattr(group, name) < 1:
+            raise ConfigError(f"group {number}: {name} is {getattr(group, name)}, not 1 or more", param=name)
+    if not 1 <= speculation.acceptance_length <= speculation.rows:
+        raise ConfigError(
+            f"group {number}: an acceptance length of {speculation.acceptance_length:g} with {speculation.rows} rows; "
+            "it is at least 1 and at most the rows",
+            param="acceptance_length",
+        )
+    most = _lane(number, replace(group, speculation=speculation)).max_sequences * speculation.rows
+    if group.role is not Role.PREFILL and group.chunk_tokens <= most:
+        raise ConfigError(
+            f"group {number}: steps of {group.chunk_tokens} tokens leave no room for prompts beside {most} rows that "
+            "decode: raise chunk_tokens, or lower max_sequences",
+            param="chunk_tokens",
+        )

@@ -1,0 +1,144 @@
+"""A layout in YAML, for `slipstream simulate`:
+
+    groups:
+      - name: prefill
+        role: prefill                  # prefill, decode or both
+        count: 2                       # groups of this kind; default 1
+        latency:                       # ms; see StepLatency
+          prompt: [14.7, 0.0686, 4e-6]
+          decode: [13.3, 0.00034, 0.03]
+          large_decode: [10.6, 0.00031, 0.06]
+          large_rows: 95
+          shared_ms: 13.0
+        kv_tokens: 150000
+      - name: decode
+        role: decode
+        latency: …
+        kv_tokens: 150000
+        speculation: {acceptance_length: 2.4, rows: 5, draft_ms: 1.5}
+    links:
+      - {from: prefill, to: decode, ms_per_token: 0.01, latency_ms: 0.5}
+    outages:
+      - {group: decode, at_ms: 60000, for_ms: 5000}
+    handoff_min_tokens: 64
+    overhead_ms: 4
+
+Every pair of a `from` and a `to` group shares the link. A group without links moves its KV in no time. Unknown keys are
+refused, and everything that Layout refuses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import asdict
+
+from core.errors import ConfigError
+from placement.latency import Coefficients, Speculation, StepLatency
+from placement.layout import Group, Layout, Link, Outage, Role
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class _Latency(_Strict):
+    prompt: Coefficients
+    decode: Coefficients
+    large_decode: Coefficients
+    large_rows: int
+    shared_ms: float = 0.0
+
+
+class _Speculation(_Strict):
+    acceptance_length: float
+    rows: int
+    draft_ms: float = 0.0
+    draft_sequence_ms: float = 0.0
+
+
+class _Group(_Strict):
+    name: str
+    role: str
+    latency: _Latency
+    kv_tokens: int
+    count: int = 1
+    chunk_tokens: int = 2048
+    max_sequences: int = 256
+    stages: int = 1
+    hop_ms: float = 0.0
+    speculation: _Speculation | None = None
+    island: int = 0
+
+
+class _Link(_Strict, rename={"giver": "from", "taker": "to"}):
+    giver: str
+    taker: str
+    ms_per_token: float
+    latency_ms: float = 0.0
+
+
+class _Outage(_Strict):
+    group: str
+    at_ms: float
+    for_ms: float
+
+
+class _File(_Strict):
+    groups: list[_Group]
+    links: list[_Link] = []
+    outages: list[_Outage] = []
+    handoff_min_tokens: int = 0
+    overhead_ms: float = 0.0
+
+
+def read_layout(path: Path) -> Layout:
+    """Raises ConfigError that names the file, and the field at fault."""
+    try:
+        found = msgspec.yaml.decode(path.read_bytes(), type=_File)
+        return _layout(found)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}", param="layout") from error
+    except (msgspec.MsgspecError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}", param="layout") from error
+
+
+def _layout(found: _File) -> Layout:
+    groups: list[Group] = []
+    places: dict[str, range] = {}
+    for kind in found.groups:
+        if kind.name in places:
+            raise ConfigError(f"two groups are named {kind.name}; use count for several alike")
+        places[kind.name] = range(len(groups), len(groups) + kind.count)
+        groups += [_group(kind)] * kind.count
+    pairs = [(_place(places, link.giver), _place(places, link.taker)) for link in found.links]
+    paths = {(giver, taker): n for n, (givers, takers) in enumerate(pairs) for giver in givers for taker in takers}
+    outages = [Outage(n, gone.at_ms, gone.for_ms) for gone in found.outages for n in _place(places, gone.group)]
+    links = tuple(Link(link.ms_per_token, link.latency_ms) for link in found.links)
+    return Layout(tuple(groups), links, paths, found.handoff_min_tokens, tuple(outages), found.overhead_ms)
+
+
+def _group(kind: _Group) -> Group:
+    roles = {role.name.lower(): role for role in Role}
+    if kind.role not in roles:
+        raise ConfigError(f"group {kind.name}: role is {kind.role!r}, not one of {', '.join(roles)}")
+    if kind.count < 1:
+        raise ConfigError(f"group {kind.name}: count is {kind.count}, not 1 or more")
+    return Group(
+        role=roles[kind.role],
+        latency=StepLatency(**asdict(kind.latency)),
+        kv_tokens=kind.kv_tokens,
+        chunk_tokens=kind.chunk_tokens,
+        max_sequences=kind.max_sequences,
+        stages=kind.stages,
+        hop_ms=kind.hop_ms,
+        speculation=Speculation(**asdict(kind.speculation)) if kind.speculation else None,
+        island=kind.island,
+    )
+
+
+def _place(places: dict[str, range], name: str) -> range:
+    if name not in places:
+        raise ConfigError(f"there is no group {name!r}; there are {', '.join(places)}")
+    return places[name]

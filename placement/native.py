@@ -1,0 +1,206 @@
+"""The simulators in C++ (csrc/): the same results as in Python, and much sooner.
+
+Compiled once for a machine, in seconds; where that can't be done the definitions in Python run, and the log says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from core import compiler
+from placement import pipeline, serving
+from placement.layout import Lane, Layout
+from placement.outcome import Outcome, Targets
+from placement.pipeline import Pipelines
+from placement.serving import Served
+from placement.workload import Lengths, Workload
+
+_SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off")  # no fused sums: Python has none
+
+logger = logging.getLogger(__name__)
+
+_doubles = np.ctypeslib.ndpointer(np.float64, ndim=1, flags="C_CONTIGUOUS")
+_ints = np.ctypeslib.ndpointer(np.int32, ndim=1, flags="C_CONTIGUOUS")
+
+
+def simulate(pipelines: Pipelines, workload: Workload, rate: float) -> Outcome:
+    """As `pipeline.simulate_plainly`."""
+    library = load()
+    if library is None:
+        return pipeline.simulate_plainly(pipelines, workload, rate)
+    pipelines.check(workload)
+    arrivals = workload.arrivals_ms(rate)
+    first, last = np.zeros(len(workload)), np.zeros(len(workload))
+    prompts, outputs = _contiguous(workload.prompt_tokens), _contiguous(workload.output_tokens)
+    library.simulate_pipelines(_packed(pipelines), len(workload), arrivals, prompts, outputs, first, last)
+    return pipeline.to_outcome(workload, arrivals, first, last)
+
+
+def serve(layout: Layout, workload: Workload, rate: float) -> Served:
+    """As `serving.serve_plainly`."""
+    served = serve_unless_missed(layout, workload, rate, NO_LIMITS)
+    assert served is not None, "nothing limits the run"
+    return served
+
+
+@dataclass(frozen=True)
+class Limits:
+    """No more than `allowed` of the requests from the place `start` on may miss a target."""
+
+    targets: Targets
+    start: int
+    allowed: int
+
+    def kept(self, outcome: Outcome) -> bool:
+        return int((~outcome.attained(self.targets)[self.start :]).sum()) <= self.allowed
+
+
+NO_LIMITS = Limits(Targets(float("inf"), float("inf")), 0, 0)
+
+
+def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits: Limits) -> Served | None:
+    """As `serving.serve_plainly`, or None, much sooner, if the limits are not kept."""
+    library = load()
+    if library is None:
+        served = serving.serve_plainly(layout, workload, rate)
+        return served if limits.kept(served.outcome) else None
+    layout.check(workload)
+    lanes = layout.lanes()
+    arrivals = workload.arrivals_ms(rate)
+    first, last, busy = np.zeros(len(workload)), np.zeros(len(workload)), np.zeros(len(lanes))
+    preemptions = library.simulate_serving(
+        *((_LaneSpec * len(lanes))(*map(_lane_spec, lanes)), len(lanes)),
+        (_Link * len(layout.links))(*(_Link(link.ms_per_token, link.latency_ms) for link in layout.links)),
+        *(len(layout.links), _paths(layout, lanes), layout.handoff_min_tokens),
+        _Limits(limits.targets.ttft_ms - layout.overhead_ms, limits.targets.tpot_ms, limits.start, limits.allowed),
+        *_outages(layout, lanes),
+        *(len(workload), arrivals, _contiguous(workload.prompt_tokens), _contiguous(workload.output_tokens)),
+        *(_contiguous(workload.cached_tokens), first, last, busy),
+    )
+    if preemptions < 0:
+        return None
+    outcome = serving.to_outcome(workload, arrivals - layout.overhead_ms, first, last)
+    return Served(outcome, preemptions, busy, float(last.max()))
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library, compiled first if this machine has not done so yet; None, and the reason in the log, if that can't
+    be done. Asked once per process."""
+    path = compiler.library_path("simulators", _SOURCES, str(_FLAGS))
+    reason = None if path.exists() else compiler.why_no_compiler()
+    sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
+    if (reason := reason or compiler.compile_once(path, [*_FLAGS, *sources])) is not None:
+        logger.warning("no native simulators, Python's are slower: %s", reason)
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("no native simulators: %s can't be loaded (%s); remove it", path, error)
+        return None
+    _declare(library)
+    return library
+
+
+class _Pipelines(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double * 3) for name in ("prefill", "decode", "large_decode")),
+        *((name, ctypes.c_int64) for name in ("large_batch", "prefill_stages", "prefill_cap")),
+        *((name, ctypes.c_int64) for name in ("decode_stages", "colocated")),
+    )
+
+
+class _LaneSpec(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double * 3) for name in ("prompt", "decode", "large_decode")),
+        *((name, ctypes.c_double) for name in ("large_rows", "shared_ms", "every_step_ms", "draft_ms")),
+        *((name, ctypes.c_double) for name in ("draft_sequence_ms", "tokens_per_step", "rows", "kv_tokens")),
+        *((name, ctypes.c_int64) for name in ("role", "chunk_tokens", "max_sequences", "island")),
+    )
+
+
+class _Link(ctypes.Structure):
+    _fields_ = (("ms_per_token", ctypes.c_double), ("latency_ms", ctypes.c_double))
+
+
+class _Limits(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("ttft_ms", "tpot_ms")),
+        *((name, ctypes.c_int64) for name in ("start", "allowed")),
+    )
+
+
+class _Outage(ctypes.Structure):
+    _fields_ = (("at_ms", ctypes.c_double), ("until_ms", ctypes.c_double), ("lane", ctypes.c_int64))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.simulate_pipelines.restype = None
+    library.simulate_pipelines.argtypes = (
+        *(ctypes.POINTER(_Pipelines), ctypes.c_int64, _doubles),
+        *(_ints, _ints, _doubles, _doubles),
+    )
+    library.simulate_serving.restype = ctypes.c_int64
+    library.simulate_serving.argtypes = (
+        *(ctypes.POINTER(_LaneSpec), ctypes.c_int64, ctypes.POINTER(_Link), ctypes.c_int64, _ints, ctypes.c_int64),
+        *(
+            ctypes.POINTER(_Limits),
+            ctypes.POINTER(_Outage),
+            ctypes.c_int64,
+            ctypes.c_int64,
+            _doubles,
+            _ints,
+            _ints,
+            _ints,
+        ),
+        *(_doubles, _doubles, _doubles),
+    )
+
+
+def _packed(pipelines: Pipelines) -> _Pipelines:
+    prefill, decode = pipelines.prefill, pipelines.decode
+    return _Pipelines(
+        *(_triple(prefill.prefill), _triple(decode.decode), _triple(decode.large_decode), decode.large_batch),
+        *(pipelines.prefill_stages, pipelines.prefill_cap, pipelines.decode_stages, pipelines.colocated),
+    )
+
+
+def _lane_spec(lane: Lane) -> _LaneSpec:
+    latency, speculation = lane.latency, lane.speculation
+    return _LaneSpec(
+        *(_triple(latency.prompt), _triple(latency.decode), _triple(latency.large_decode)),
+        *(latency.large_rows, latency.shared_ms, lane.every_step_ms, speculation.draft_ms),
+        *(speculation.draft_sequence_ms, speculation.acceptance_length, speculation.rows, lane.kv_tokens),
+        *(lane.role, lane.chunk_tokens, lane.max_sequences, lane.island),
+    )
+
+
+def _paths(layout: Layout, lanes: list[Lane]) -> Lengths:
+    """The link from each lane to each, or -1. # [lanes * lanes]"""
+    links = [layout.paths.get((giver.group, taker.group), -1) for giver in lanes for taker in lanes]
+    return np.array(links, np.int32)
+
+
+def _outages(layout: Layout, lanes: list[Lane]) -> tuple[ctypes.Array[_Outage], int]:
+    found = [
+        _Outage(outage.at_ms, outage.at_ms + outage.for_ms, number)
+        for outage in layout.outages
+        for number, lane in enumerate(lanes)
+        if lane.group == outage.group
+    ]
+    return (_Outage * len(found))(*found), len(found)
+
+
+def _contiguous(lengths: Lengths) -> Lengths:
+    return np.ascontiguousarray(lengths, np.int32)
+
+
+def _triple(coefficients: tuple[float, float, float]) -> ctypes.Array[ctypes.c_double]:
+    return (ctypes.c_double * 3)(*coefficients)

@@ -1,0 +1,57 @@
+"""What groups of one shape and role can do at most, if the other role costs nothing.
+
+A pool of as many of them as there may be, with ideal groups for the rest of the work, is simulated once. Fewer groups
+do no better for each, as they share less of each other's luck; and with real groups beside them they do no better
+either. So a layout's goodput is bounded by that of its pools, and there are few pools for many layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from placement.bounds import Demand, most_rate
+from placement.goodput import Goal, goodput
+from placement.latency import Coefficients, StepLatency
+from placement.layout import Group, Layout, Role
+from placement.outcome import Targets
+from placement.workload import Workload
+
+SLACK = 1.05
+"""A sample of requests may treat fewer groups a little better than many."""
+REQUESTS_PER_STAGE = 300
+LEAST_REQUESTS = 2000
+"""How many requests a layout is tried with. With fewer a run is over before its queues have grown to what they stay at,
+and goodput comes out too high."""
+
+_FREE = Coefficients(0.0, 0.0, 0.0)
+_IDEAL = Group(Role.BOTH, StepLatency(_FREE, _FREE, _FREE, 1), 2**50, chunk_tokens=2**40, max_sequences=2**30)
+
+
+def sized(workload: Workload, stages: int) -> Workload:
+    """As many requests as it takes to try a layout whose groups have `stages` stages together."""
+    return workload.of_length(max(LEAST_REQUESTS, REQUESTS_PER_STAGE * stages))
+
+
+def most_each(group: Group, count: int, workload: Workload, handoff_min_tokens: int, goal: Goal) -> float:
+    """Requests/s that each of up to `count` such groups, in the role it has, can contribute to a layout. What a request
+    takes around the groups is left out, which makes it no lower."""
+    ceiling = count * most_rate(group, Demand.of(workload, handoff_min_tokens), goal)
+    if ceiling in (0.0, float("inf")):
+        return ceiling
+    layout, part = _pool(group, count, handoff_min_tokens), _part(group.role, goal)
+    return min(ceiling, SLACK * goodput(layout, sized(workload, count * group.stages), part, ceiling=ceiling)) / count
+
+
+def _pool(group: Group, count: int, handoff_min_tokens: int) -> Layout:
+    pool = (replace(group, island=0),) * count
+    if group.role is Role.BOTH:
+        return Layout(pool)
+    other = Role.DECODE if group.role is Role.PREFILL else Role.PREFILL
+    return Layout((*pool, replace(_IDEAL, role=other)), handoff_min_tokens=handoff_min_tokens)
+
+
+def _part(role: Role, goal: Goal) -> Goal:
+    """Prefill groups are not to blame for TPOT, nor decode groups for TTFT."""
+    ttft = float("inf") if role is Role.DECODE else goal.targets.ttft_ms
+    tpot = float("inf") if role is Role.PREFILL else goal.targets.tpot_ms
+    return Goal(Targets(ttft, tpot), goal.share)

@@ -1,0 +1,226 @@
+"""Which layout serves a workload best on the devices there are.
+
+Every layout of the space has a bound (pools.py). They are looked at in the order of these. One whose bound is not
+above the best goodput of its kind, or of the kinds that are to be ranked, is left out; one that fails at the rate it
+would need is left at that; the others are bisected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from core.errors import ConfigError
+from placement.bounds import Demand
+from placement.candidates import Candidate, Option, Space, candidates
+from placement.goodput import Goal, Interval, attains, goodput, interval, next_rate
+from placement.layout import Layout, Role
+from placement.native import serve
+from placement.pools import most_each, sized
+from placement.workload import Workload
+
+Objective = Literal["per-device", "per-dollar", "total"]
+NUM_RANKED = 5
+"""Kinds of layouts, by shapes and chunks, that are told with a confidence interval."""
+LONGER_RUN = 3
+_STEADY = 0.05
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """`goodput` in requests/s; `score` is that by the objective. Where `exact` is false, it is what the layout was not
+    good enough for: it is below."""
+
+    candidate: Candidate
+    goodput: float
+    score: float
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """`steady`: a run three times as long gives the same goodput within 5 %."""
+
+    candidate: Candidate
+    goodput: float
+    score: float
+    interval: Interval
+    steady: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """`ranked`: the best layout of each of the best kinds, best first; `evaluated`: every layout that was simulated;
+    `pruned`: how many could not get there by their bounds; `refused`: what cannot run, and why."""
+
+    ranked: list[Ranked]
+    evaluated: list[Evaluated]
+    pruned: int
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def search(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> Found:
+    """Raises ConfigError if no layout can run, or none reaches the goal at any rate: then it says what is reachable."""
+    refused: dict[str, str] = dict(space.refused)
+    bounded = _bounded(space, workload, goal, objective, refused)
+    evaluated: list[Evaluated] = []
+    best: dict[tuple[object, ...], float] = {}
+    pruned = 0
+    for score, bound, candidate in bounded:
+        to_beat = max(best.get(candidate.kinds, 0.0), _last_ranked(best))
+        if score <= to_beat:
+            pruned += 1
+            continue
+        result = _evaluate(candidate, bound, to_beat, workload, goal, objective)
+        evaluated.append(result)
+        if result.exact:
+            best[candidate.kinds] = result.score
+    if not any(best.values()):
+        raise _unreachable(refused, [candidate for _, _, candidate in bounded], workload, goal)
+    return Found(_ranking(evaluated, workload, goal), evaluated, pruned, refused)
+
+
+def _last_ranked(best: dict[tuple[object, ...], float]) -> float:
+    """What a kind of layout has to reach to be ranked."""
+    return sorted(best.values(), reverse=True)[NUM_RANKED - 1] if len(best) >= NUM_RANKED else 0.0
+
+
+def exhaustive(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> list[Evaluated]:
+    """Every layout bisected, best first: what `search` is checked against."""
+    refused: dict[str, str] = {}
+    found = [
+        _evaluate(candidate, bound, 0.0, workload, goal, objective)
+        for _, bound, candidate in _bounded(space, workload, goal, objective, refused)
+    ]
+    return sorted(found, key=_order)
+
+
+def cheapest(
+    space: Space, workload: Workload, goal: Goal, rate: float, objective: Objective = "per-device"
+) -> Candidate:
+    """The layout with the fewest devices, or the lowest price, that attains the goal at `rate` requests/s. Raises
+    ConfigError with the highest rate found if none does."""
+    refused: dict[str, str] = dict(space.refused)
+    bounded = _bounded(space, workload, goal, "total", refused)
+    able = [candidate for _, bound, candidate in bounded if bound >= rate]
+    for candidate in sorted(able, key=lambda candidate: _cost(candidate, objective)):
+        if attains(candidate.layout, sized(workload, candidate.stages), rate, goal):
+            return candidate
+    best = search(space, workload, goal, "total").ranked[0]
+    raise ConfigError(
+        f"no layout on {sum(space.pools.values())} devices attains the targets at {rate:g} requests/s: the most is "
+        f"{best.goodput:.3g} requests/s, with {best.candidate.name}; add devices, or relax the targets"
+    )
+
+
+def _bounded(
+    space: Space, workload: Workload, goal: Goal, objective: Objective, refused: dict[str, str]
+) -> list[tuple[float, float, Candidate]]:
+    """Score and rate that each candidate cannot pass, highest score first, then fewest devices."""
+    most = _Most(space, workload, goal)
+    kv_tokens = Demand.of(workload, space.handoff_min_tokens).kv_tokens * goal.share
+    rated = [
+        (candidate.most_rate(most, kv_tokens), candidate)
+        for candidate in _fitting(candidates(space), workload, refused)
+    ]
+    if not rated:
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or f"{space.pools} has too few"
+        raise ConfigError(f"the model can't be placed on these devices: {reasons}")
+    if free := [candidate.name for rate, candidate in rated if math.isinf(rate)]:
+        raise ConfigError(f"by its latency model {free[0]} serves any rate: profile it", param="latency")
+    scored = [(rate / _cost(candidate, objective), rate, candidate) for rate, candidate in rated]
+    return sorted(scored, key=lambda entry: (-entry[0], entry[2].devices))
+
+
+@dataclass
+class _Most:
+    """The bound of each kind of group, reckoned once."""
+
+    space: Space
+    workload: Workload
+    goal: Goal
+    known: dict[tuple[str, Role, int], float] = field(default_factory=dict)
+
+    def __call__(self, option: Option, role: Role, chunk_tokens: int) -> float:
+        key = option.name, role, 0 if role is Role.DECODE else chunk_tokens  # decodes alone are never cut in chunks
+        if key not in self.known:
+            group = replace(option.group, role=role, chunk_tokens=chunk_tokens)
+            count = self.space.budget(option.pool) // option.devices
+            self.known[key] = most_each(group, count, self.workload, self.space.handoff_min_tokens, self.goal)
+        return self.known[key]
+
+
+def _fitting(found: Iterable[Candidate], workload: Workload, refused: dict[str, str]) -> Iterator[Candidate]:
+    verdicts: dict[tuple[object, ...], str | None] = {}
+    for candidate in found:
+        if candidate.kinds not in verdicts:
+            verdicts[candidate.kinds] = _why_not(candidate.layout, workload)
+        if (why := verdicts[candidate.kinds]) is None:
+            yield candidate
+        else:
+            refused.setdefault(candidate.kind_name, why)
+
+
+def _why_not(layout: Layout, workload: Workload) -> str | None:
+    try:
+        layout.check(workload)
+    except ConfigError as error:
+        return error.message
+    return None
+
+
+def _evaluate(
+    candidate: Candidate, bound: float, to_beat: float, workload: Workload, goal: Goal, objective: Objective
+) -> Evaluated:
+    cost = _cost(candidate, objective)
+    layout, workload = candidate.layout, sized(workload, candidate.stages)
+    needed = next_rate(to_beat * cost) if to_beat > 0.0 else 0.0
+    if needed > bound or (needed > 0.0 and not attains(layout, workload, needed, goal)):
+        return Evaluated(candidate, needed, needed / cost, exact=False)
+    found = goodput(layout, workload, goal, ceiling=bound, floor=needed)
+    return Evaluated(candidate, found, found / cost)
+
+
+def _cost(candidate: Candidate, objective: Objective) -> float:
+    return {"per-device": float(candidate.devices), "per-dollar": candidate.dollars_per_hour, "total": 1.0}[objective]
+
+
+def _ranking(evaluated: list[Evaluated], workload: Workload, goal: Goal) -> list[Ranked]:
+    """The best of each kind, of NUM_RANKED kinds."""
+    exact = sorted((result for result in evaluated if result.exact and result.goodput > 0.0), key=_order)
+    of_kind: dict[tuple[object, ...], Evaluated] = {}
+    for result in exact:
+        of_kind.setdefault(result.candidate.kinds, result)
+    return [_ranked(result, workload, goal) for result in [*of_kind.values()][:NUM_RANKED]]
+
+
+def _order(result: Evaluated) -> tuple[float, int]:
+    return -result.score, result.candidate.devices
+
+
+def _ranked(result: Evaluated, workload: Workload, goal: Goal) -> Ranked:
+    layout, ceiling, workload = result.candidate.layout, 4 * result.goodput, sized(workload, result.candidate.stages)
+    longer = workload.of_length(LONGER_RUN * len(workload))
+    again = goodput(layout, longer, goal, ceiling=ceiling)
+    steady = abs(again - result.goodput) <= _STEADY * result.goodput
+    spread = interval(layout, workload, goal, ceiling=ceiling)
+    return Ranked(result.candidate, result.goodput, result.score, spread, steady)
+
+
+def _unreachable(refused: dict[str, str], tried: list[Candidate], workload: Workload, goal: Goal) -> ConfigError:
+    """Says how fast the fastest layouts are with one request at a time."""
+    best: dict[str, tuple[float, str]] = {}
+    for candidate in {candidate.kinds: candidate for candidate in tried}.values():
+        outcome = serve(candidate.layout, workload, 1e-3).outcome
+        for name, values in (("TTFT", outcome.ttft_ms), ("TPOT", outcome.tpot_ms)):
+            reached = float(sorted(values)[int(goal.share * (len(values) - 1))])
+            best[name] = min(best.get(name, (reached, candidate.name)), (reached, candidate.name))
+    reachable = " and ".join(f"{name} {ms:.3g} ms with {layout}" for name, (ms, layout) in best.items())
+    return ConfigError(
+        f"no layout attains ttft={goal.targets.ttft_ms:g} ms and tpot={goal.targets.tpot_ms:g} ms for "
+        f"{100 * goal.share:g} % of requests at any rate; without load the best is {reachable}"
+        + (f" ({len(refused)} kinds of groups were refused)" if refused else ""),
+        param="slo",
+    )

@@ -1,0 +1,114 @@
+"""Vectors: what the kernel is told to move, and what is left when it moved a part."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_transfer.transports import vectors
+from kv_transfer.transports.vectors import of_arrays, of_runs, receive, send
+
+Ends = tuple[socket.socket, socket.socket]
+
+
+@contextmanager
+def joined() -> Iterator[Ends]:
+    """Two sockets that wait for each other, but not for ever."""
+    one, other = socket.socketpair()
+    with one, other:
+        for end in (one, other):
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 5, 0))
+        yield one, other
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    with joined() as both:
+        yield both
+
+
+@st.composite
+def runs_of(draw: st.DrawFn) -> np.ndarray:
+    """Runs of bytes that lie anywhere in a plane of 4096 and don't overlap."""
+    cuts = sorted(draw(st.sets(st.integers(0, 4096), min_size=2, max_size=40)))
+    spans = [(start, stop - start) for start, stop in zip(cuts[::2], cuts[1::2], strict=False)]
+    return np.array(draw(st.permutations(spans)), np.int64).reshape(-1, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(runs=runs_of(), planes=st.permutations(range(4)), at_a_time=st.integers(1, 7), buffer=st.integers(1, 4096))
+def test_what_is_sent_from_runs_is_received_into_runs(
+    runs: np.ndarray, planes: list[int], at_a_time: int, buffer: int
+) -> None:
+    source, target = np.random.default_rng(0).integers(0, 256, (4, 4096), np.uint8), np.zeros((4, 4096), np.uint8)
+    expected = target.copy()
+    for plane in planes:
+        for start, length in runs.tolist():
+            expected[plane, start : start + length] = source[plane, start : start + length]
+    with joined() as (one, other), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "MAX_VECTORS", at_a_time)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)  # so that calls move parts
+        sending = threading.Thread(target=send, args=(one, of_runs(source, 4096 * np.array(planes), runs)))
+        sending.start()
+        assert receive(other, of_runs(target, 4096 * np.array(planes), runs))
+        sending.join()
+    np.testing.assert_array_equal(target, expected)
+
+
+def test_a_call_that_moves_a_part_is_gone_on_from_there(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = vectors._recvmsg, []
+
+    def a_byte(descriptor: int, message: Any, flags: int) -> int:
+        calls.append(flags)
+        ends[0].send(b"abcdefgh"[len(calls) - 1 :][:1])
+        return whole(descriptor, message, socket.MSG_DONTWAIT)
+
+    monkeypatch.setattr(vectors, "_recvmsg", a_byte)
+    parts = [np.zeros(3, np.uint8), np.zeros(1, np.uint8), np.zeros(4, np.uint8)]
+    assert receive(ends[1], of_arrays(parts))
+    assert b"".join(part.tobytes() for part in parts) == b"abcdefgh"
+    assert len(calls) == 8
+
+
+def test_the_end_of_a_connection_is_told_from_its_bytes(ends: Ends) -> None:
+    ends[0].send(b"abc")
+    ends[0].close()
+    buffer = np.zeros(5, np.uint8)
+    assert not receive(ends[1], of_arrays([buffer]))
+    assert buffer.tobytes() == b"abc\0\0"
+
+
+def test_who_sends_to_a_closed_end_is_told_and_lives_on(ends: Ends) -> None:
+    ends[1].close()
+    with pytest.raises(BrokenPipeError):
+        send(ends[0], of_arrays([np.zeros(5, np.uint8)]))
+
+
+@pytest.mark.parametrize("option", [socket.SO_RCVTIMEO, socket.SO_SNDTIMEO], ids=["receive", "send"])
+def test_a_wait_is_no_longer_than_the_socket_allows(option: int, ends: Ends) -> None:
+    ends[0].setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, 20_000))
+    buffer = of_arrays([np.zeros(8 << 20, np.uint8)])
+    with pytest.raises(BlockingIOError):
+        receive(ends[0], buffer) if option == socket.SO_RCVTIMEO else send(ends[0], buffer)
+
+
+def test_a_signal_does_not_end_a_wait(ends: Ends) -> None:
+    handled = signal.signal(signal.SIGALRM, lambda *_: ends[0].send(b"rest"))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        buffer = np.zeros(4, np.uint8)
+        assert receive(ends[1], of_arrays([buffer]))
+    finally:
+        signal.signal(signal.SIGALRM, handled)
+    assert buffer.tobytes() == b"rest"

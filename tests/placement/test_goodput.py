@@ -1,0 +1,126 @@
+"""Goodput of a layout: the rate is found, runs that have not settled don't count, and bounds hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from placement import native
+from placement.bounds import Demand, most_rate
+from placement.goodput import Goal, attains, goodput, interval, next_rate
+from placement.latency import Speculation
+from placement.layout import Layout, Link, Role
+from placement.native import Limits, serve, serve_unless_missed
+from placement.outcome import Targets
+from placement.pools import most_each
+from placement.serving import serve_plainly
+from placement.workload import Workload
+from tests.placement.layouts import STEP, apart, group
+from tests.placement.pipelines import azure_like
+
+GOAL = Goal(Targets(500.0, 60.0), 0.9)
+BOTH = group(Role.BOTH, latency=STEP, kv_tokens=60_000)
+REQUESTS = azure_like(2000)
+
+
+def test_goodput_is_where_attainment_ends() -> None:
+    layout = Layout((BOTH,))
+    found = goodput(layout, REQUESTS, GOAL, ceiling=20.0)
+    assert 1.0 < found < 20.0
+    assert attains(layout, REQUESTS, found, GOAL)
+    assert not attains(layout, REQUESTS, next_rate(found), GOAL)
+
+
+def test_goodput_does_not_depend_on_where_it_is_looked_for() -> None:
+    layout = Layout((BOTH,))
+    found = goodput(layout, REQUESTS, GOAL, ceiling=20.0)
+    assert found == goodput(layout, REQUESTS, GOAL, ceiling=11.0)
+    assert found == goodput(layout, REQUESTS, GOAL, ceiling=20.0, floor=next_rate(found / 2))
+
+
+def test_goodput_is_nothing_where_targets_cannot_be_met() -> None:
+    assert goodput(Layout((BOTH,)), REQUESTS, Goal(Targets(1.0, 60.0)), ceiling=20.0) == 0.0
+
+
+def test_a_rate_above_the_ceiling_is_not_tried() -> None:
+    assert goodput(Layout((BOTH,)), REQUESTS, GOAL, ceiling=0.5) == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_run_whose_queues_still_grow_does_not_count() -> None:
+    """The targets are met by 90 % of all, because those who came late are few; a longer run would fail."""
+    ramp = REQUESTS.with_gaps(np.where(np.arange(2000) < 1850, 1.0, 1e-3))
+    met = serve(Layout((BOTH,)), ramp, 2.0).outcome.attained(GOAL.targets)
+    assert met[200:].mean() > 0.9 > met[1000:].mean()
+    assert not attains(Layout((BOTH,)), ramp, 2.0, GOAL)
+
+
+def test_the_interval_is_over_other_draws_of_the_same_requests() -> None:
+    layout = Layout((BOTH,))
+    spread = interval(layout, REQUESTS, GOAL, ceiling=20.0)
+    assert spread.low < spread.mean < spread.high < 1.5 * spread.mean
+    assert spread == interval(layout, REQUESTS, GOAL, ceiling=20.0)
+
+
+def test_resampled_requests_keep_the_mean_gap_and_their_neighbours() -> None:
+    drawn = REQUESTS.resampled(1000, np.random.default_rng(1))
+    assert len(drawn) == 1000
+    assert drawn.gaps.mean() == pytest.approx(REQUESTS.gaps.mean())
+    start = int(np.flatnonzero(REQUESTS.prompt_tokens == drawn.prompt_tokens[0])[0])
+    assert drawn.output_tokens[:3].tolist() in (
+        REQUESTS.output_tokens[np.arange(first, first + 3) % 2000].tolist() for first in range(start, 2000)
+    )
+
+
+@pytest.mark.parametrize("allowed", [0, 20, 150, 200])
+def test_a_run_that_misses_too_much_is_given_up_with_the_same_verdict(allowed: int) -> None:
+    layout = Layout((BOTH,), overhead_ms=100.0)
+    for rate in (2.0, 6.0, 12.0):
+        limits = Limits(GOAL.targets, 100, allowed)
+        kept = limits.kept(serve_plainly(layout, azure_like(300), rate).outcome)
+        assert (serve_unless_missed(layout, azure_like(300), rate, limits) is not None) == kept
+
+
+def test_without_a_compiler_the_verdict_is_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: None)
+    limits = Limits(GOAL.targets, 0, 0)
+    assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 30.0, limits) is None
+    assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 0.1, limits) is not None
+
+
+LAYOUTS = {
+    "colocated": ([BOTH], Layout((BOTH,))),
+    "two stages": ([replace(BOTH, stages=2)], Layout((replace(BOTH, stages=2),))),
+    "speculating": (
+        [replace(BOTH, speculation=Speculation(2.2, 4, 1.0))],
+        Layout((replace(BOTH, speculation=Speculation(2.2, 4, 1.0)),)),
+    ),
+    "apart": (
+        [replace(BOTH, role=Role.PREFILL), replace(BOTH, role=Role.DECODE)],
+        apart(groups=(replace(BOTH, role=Role.PREFILL), replace(BOTH, role=Role.DECODE)), link=Link(0.01)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("targets", [Targets(300.0, 30.0), Targets(1000.0, 100.0), Targets(5000.0, 20.0)])
+def test_no_layout_does_better_than_its_bounds(name: str, targets: Targets) -> None:
+    groups, layout = LAYOUTS[name]
+    goal = Goal(targets, 0.9)
+    found = goodput(layout, REQUESTS, goal, ceiling=50.0)
+    closed = min(most_rate(group, Demand.of(REQUESTS, 0), goal) for group in groups)
+    simulated = min(most_each(group, 1, REQUESTS, 0, goal) for group in groups)
+    assert found <= simulated <= closed
+
+
+def test_prompts_that_are_not_handed_over_cost_prefill_groups_nothing() -> None:
+    some, none = Demand.of(REQUESTS, 0), Demand.of(REQUESTS, 10_000)
+    assert some.handed_tokens == pytest.approx(some.prompt_tokens, rel=0.02)
+    assert (none.handed_tokens, none.kv_tokens) == (0.0, 0.0)
+    assert most_rate(replace(BOTH, role=Role.PREFILL), none, GOAL) == float("inf")
+
+
+def test_a_cached_prefix_is_no_work() -> None:
+    cached = Workload(REQUESTS.prompt_tokens, REQUESTS.output_tokens, REQUESTS.gaps, REQUESTS.prompt_tokens - 1)
+    assert Demand.of(cached, 0).prompt_tokens == 1.0

@@ -1,0 +1,151 @@
+"""The search: the layout that an exhaustive one finds, what it leaves out, and what it says when nothing will do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from core.errors import ConfigError
+from placement.candidates import Candidate, Fabric, Option, Space, candidates
+from placement.goodput import Goal
+from placement.latency import Coefficients, StepLatency
+from placement.layout import Group, Link, Role
+from placement.outcome import Targets
+from placement.search import cheapest, exhaustive, search
+from tests.placement.pipelines import azure_like
+
+REQUESTS = azure_like(2000)
+GOAL = Goal(Targets(500.0, 50.0), 0.9)
+
+
+def option(tp: int, stages: int = 1, **changes: Any) -> Option:
+    """Twice the devices are a little less than twice as fast."""
+    speed = tp**0.8
+    latency = StepLatency(
+        Coefficients(6 + 9 / speed, 0.1 / speed, 7e-6 / speed),
+        Coefficients(6 + 12 / speed, 0.0006 / speed, 0.04 / speed),
+        Coefficients(4 + 6 / speed, 0.0006 / speed, 0.1 / speed),
+        large_rows=95,
+        shared_ms=6.0,
+    )
+    group = Group(Role.BOTH, latency, 60_000 * (2 * tp * stages - 1), stages=stages, hop_ms=0.5)
+    return Option(**({"name": f"TP{tp} PP{stages}", "tp": tp, "group": group} | changes))
+
+
+def space(devices: int = 4, **changes: Any) -> Space:
+    options = tuple(option(tp, stages) for tp, stages in product((1, 2), (1, 2)) if tp * stages <= devices)
+    fabric = Fabric(Link(0.003, 0.1), Link(0.03, 0.5))
+    return Space(
+        **({"options": options, "pools": {"default": devices}, "devices_per_node": 4, "fabric": fabric} | changes)
+    )
+
+
+@pytest.mark.parametrize("targets", [Targets(500.0, 50.0), Targets(3000.0, 25.0)])
+def test_it_finds_what_an_exhaustive_search_finds(targets: Targets) -> None:
+    goal = Goal(targets, 0.9)
+    best = exhaustive(space(), REQUESTS, goal)[0]
+    found = search(space(), REQUESTS, goal)
+    assert found.ranked[0].candidate == best.candidate
+    assert found.ranked[0].score == best.score
+    assert found.pruned > 0
+    assert len(found.evaluated) + found.pruned == len(list(candidates(space())))
+
+
+def test_the_ranking_is_of_kinds_with_intervals() -> None:
+    found = search(space(), REQUESTS, GOAL)
+    scores = [ranked.score for ranked in found.ranked]
+    assert scores == sorted(scores, reverse=True)
+    assert len({ranked.candidate.kinds for ranked in found.ranked}) == len(found.ranked) == 5
+    assert all(ranked.interval.low <= ranked.interval.mean <= ranked.interval.high for ranked in found.ranked)
+    assert all(ranked.steady for ranked in found.ranked[:1])
+
+
+def test_total_goodput_takes_all_devices_and_dollars_count() -> None:
+    total = search(space(), REQUESTS, GOAL, "total").ranked[0]
+    assert total.candidate.devices == 4
+    dear = tuple(replace(known, dollars_per_hour=float(known.devices**3)) for known in space().options)
+    assert search(space(options=dear), REQUESTS, GOAL).ranked[0].candidate.decode.devices > 1
+    assert search(space(options=dear), REQUESTS, GOAL, "per-dollar").ranked[0].candidate.decode.devices == 1
+
+
+def test_layouts_stay_within_pools_less_what_the_learner_has() -> None:
+    pools = {"default": 4, "other": 2}
+    options = (option(1), option(2, pool="other", name="other TP2"))
+    found = list(candidates(space(options=options, pools=pools, learner_devices={"default": 1})))
+    assert {candidate.name for candidate in found if candidate.prefill is None} == {
+        *(f"{count} x TP1 PP1, chunks of 2048" for count in (1, 2, 3)),
+        "1 x other TP2, chunks of 2048",
+    }
+    mixed = [c for c in found if c.prefill and c.prefill.pool != c.decode.pool]
+    assert {(c.prefills, c.decodes) for c in mixed if c.decode.pool == "other"} == {(1, 1), (2, 1), (3, 1)}
+    assert not any(candidate.near for candidate in mixed)
+
+
+def test_what_fits_a_node_stays_in_it_and_is_repeated() -> None:
+    found = [c for c in candidates(space(8, options=(option(2),))) if c.prefill]
+    near = {(c.prefills, c.decodes, c.nodes) for c in found if c.near}
+    assert near == {(1, 1, 1), (1, 1, 2)}
+    assert {(c.prefills, c.decodes) for c in found if not c.near} == {(1, 2), (1, 3), (2, 1), (2, 2), (3, 1)}
+    assert all(candidate.devices <= 8 for candidate in found)
+
+
+def test_links_are_as_near_as_the_groups() -> None:
+    near = Candidate(space(8), option(1), option(1), 2, 1, 2048, near=True, nodes=2)
+    assert [group.island for group in near.layout.groups] == [0, 0, 1, 1, 0, 1]
+    assert near.layout.links == (Link(0.003, 0.1),) * 4
+    far = Candidate(space(8), option(1), option(2), 4, 2, 2048)
+    assert far.layout.links == (Link(0.03, 0.5),) * 2
+    assert [far.layout.paths[giver, 4] for giver in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_slow_link_makes_colocated_win() -> None:
+    slow = Fabric(Link(3.0), Link(3.0))
+    assert search(space(fabric=slow), REQUESTS, GOAL).ranked[0].candidate.prefill is None
+
+
+def test_shapes_without_room_are_refused_with_the_reason() -> None:
+    small = option(1, name="small")
+    small = replace(small, group=replace(small.group, kv_tokens=3000))
+    found = search(space(options=(small, option(2)), refused={"TP1 PP8": "8 stages, 6 layers"}), REQUESTS, GOAL)
+    assert found.refused["TP1 PP8"] == "8 stages, 6 layers"
+    assert "room for 3000 tokens" in found.refused["small, chunks of 2048"]
+    assert all("small" not in result.candidate.name for result in found.evaluated)
+
+
+def test_impossible_targets_are_answered_with_the_best_reachable() -> None:
+    with pytest.raises(ConfigError, match=r"ttft=1 ms and tpot=50 ms .* TTFT \d+.* ms with .* TPOT [\d.]+ ms with"):
+        search(space(), REQUESTS, Goal(Targets(1.0, 50.0)))
+    with pytest.raises(ConfigError, match="at any rate"):
+        search(space(), REQUESTS, Goal(Targets(500.0, 1.0)))
+
+
+def test_the_cheapest_layout_for_a_rate_is_no_larger_than_needed() -> None:
+    found = cheapest(space(), REQUESTS, GOAL, 2.0)
+    smaller = [c for c in candidates(space()) if c.devices < found.devices]
+    best = max(
+        (result.goodput for result in exhaustive(space(), REQUESTS, GOAL) if result.candidate in smaller), default=0
+    )
+    assert best < 2.0
+    with pytest.raises(ConfigError, match=r"at 500 requests/s: the most is [\d.]+ requests/s"):
+        cheapest(space(), REQUESTS, GOAL, 500.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learner_devices": {"default": 4}}, "the pool default has 4 devices, of which the learner has 4"),
+        ({"options": (option(1, pool="gpus"),)}, "the pool gpus has 0 devices"),
+        ({"chunk_tokens": ()}, "at least one size"),
+    ],
+)
+def test_a_space_without_room_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        space(**changes)
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_reasons() -> None:
+    with pytest.raises(ConfigError, match="can't be placed on these devices: TP1: needs 26 GB of 24 GB"):
+        search(space(options=(), refused={"TP1": "needs 26 GB of 24 GB"}), REQUESTS, GOAL)

@@ -1,0 +1,130 @@
+"""`slipstream simulate LAYOUT --trace FILE`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cluster.cli import cli
+from core.errors import ConfigError
+from placement.layout import Link, Outage, Role
+from placement.layout_file import read_layout
+from placement.outcome import Targets
+from placement.slo import parse_slo
+
+LAYOUT = """
+groups:
+  - name: prefill
+    role: prefill
+    latency: &step {prompt: [10, 0.1, 0], decode: [5, 0, 1], large_decode: [50, 0, 1], large_rows: 100}
+    kv_tokens: 10000
+  - name: decode
+    role: decode
+    count: 2
+    latency: *step
+    kv_tokens: 10000
+    speculation: {acceptance_length: 2, rows: 4}
+links:
+  - {from: prefill, to: decode, ms_per_token: 0.5, latency_ms: 3}
+outages:
+  - {group: prefill, at_ms: 90000, for_ms: 10}
+"""
+TRACE = "arrived_at,num_prefill_tokens,num_decode_tokens\n0,100,3\n10,200,3\n20,100,1\n"
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    (tmp_path / "layout.yaml").write_text(LAYOUT)
+    return tmp_path / "layout.yaml"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    (tmp_path / "trace.csv").write_text(TRACE)
+    return tmp_path / "trace.csv"
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["simulate", *map(str, arguments)])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_it_predicts_what_a_layout_does_with_a_trace(layout: Path, trace: Path) -> None:
+    found: dict[str, Any] = json.loads(run(layout, "--trace", trace, "--slo", "ttft=25,tpot=100", "--json"))
+    assert (found["requests"], found["rate_rps"], found["preemptions"]) == (3, 0.1, 0)
+    assert found["ttft_ms"]["mean"] == pytest.approx((20 + 30 + 20) / 3)
+    assert found["tpot_ms"]["p50"] == pytest.approx((100 * 0.5 + 3 + 5 + 4) / 2)
+    assert found["attainment"] == pytest.approx(2 / 3)
+    assert found["goodput_rps"] == pytest.approx(0.2 / 3)
+    assert len(found["busy"]) == 3
+
+
+def test_the_table_says_the_same(layout: Path, trace: Path) -> None:
+    printed = run(layout, "--trace", trace, "--slo", "ttft=25,tpot=100", "--rate", 2)
+    assert "3 requests at 2/s" in printed
+    assert "66.7% meet both targets" in printed
+
+
+@pytest.mark.parametrize("arrival", [("fixed",), ("gamma", "--cv", "3", "--seed", "1")])
+def test_another_rhythm_can_be_asked_for(layout: Path, trace: Path, arrival: tuple[str, ...]) -> None:
+    assert "3 requests" in run(layout, "--trace", trace, "--arrival", *arrival)
+
+
+def test_a_layout_is_read_with_all_that_it_says(layout: Path) -> None:
+    found = read_layout(layout)
+    assert [group.role for group in found.groups] == [Role.PREFILL, Role.DECODE, Role.DECODE]
+    assert found.links == (Link(0.5, 3.0),)
+    assert found.paths == {(0, 1): 0, (0, 2): 0}
+    assert found.outages == (Outage(0, 90_000, 10),)
+    assert found.groups[1].speculation is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: decode", "nmae: decode", "nmae"),
+        ("large_rows: 100", "large_rows: 100, extra: 1", "extra"),
+        ("role: decode", "role: both-ish", "role is 'both-ish', not one of prefill, decode, both"),
+        ("role: decode", "role: prefill", "no group that decodes"),
+        ("to: decode", "to: decoder", "no group 'decoder'; there are prefill, decode"),
+        ("name: decode", "name: prefill", "two groups are named prefill"),
+        ("count: 2", "count: 0", "count is 0"),
+        ("groups:", "groups: [", "layout.yaml: "),
+        ("rows: 4", "rows: 1", "acceptance length of 2 with 1 rows"),
+    ],
+)
+def test_a_bad_layout_is_refused_by_name(layout: Path, old: str, new: str, message: str) -> None:
+    layout.write_text(LAYOUT.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        read_layout(layout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a LAYOUT and a --trace"),
+        (("--cv", "2"), "--cv and --seed are for --arrival gamma"),
+        (("--reference", "x", "--rate", "2"), "leave the rest out"),
+        (("none.yaml", "--trace", "none.csv"), "none.csv can't be read"),
+        (("--reference", "none.json"), "none.json can't be read"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(*arguments)
+
+
+def test_targets_are_read_in_milliseconds() -> None:
+    assert parse_slo("ttft=200, tpot=12.5") == Targets(200.0, 12.5)
+
+
+@pytest.mark.parametrize("text", ["", "ttft=200", "ttft=1,ttft=2", "ttft=x,tpot=1", "ttft=-1,tpot=1", "ttft=1,e2e=2"])
+def test_other_targets_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="write --slo ttft=200,tpot=50"):
+        parse_slo(text)

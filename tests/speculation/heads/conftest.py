@@ -1,0 +1,30 @@
+"""A tiny model, and a head of each kind that was trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.runner import ModelRunner
+from speculation.heads.distil import Result
+from tests.speculation.heads.trained import KINDS, distilled, save_target
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    folder = tmp_path_factory.mktemp("target")
+    save_target(folder)
+    return ModelRunner.load(folder, dtype="float32", device="cpu", num_blocks=400, block_size=4)
+
+
+@pytest.fixture(scope="session")
+def results(target: ModelRunner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Result]]:
+    """Folder and result of each kind."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    return {kind: (folder, distilled(kind, target, folder)) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def folders(results: dict[str, tuple[Path, Result]]) -> dict[str, Path]:
+    return {kind: folder for kind, (folder, _) in results.items()}

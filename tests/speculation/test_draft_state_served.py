@@ -1,0 +1,57 @@
+"""Draft states over real hand-offs between workers: as many tokens accepted in each step as where one does it all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import load
+from cluster.local import local_cluster
+from core.types import Request, SamplingParams
+from tests.engine.driver import tokens
+from tests.tiny import save_tiny_llama
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+
+TIMEOUT_S = 60.0
+PROMPTS = [[token + 3 for token in tokens(length, seed=length)] for length in (9, 40, 90)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    return folder
+
+
+async def rounds(folder: Path, drafter: str, **settings: Any) -> list[list[tuple[list[int], int, int]]]:
+    """Of each request its deltas: tokens, how many were drafted, and how many accepted."""
+    given = {"dtype": "float32", "kv_cache_memory": "4MiB", "handoff_min_tokens": 0, "speculation": drafter}
+    weights = (f"draft_model={folder}",) if drafter == "draft_model" else ()
+    fixed = {"speculation_controller": "fixed", "speculation_budget": 6, "speculation_weights": weights}
+    async with local_cluster(load(None, given | fixed | settings), folder) as cluster:
+
+        async def one(name: str, prompt: list[int]) -> list[tuple[list[int], int, int]]:
+            sampling = SamplingParams(max_tokens=30, temperature=0.0)
+            request = Request(
+                request_id=name, prompt_token_ids=prompt, sampling=sampling, deadline=time.time() + TIMEOUT_S
+            )
+            deltas = [delta async for delta in cluster.backend.generate(request)]
+            return [(delta.token_ids, delta.num_drafted_tokens, delta.num_accepted_tokens) for delta in deltas]
+
+        async with asyncio.timeout(TIMEOUT_S):
+            found = [await one(f"r{index}", prompt) for index, prompt in enumerate(PROMPTS)]
+        committed = sum(node.status().counters.transfers_committed for node in cluster.nodes.values())
+    assert committed == (0 if settings.get("colocated") else len(PROMPTS))
+    return found
+
+
+@pytest.mark.parametrize("drafter", ["hybrid", "draft_model"])
+async def test_rounds_after_a_hand_off_are_those_of_one_worker(folder: Path, drafter: str) -> None:
+    apart, together = [await rounds(folder, drafter, **layout) for layout in ({}, {"colocated": True})]
+    assert apart == together
+    assert any(accepted for deltas in apart for _, _, accepted in deltas)
