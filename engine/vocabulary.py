@@ -37,7 +37,7 @@ def read_vocabulary(
     that is run by its class in Transformers, whose tensors have names of their own."""
     if not isinstance(config, DecoderConfig):
         raise ModelError(
-            f"architecture {config.architecture} is run by its class in Transformers, and its embedding can't be shared "
+            f"architecture {config.architecture} is run by its class in Transformers; its embedding can't be shared "
             "with a draft; use a drafter without weights, or a draft model"
         )
     shape = (config.vocab_size, config.hidden_size)

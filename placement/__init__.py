@@ -7,7 +7,7 @@
 | `prefixes.py` | how much of each prompt a prefix cache has |
 | `outcome.py`, `slo.py` | what a simulation says of each request, and the targets it is held against |
 | `pipeline.py` | the simulator in DistServe-compatible mode: its definition, in plain Python |
-| `layout.py`, `serving.py` | our own system and the definition of its simulator |
+| `layout.py`, `lanes.py`, `serving.py` | our own system and the definition of its simulator |
 | `native.py`, `csrc/` | both simulators in C++, compiled once for a machine; the same results |
 | `distserve.py` | DistServe's search, algorithms 1 and 2 |
 | `reference.py`, `agreement.py` | a file of reference results, run and compared case by case |

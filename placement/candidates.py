@@ -62,6 +62,14 @@ class Space:
         if not (self.devices_per_node >= 1 and self.chunk_tokens):
             raise ConfigError("devices_per_node is 1 or more, and chunk_tokens has at least one size to try")
 
+    def why_not(self, option: Option) -> str | None:
+        """Why no group of this option can be placed; None if one can."""
+        if option.tp > self.devices_per_node:
+            return f"{option.tp} tensor parallel ranks, but {self.devices_per_node} devices in a node"
+        if option.devices > (left := self.budget(option.pool)):
+            return f"needs {option.devices} devices, and the pool {option.pool} has {left} to serve with"
+        return None
+
     def budget(self, pool: str) -> int:
         return self.pools.get(pool, 0) - self.learner_devices.get(pool, 0)
 
@@ -162,7 +170,7 @@ class Candidate:
 
 def candidates(space: Space) -> Iterator[Candidate]:
     """All layouts of the space on its devices, or fewer. A group's tensor parallel ranks are in one node."""
-    options = [option for option in space.options if option.tp <= space.devices_per_node]
+    options = [option for option in space.options if space.why_not(option) is None]
     for chunk_tokens in space.chunk_tokens:
         if Role.BOTH in space.roles:
             for option in options:

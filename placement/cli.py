@@ -16,7 +16,7 @@ from placement.layout_file import read_layout
 from placement.prediction import Prediction, predict
 from placement.reference import read_reference
 from placement.slo import parse_slo
-from placement.traces import Trace, read_trace
+from placement.traces import read_trace
 from placement.workload import Workload
 
 _path = click.Path(path_type=Path)
@@ -26,6 +26,9 @@ _path = click.Path(path_type=Path)
 @click.argument("layout", type=_path, required=False)
 @click.option("--trace", type=_path, help="Requests: a .csv as Azure's, or a .jsonl as Mooncake's.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second. Default: the trace's.")
+@click.option(
+    "--requests", type=click.IntRange(min=1), help="The first so many of the trace, over and over if need be."
+)
 @click.option(
     "--arrival",
     type=click.Choice(["trace", "gamma", "fixed"]),
@@ -42,6 +45,7 @@ def simulate(
     layout: Path | None,
     trace: Path | None,
     rate: float | None,
+    requests: int | None,
     arrival: str,
     cv: float | None,
     seed: int | None,
@@ -56,7 +60,7 @@ def simulate(
     if arrival != "gamma" and (cv is not None or seed is not None):
         raise ConfigError("--cv and --seed are for --arrival gamma", param="arrival")
     if reference is not None:
-        if layout or trace or rate or slo or arrival != "trace":
+        if layout or trace or rate or requests or slo or arrival != "trace":
             raise ConfigError("--reference takes everything from its file: leave the rest out", param="reference")
         _compare(reference, as_json=as_json)
         return
@@ -64,17 +68,18 @@ def simulate(
         raise ConfigError("give a LAYOUT and a --trace, or a --reference file", param="layout")
     targets = None if slo is None else parse_slo(slo)
     found = read_trace(trace)
-    workload = _in_rhythm(found, arrival, 1.0 if cv is None else cv, seed or 0)
+    workload = found.workload if requests is None else found.workload.of_length(requests)
+    workload = _in_rhythm(workload, arrival, 1.0 if cv is None else cv, seed or 0)
     prediction = predict(read_layout(layout), workload, found.rate if rate is None else rate, targets)
     click.echo(_json(prediction) if as_json else _table(prediction))
 
 
-def _in_rhythm(trace: Trace, arrival: str, cv: float, seed: int) -> Workload:
-    requests = len(trace.workload)
+def _in_rhythm(workload: Workload, arrival: str, cv: float, seed: int) -> Workload:
     if arrival == "trace":
-        return trace.workload
-    gaps = fixed_gaps(requests) if arrival == "fixed" else gamma_gaps(requests, cv, np.random.default_rng(seed))
-    return trace.workload.with_gaps(gaps)
+        return workload
+    if arrival == "fixed":
+        return workload.with_gaps(fixed_gaps(len(workload)))
+    return workload.with_gaps(gamma_gaps(len(workload), cv, np.random.default_rng(seed)))
 
 
 def _compare(reference: Path, *, as_json: bool) -> None:
@@ -94,6 +99,7 @@ def _table(prediction: Prediction) -> str:
         values = getattr(prediction, f"{metric}_ms")
         rows.append(f"{metric:<6}" + "".join(f"{values[name]:>11.1f}" for name in names))
     rows.append(f"{prediction.requests} requests at {prediction.rate_rps:.3g}/s, {prediction.preemptions} preemptions")
+    rows[-1] += f", simulated in {prediction.cpu_s:.3g} s"
     rows.append("groups busy " + ", ".join(f"{share:.0%}" for share in prediction.busy))
     if prediction.attainment is not None:
         rows.append(f"{prediction.attainment:.1%} meet both targets: goodput {prediction.goodput_rps:.3g} requests/s")

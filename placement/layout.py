@@ -88,9 +88,12 @@ class Layout:
             raise ConfigError("the layout has no group that decodes", param="groups")
         for number, group in enumerate(self.groups):
             _check_group(number, group)
-        for pair, link in self.paths.items():
-            if not 0 <= link < len(self.links):
-                raise ConfigError(f"the path {pair} is over link {link}, but there are {len(self.links)} links")
+        for number, link in enumerate(self.links):
+            if not (link.ms_per_token >= 0 and link.latency_ms >= 0):
+                raise ConfigError(f"link {number}: times are 0 or more, not {link}", param="links")
+        for pair, place in self.paths.items():
+            if not 0 <= place < len(self.links):
+                raise ConfigError(f"the path {pair} is over link {place}, but there are {len(self.links)} links")
         for outage in self.outages:
             if not (0 <= outage.group < len(self.groups) and outage.at_ms >= 0 and 0 <= outage.for_ms < float("inf")):
                 raise ConfigError(f"{outage}: needs one of {len(self.groups)} groups and times of 0 or more")
@@ -99,10 +102,13 @@ class Layout:
         return [lane for number, group in enumerate(self.groups) for lane in [_lane(number, group)] * group.stages]
 
     def check(self, workload: Workload) -> None:
-        """Raise ConfigError for a request that some group could never hold."""
+        """Raise ConfigError for a request that some group could never hold. Prefill groups see output tokens only of
+        requests that another group lost."""
+        longest_prompt = int(workload.prompt_tokens.max())
         longest = int((workload.prompt_tokens.astype(int) + workload.output_tokens).max())
         for lane in self.lanes():
-            needed = longest + lane.speculation.acceptance_length
+            held = longest_prompt if lane.role is Role.PREFILL and not self.outages else longest
+            needed = held + lane.speculation.acceptance_length
             if needed > lane.kv_tokens:
                 raise ConfigError(
                     f"group {lane.group} has room for {lane.kv_tokens} tokens of KV in a stage's step, and a request "
@@ -133,6 +139,16 @@ def _check_group(number: int, group: Group) -> None:
     for name in ("stages", "max_sequences", "chunk_tokens", "kv_tokens"):
         if getattr(group, name) < 1:
             raise ConfigError(f"group {number}: {name} is {getattr(group, name)}, not 1 or more", param=name)
+    latency = group.latency
+    for name in ("prompt", "decode", "large_decode"):
+        if not min(getattr(latency, name)) >= 0:
+            raise ConfigError(
+                f"group {number}: {name} is {getattr(latency, name)}: fit it with coefficients of 0 or more"
+            )
+    if not 0 <= latency.shared_ms <= latency.prompt.a + min(latency.decode.a, latency.large_decode.a):
+        raise ConfigError(
+            f"group {number}: a step can't save {latency.shared_ms} ms of what it takes", param="shared_ms"
+        )
     if not 1 <= speculation.acceptance_length <= speculation.rows:
         raise ConfigError(
             f"group {number}: an acceptance length of {speculation.acceptance_length:g} with {speculation.rows} rows; "

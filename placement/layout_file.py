@@ -1,27 +1,4 @@
-"""A layout in YAML, for `slipstream simulate`:
-
-    groups:
-      - name: prefill
-        role: prefill                  # prefill, decode or both
-        count: 2                       # groups of this kind; default 1
-        latency:                       # ms; see StepLatency
-          prompt: [14.7, 0.0686, 4e-6]
-          decode: [13.3, 0.00034, 0.03]
-          large_decode: [10.6, 0.00031, 0.06]
-          large_rows: 95
-          shared_ms: 13.0
-        kv_tokens: 150000
-      - name: decode
-        role: decode
-        latency: …
-        kv_tokens: 150000
-        speculation: {acceptance_length: 2.4, rows: 5, draft_ms: 1.5}
-    links:
-      - {from: prefill, to: decode, ms_per_token: 0.01, latency_ms: 0.5}
-    outages:
-      - {group: decode, at_ms: 60000, for_ms: 5000}
-    handoff_min_tokens: 64
-    overhead_ms: 4
+"""A layout in YAML, for `slipstream simulate`; docs/simulate.md has an example.
 
 Every pair of a `from` and a `to` group shares the link. A group without links moves its KV in no time. Unknown keys are
 refused, and everything that Layout refuses.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import numpy as np
 
 from placement.layout import Layout
-from placement.native import serve
+from placement.native import load, serve
 from placement.outcome import Targets
 from placement.workload import Times, Workload
 
@@ -15,7 +17,7 @@ _PERCENTILES = (50, 90, 95, 99)
 
 class Prediction(msgspec.Struct):
     """Milliseconds by statistic (`mean`, `p50`, …); `attainment` and `goodput_rps` where targets were given. `busy` is
-    the share of the time that each group computes, the mean of its stages."""
+    the share of the time that each group computes, the mean of its stages; `cpu_s` what simulating it took."""
 
     requests: int
     rate_rps: float
@@ -24,13 +26,17 @@ class Prediction(msgspec.Struct):
     e2e_ms: dict[str, float]
     preemptions: int
     busy: list[float]
+    cpu_s: float
     attainment: float | None = None
     goodput_rps: float | None = None
 
 
 def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | None = None) -> Prediction:
     """Raises ConfigError for a request that a group could never hold."""
+    load()  # compiling is not part of simulating
+    started = time.process_time()
     served = serve(layout, workload, rate)
+    cpu_s = time.process_time() - started
     outcome = served.outcome
     attainment = None if targets is None else outcome.attainment(targets)
     groups = np.array([lane.group for lane in layout.lanes()])
@@ -42,6 +48,7 @@ def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | 
         e2e_ms=_statistics(outcome.e2e_ms),
         preemptions=served.preemptions,
         busy=[float(served.busy_ms[groups == group].mean() / served.end_ms) for group in range(len(layout.groups))],
+        cpu_s=cpu_s,
         attainment=attainment,
         goodput_rps=None if attainment is None else attainment * rate,
     )

@@ -63,7 +63,7 @@ class Found:
 
 def search(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> Found:
     """Raises ConfigError if no layout can run, or none reaches the goal at any rate: then it says what is reachable."""
-    refused: dict[str, str] = dict(space.refused)
+    refused = _refused(space)
     bounded = _bounded(space, workload, goal, objective, refused)
     evaluated: list[Evaluated] = []
     best: dict[tuple[object, ...], float] = {}
@@ -89,10 +89,9 @@ def _last_ranked(best: dict[tuple[object, ...], float]) -> float:
 
 def exhaustive(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> list[Evaluated]:
     """Every layout bisected, best first: what `search` is checked against."""
-    refused: dict[str, str] = {}
     found = [
         _evaluate(candidate, bound, 0.0, workload, goal, objective)
-        for _, bound, candidate in _bounded(space, workload, goal, objective, refused)
+        for _, bound, candidate in _bounded(space, workload, goal, objective, _refused(space))
     ]
     return sorted(found, key=_order)
 
@@ -102,8 +101,7 @@ def cheapest(
 ) -> Candidate:
     """The layout with the fewest devices, or the lowest price, that attains the goal at `rate` requests/s. Raises
     ConfigError with the highest rate found if none does."""
-    refused: dict[str, str] = dict(space.refused)
-    bounded = _bounded(space, workload, goal, "total", refused)
+    bounded = _bounded(space, workload, goal, "total", _refused(space))
     able = [candidate for _, bound, candidate in bounded if bound >= rate]
     for candidate in sorted(able, key=lambda candidate: _cost(candidate, objective)):
         if attains(candidate.layout, sized(workload, candidate.stages), rate, goal):
@@ -113,6 +111,11 @@ def cheapest(
         f"no layout on {sum(space.pools.values())} devices attains the targets at {rate:g} requests/s: the most is "
         f"{best.goodput:.3g} requests/s, with {best.candidate.name}; add devices, or relax the targets"
     )
+
+
+def _refused(space: Space) -> dict[str, str]:
+    reasons = {option.name: space.why_not(option) for option in space.options}
+    return dict(space.refused) | {name: why for name, why in reasons.items() if why is not None}
 
 
 def _bounded(

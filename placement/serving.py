@@ -10,15 +10,14 @@ it moves once there is room.
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
 
-from placement.layout import Lane, Layout, Role
+from placement.lanes import DECODES_IT, At, LaneState, Request
+from placement.layout import Layout, Role
 from placement.outcome import Outcome
 from placement.workload import Times, Workload
 
@@ -49,83 +48,6 @@ def to_outcome(workload: Workload, since: Times, first: Times, last: Times) -> O
     return Outcome(first - since, tpot, last - since)
 
 
-class _At(Enum):
-    ROUTER = auto()
-    WAITING = auto()
-    PROMPT = auto()
-    HELD = auto()
-    JOINED = auto()
-    DECODING = auto()
-    DONE = auto()
-
-
-_DECODES_IT = (_At.JOINED, _At.DECODING)
-
-
-@dataclass
-class _Request:
-    """`target`: tokens to compute before the next can be drawn; `sent_ms`: when what was sent so far has arrived."""
-
-    index: int
-    prompt: int
-    output: int
-    cached: int
-    emitted: int = 0
-    target: int = 0
-    computed: int = 0
-    at: _At = _At.ROUTER
-    reserved: bool = False
-    sent_ms: float = 0.0
-    attempt: int = 0
-    joined_at: int = 0
-    ends_at: int = 0
-    p: int = -1
-    d: int = -1
-
-
-@dataclass
-class _Lane:
-    """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps."""
-
-    index: int
-    spec: Lane
-    waiting: deque[_Request] = field(default_factory=deque)
-    incoming: deque[_Request] = field(default_factory=deque)
-    prompts: list[_Request] = field(default_factory=list)
-    joined: list[_Request] = field(default_factory=list)
-    decoding: list[_Request] = field(default_factory=list)
-    running: list[tuple[_Request, int]] | None = None
-    began_ms: float = 0.0
-    busy_ms: float = 0.0
-    kv_used: float = 0.0
-    context: float = 0.0
-    steps: int = 0
-    pending: int = 0
-    seats: int = 0
-    live: int = 0
-    down: int = 0
-    version: int = 0
-    starting: bool = False
-
-    @property
-    def growth(self) -> float:
-        return len(self.decoding) * self.spec.speculation.acceptance_length
-
-    def has_room(self, request: _Request) -> bool:
-        needed = self.kv_used + self.growth + request.target + self.spec.speculation.acceptance_length
-        return self.seats < self.spec.max_sequences and needed <= self.spec.kv_tokens
-
-    def take(self, request: _Request) -> None:
-        self.kv_used += request.target
-        self.seats += 1
-
-    def held_by(self, request: _Request) -> float:
-        return request.target + self.spec.speculation.acceptance_length * (self.steps - request.joined_at)
-
-    def emitted_by(self, request: _Request) -> int:
-        return math.floor(self.spec.speculation.acceptance_length * (self.steps - request.joined_at))
-
-
 _OUTAGE, _ENDING, _STARTING = range(3)
 _FAILS, _REPAIRED, _STEP_ENDS, _KV_ARRIVES, _BEGINS = range(5)
 
@@ -136,9 +58,9 @@ class _World:
     def __init__(self, layout: Layout, workload: Workload) -> None:
         self.layout = layout
         columns = (workload.prompt_tokens, workload.output_tokens, workload.cached_tokens)
-        self.requests = [_Request(i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True))]
-        self.lanes = [_Lane(i, lane) for i, lane in enumerate(layout.lanes())]
-        self.stranded: list[_Request] = []
+        self.requests = [Request(i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True))]
+        self.lanes = [LaneState(i, lane) for i, lane in enumerate(layout.lanes())]
+        self.stranded: list[Request] = []
         self.link_free = [0.0] * len(layout.links)
         self.first, self.last = np.zeros(len(workload)), np.zeros(len(workload))
         self.preemptions = 0
@@ -181,18 +103,18 @@ class _World:
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
-    def _least_live(self) -> _Lane | None:
+    def _least_live(self) -> LaneState | None:
         able = [lane for lane in self.lanes if not lane.down and lane.spec.role is not Role.PREFILL]
         return min(able, key=lambda lane: lane.live, default=None)
 
-    def _least_pending(self, island: int) -> _Lane | None:
+    def _least_pending(self, island: int) -> LaneState | None:
         prefill = [lane for lane in self.lanes if not lane.down and lane.spec.role is Role.PREFILL]
         able = [lane for lane in prefill if lane.spec.island == island]
         return min(able, key=lambda lane: lane.pending, default=None)
 
-    def _route(self, request: _Request) -> None:
+    def _route(self, request: Request) -> None:
         request.target = request.prompt + request.emitted
-        request.at, request.reserved = _At.ROUTER, False
+        request.at, request.reserved = At.ROUTER, False
         decode = self._least_live()
         if decode is None:
             self.stranded.append(request)
@@ -202,20 +124,20 @@ class _World:
         handed_over = request.target - request.cached > self.layout.handoff_min_tokens and not ends_at_once
         if decode.spec.role is Role.DECODE and handed_over:
             lane = self._least_pending(decode.spec.island) or decode
-        request.p, request.d, request.at = lane.index, decode.index, _At.WAITING
+        request.p, request.d, request.at = lane.index, decode.index, At.WAITING
         decode.live += 1
         lane.pending += request.target - request.cached
         lane.waiting.append(request)
         self._kick(lane)
 
-    def _kick(self, lane: _Lane) -> None:
+    def _kick(self, lane: LaneState) -> None:
         if lane.running is None and not lane.starting and not lane.down:
             lane.starting = True
             self._push(self.now, _STARTING, lane.index, _BEGINS)
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, lane: _Lane) -> None:
+    def _begin(self, lane: LaneState) -> None:
         if lane.running is not None or lane.down:
             return
         for request in lane.joined:
@@ -230,21 +152,21 @@ class _World:
             lane.began_ms = self.now
             self._push(self.now + self._step_ms(lane, squares), _ENDING, lane.index, _STEP_ENDS, lane.version)
 
-    def _join(self, lane: _Lane, request: _Request) -> None:
+    def _join(self, lane: LaneState, request: Request) -> None:
         left = request.output - request.emitted
-        request.at, request.joined_at = _At.DECODING, lane.steps
+        request.at, request.joined_at = At.DECODING, lane.steps
         request.ends_at = lane.steps + math.ceil(left / lane.spec.speculation.acceptance_length)
         lane.decoding.append(request)
         lane.context += request.target
 
-    def _make_room(self, lane: _Lane) -> None:
+    def _make_room(self, lane: LaneState) -> None:
         """A step needs room for what its decodes add. Who came last gives way, and is computed again later."""
         while lane.decoding and lane.kv_used + lane.growth > lane.spec.kv_tokens:
             self._preempt(lane, max([*lane.decoding, *lane.prompts], key=lambda request: request.index))
 
-    def _preempt(self, lane: _Lane, request: _Request) -> None:
+    def _preempt(self, lane: LaneState, request: Request) -> None:
         self.preemptions += 1
-        if request.at is _At.DECODING:
+        if request.at is At.DECODING:
             lane.decoding.remove(request)
             self._leave(lane, request)
             request.emitted += lane.emitted_by(request)
@@ -253,19 +175,19 @@ class _World:
             lane.kv_used -= request.target
             lane.seats -= 1
             lane.pending -= request.target - request.computed
-        request.target, request.at = request.prompt + request.emitted, _At.WAITING
+        request.target, request.at = request.prompt + request.emitted, At.WAITING
         request.p, request.reserved = request.d, False  # computed again where it decodes
         lane.pending += request.target - request.cached
         lane.waiting.appendleft(request)
 
-    def _leave(self, lane: _Lane, request: _Request) -> None:
+    def _leave(self, lane: LaneState, request: Request) -> None:
         lane.kv_used -= lane.held_by(request)
         lane.context -= lane.held_by(request)
         lane.seats -= 1
 
-    def _choose_chunks(self, lane: _Lane) -> tuple[list[tuple[_Request, int]], float]:
+    def _choose_chunks(self, lane: LaneState) -> tuple[list[tuple[Request, int]], float]:
         budget = lane.spec.chunk_tokens - len(lane.decoding) * lane.spec.speculation.rows
-        chunks: list[tuple[_Request, int]] = []
+        chunks: list[tuple[Request, int]] = []
         squares = 0.0
         chosen = iter([*lane.prompts])
         while budget > 0:
@@ -278,18 +200,18 @@ class _World:
             chunks.append((request, tokens))
         return chunks, squares
 
-    def _admit(self, lane: _Lane) -> _Request | None:
+    def _admit(self, lane: LaneState) -> Request | None:
         if not lane.waiting or not lane.has_room(lane.waiting[0]):
             return None
         request = lane.waiting.popleft()
-        request.at, request.computed, request.sent_ms = _At.PROMPT, request.cached, 0.0
+        request.at, request.computed, request.sent_ms = At.PROMPT, request.cached, 0.0
         lane.take(request)
         lane.prompts.append(request)
         if request.p != request.d and not self.lanes[request.d].incoming:
             self._reserve(request)
         return request
 
-    def _step_ms(self, lane: _Lane, squares: float) -> float:
+    def _step_ms(self, lane: LaneState, squares: float) -> float:
         sequences, speculation = len(lane.decoding), lane.spec.speculation
         tokens = sum(tokens for _, tokens in lane.running or ())
         took = lane.spec.latency.step_ms(tokens, squares, lane.context, sequences, sequences * speculation.rows)
@@ -297,17 +219,17 @@ class _World:
             took += speculation.draft_ms + speculation.draft_sequence_ms * sequences
         return took + lane.spec.every_step_ms
 
-    def _end(self, lane: _Lane) -> None:
+    def _end(self, lane: LaneState) -> None:
         chunks, lane.running = lane.running or [], None
         lane.busy_ms += self.now - lane.began_ms
         if lane.decoding:
             self._advance(lane)
         for request, tokens in chunks:
             self._chunk_done(lane, request, tokens)
-        lane.prompts = [request for request in lane.prompts if request.at is _At.PROMPT]
+        lane.prompts = [request for request in lane.prompts if request.at is At.PROMPT]
         self._kick(lane)
 
-    def _advance(self, lane: _Lane) -> None:
+    def _advance(self, lane: LaneState) -> None:
         lane.kv_used += lane.growth
         lane.context += lane.growth
         lane.steps += 1
@@ -316,12 +238,12 @@ class _World:
             self._leave(lane, request)
             self._finish(request)
 
-    def _finish(self, request: _Request) -> None:
-        request.at = _At.DONE
+    def _finish(self, request: Request) -> None:
+        request.at = At.DONE
         self.last[request.index] = self.now
         self.lanes[request.d].live -= 1
 
-    def _chunk_done(self, lane: _Lane, request: _Request, tokens: int) -> None:
+    def _chunk_done(self, lane: LaneState, request: Request, tokens: int) -> None:
         if request.reserved:
             self._send(request, tokens + request.cached if request.computed == request.cached else tokens)
         request.computed += tokens
@@ -329,7 +251,7 @@ class _World:
         if request.computed == request.target:
             self._prompt_done(lane, request)
 
-    def _prompt_done(self, lane: _Lane, request: _Request) -> None:
+    def _prompt_done(self, lane: LaneState, request: Request) -> None:
         if request.emitted == 0:
             self.first[request.index] = self.now
         request.emitted += 1
@@ -338,15 +260,15 @@ class _World:
             lane.seats -= 1
             self._finish(request)
         elif request.p == request.d:
-            request.at = _At.JOINED
+            request.at = At.JOINED
             lane.joined.append(request)
         else:
-            request.at = _At.HELD
+            request.at = At.HELD
             self._hand_over(request)
 
     # --- hand-off --------------------------------------------------------------------------------------------------
 
-    def _hand_over(self, request: _Request) -> None:
+    def _hand_over(self, request: Request) -> None:
         to = self.lanes[request.d]
         if request.reserved:
             self._push(max(self.now, request.sent_ms), _ENDING, request.index, _KV_ARRIVES, request.attempt)
@@ -355,48 +277,48 @@ class _World:
         else:
             to.incoming.append(request)
 
-    def _reserve(self, request: _Request) -> bool:
+    def _reserve(self, request: Request) -> bool:
         lane = self.lanes[request.d]
         request.reserved = not lane.down and lane.has_room(request)
         if request.reserved:
             lane.take(request)
         return request.reserved
 
-    def _send(self, request: _Request, tokens: int) -> None:
+    def _send(self, request: Request, tokens: int) -> None:
         pair = self.lanes[request.p].spec.group, self.lanes[request.d].spec.group
         if (number := self.layout.paths.get(pair)) is not None:
             link = self.layout.links[number]
             self.link_free[number] = max(self.link_free[number], self.now) + tokens * link.ms_per_token
             request.sent_ms = self.link_free[number] + link.latency_ms
 
-    def _send_all(self, request: _Request) -> None:
+    def _send_all(self, request: Request) -> None:
         request.sent_ms = self.now
         self._send(request, request.target)
         self._push(request.sent_ms, _ENDING, request.index, _KV_ARRIVES, request.attempt)
 
-    def _kv_arrived(self, request: _Request) -> None:
+    def _kv_arrived(self, request: Request) -> None:
         self._release(self.lanes[request.p], request)
-        request.at = _At.JOINED
+        request.at = At.JOINED
         self.lanes[request.d].joined.append(request)
         self._kick(self.lanes[request.d])
 
-    def _release(self, lane: _Lane, request: _Request) -> None:
+    def _release(self, lane: LaneState, request: Request) -> None:
         lane.kv_used -= request.target
         lane.seats -= 1
         self._kick(lane)
 
     # --- failures --------------------------------------------------------------------------------------------------
 
-    def _fail(self, lane: _Lane) -> None:
+    def _fail(self, lane: LaneState) -> None:
         lane.down += 1
         if lane.down > 1:
             return
-        live = [request for request in self.requests if request.at not in (_At.ROUTER, _At.DONE)]
-        lost = [request for request in live if lane.index == (request.d if request.at in _DECODES_IT else request.p)]
+        live = [request for request in self.requests if request.at not in (At.ROUTER, At.DONE)]
+        lost = [request for request in live if lane.index == (request.d if request.at in DECODES_IT else request.p)]
         moved = [request for request in live if request.d == lane.index and request not in lost]
         for request in lost:
             self._give_up(request)
-        emptied: dict[str, Any] = vars(_Lane(lane.index, lane.spec))
+        emptied: dict[str, Any] = vars(LaneState(lane.index, lane.spec))
         kept = {name: getattr(lane, name) for name in ("busy_ms", "steps", "live", "down", "starting")}
         vars(lane).update(emptied | kept | {"version": lane.version + 1})
         for request in moved:
@@ -404,11 +326,11 @@ class _World:
         for request in lost:
             self._route(request)
 
-    def _give_up(self, request: _Request) -> None:
+    def _give_up(self, request: Request) -> None:
         decode = self.lanes[request.d]
-        if request.at is _At.DECODING:
+        if request.at is At.DECODING:
             request.emitted += decode.emitted_by(request)
-        elif request.at is not _At.JOINED and request.p != request.d:
+        elif request.at is not At.JOINED and request.p != request.d:
             if request.reserved:
                 self._release(decode, request)
             elif request in decode.incoming:
@@ -416,7 +338,7 @@ class _World:
         decode.live -= 1
         request.attempt += 1
 
-    def _move(self, request: _Request) -> None:
+    def _move(self, request: Request) -> None:
         """Its decode lane is down: another one, wherever it is, if there is one."""
         request.attempt += 1
         request.reserved = False
@@ -424,10 +346,10 @@ class _World:
         another = self._least_live()
         request.d = request.d if another is None else another.index
         self.lanes[request.d].live += 1
-        if request.at is _At.HELD:
+        if request.at is At.HELD:
             self._hand_over(request)
 
-    def _repair(self, lane: _Lane) -> None:
+    def _repair(self, lane: LaneState) -> None:
         lane.down -= 1
         if lane.down == 0:
             stranded, self.stranded = self.stranded, []

@@ -1,4 +1,4 @@
-"""Weights on large pages: a step reads all of them, and a walk of the page table for each 4 KiB costs up to a tenth of that."""
+"""Weights on large pages: a step reads all of them, and finding them 4 KiB at a time takes up to a tenth of that."""
 
 from __future__ import annotations
 

@@ -199,9 +199,8 @@ async def _unless_failed(pair: _TakerPair, work: asyncio.Future[T]) -> T:
     try:
         waiting: set[asyncio.Future[Any]] = {work, pair.failed}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        if not work.done():
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+    finally:  # cancelled, nobody looks at how it ends, or has just ended
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
     if work.done():
         return work.result()
     raise TransferError(f"the giver dropped the pair: {pair.failed.result()}")

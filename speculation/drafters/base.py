@@ -40,7 +40,7 @@ class Surroundings:
     num_layers: int = 0
     """Of the target."""
     fingerprint: str = ""
-    """Of the target's files (engine.weights.fingerprint); like the two tensors there for kinds that share_vocabulary."""
+    """Of the target's files (engine.weights.fingerprint); like the tensors, for kinds that share_vocabulary."""
     native: bool = False
     """Whether the target is computed by our own kernels for the CPU, which then are loaded."""
     proposes: bool = True

@@ -49,6 +49,18 @@ class _Known:
     def num_noted(self) -> int:
         return sum(len(indices) for indices, _ in self.noted)
 
+    def take(self, most: int) -> tuple[NDArray[np.int64], torch.Tensor] | None:
+        """What is noted of rows whose next token has come, the last `most` of them; None if there are none. Rows of a
+        prompt that nothing is drawn after stay noted."""
+        if not self.noted:
+            return None
+        indices = np.concatenate([part for part, _ in self.noted])
+        features = torch.cat([part for _, part in self.noted])
+        ready = int(indices.searchsorted(len(self.request.token_ids) - 1))
+        self.noted = [(indices[ready:], features[ready:])] if ready < len(indices) else []
+        own = slice(max(0, ready - most), ready)
+        return (indices[own], features[own]) if ready else None
+
 
 class Eagle3(HeadDrafter):
     name: ClassVar[str] = "eagle3"
@@ -56,7 +68,7 @@ class Eagle3(HeadDrafter):
     def __init__(self, surroundings: Surroundings, checkpoint: Checkpoint) -> None:
         super().__init__(surroundings, checkpoint)
         self.max_depth = min(MAX_DEPTH, surroundings.max_budget)
-        self._layer = Eagle(self.config, self.weights, self.make, native=surroundings.native)
+        self._layer = self.network(Eagle, checkpoint)
         heads, size = self._layer.num_kv_heads, self._layer.head_size
         row_bytes = 2 * heads * size * surroundings.dtype.itemsize
         num_slots = (surroundings.max_memory_bytes - self.weight_bytes) // row_bytes
@@ -109,12 +121,11 @@ class Eagle3(HeadDrafter):
 
     def _catch_up(self, some: Sequence[_Known]) -> None:
         """Brings what is noted of these requests through the layer."""
-        behind = [known for known in some if known.noted]
-        if not behind:
+        most = (self._num_slots - self._spare) // max(1, len(some))
+        taken = [(known, *found) for known in some if (found := known.take(most)) is not None]
+        if not taken:
             return
-        most = (self._num_slots - self._spare) // len(behind)
-        indices = [np.concatenate([part for part, _ in known.noted])[-most:] for known in behind]
-        rows = torch.cat([torch.cat([features for _, features in known.noted])[-most:] for known in behind])
+        behind, indices, features = zip(*taken, strict=True)
         counts = [len(part) for part in indices]
         self._make_room(sum(counts))
         for known, count in zip(behind, counts, strict=True):
@@ -124,11 +135,10 @@ class Eagle3(HeadDrafter):
         )
         positions = np.concatenate(indices)
         attention = self._cache.attention([known.line.slots for known in behind], counts, positions)
-        fused = self._layer.fuse(rows.flatten(1))
+        fused = self._layer.fuse(torch.cat(features).flatten(1))
         made = self._layer(self.embed(tokens), fused, self._positions(positions), attention)
         for known, own, end in zip(behind, indices, np.cumsum(counts).tolist(), strict=True):
             known.feature, known.following = made[end - 1].clone(), int(own[-1]) + 1
-            known.noted.clear()
 
     def _make_room(self, count: int) -> None:
         """For so many more rows. Where slots run out all requests lose the rows that they have: their drafts are poorer

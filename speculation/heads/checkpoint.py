@@ -46,6 +46,12 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def num_served(self) -> int:
+        """Numbers of all tensors that it drafts by."""
+        shared = 0 if HEAD in self.tensors else self.config.draft_vocab_size * self.config.hidden_size
+        return self.num_parameters + shared
+
     def with_output(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors, and in place of an output layer of its own the rows of the target's, [vocab, hidden]."""
         return self.tensors if HEAD in self.tensors else {**self.tensors, HEAD: output[self.token_ids]}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from speculation.heads.checkpoint import Checkpoint, Target, load
 from speculation.rounds import DraftRequest, Needs, Observed
 from speculation.tree import DraftBatch
 
+N = TypeVar("N")
+
 TOP = 8
 """Continuations of a node that are considered."""
 LEAST_LEVEL = 0.15
@@ -25,8 +28,6 @@ LEAST_LEVEL = 0.15
 
 
 class HeadDrafter(BaseDrafter):
-    """`embedding` is the target's, `weights` are the head's in the dtype and on the device of the target."""
-
     max_depth: int
     """Levels that it proposes at most."""
 
@@ -37,21 +38,23 @@ class HeadDrafter(BaseDrafter):
         self.config = checkpoint.config
         self.needs = Needs(taps=tuple(sorted(set(self.config.taps))))
         assert surroundings.embedding is not None  # load_for has looked
-        assert surroundings.output is not None
         self.embedding = surroundings.embedding
-        self.weights = {
-            name: tensor.to(surroundings.device, surroundings.dtype)
-            for name, tensor in checkpoint.with_output(surroundings.output).items()
-        }
-        self.make = dense_maker(surroundings.native)
         self._token_ids = checkpoint.token_ids.numpy()
         self._top = min(TOP, len(self._token_ids))
-        self.weight_bytes = sum(tensor.nbytes for tensor in self.weights.values())
+        self.weight_bytes = surroundings.dtype.itemsize * checkpoint.num_served
         if self.weight_bytes >= surroundings.max_memory_bytes:
             raise ConfigError(
                 f"drafter {self.name}: its weights are {self.weight_bytes} bytes, and it may hold "
                 f"{surroundings.max_memory_bytes}; raise --speculation-memory"
             )
+
+    def network(self, make: Callable[..., N], checkpoint: Checkpoint) -> N:
+        """Of the head's tensors, in the dtype and on the device of the target."""
+        own = self.surroundings
+        assert own.output is not None
+        weights = checkpoint.with_output(own.output)
+        tensors = {name: tensor.to(own.device, own.dtype) for name, tensor in weights.items()}
+        return make(self.config, tensors, dense_maker(own.native), native=own.native)
 
     @property
     def memory_bytes(self) -> int:

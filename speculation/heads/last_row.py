@@ -20,7 +20,7 @@ from speculation.rounds import DraftRequest, Feedback, Observed
 class LastRowDrafter(HeadDrafter):
     def __init__(self, surroundings: Surroundings, checkpoint: Checkpoint) -> None:
         super().__init__(surroundings, checkpoint)
-        self.heads = Heads(self.config, self.weights, self.make, native=surroundings.native)
+        self.heads = self.network(Heads, checkpoint)
         self._rows: dict[int, tuple[int, torch.Tensor]] = {}
         """By request: an index into its tokens, and the hidden state there."""
 

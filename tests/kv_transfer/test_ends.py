@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,3 +258,22 @@ async def test_a_piece_that_no_giver_cuts_is_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(TransferError, match="is larger than"):
             await sides.take("t", [3, 4], 20)
         assert await sides.end() == ("t", "aborted")
+
+
+async def test_a_pair_that_fails_as_its_pull_is_cancelled_is_looked_after() -> None:
+    loop = asyncio.get_running_loop()
+    unseen: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: unseen.append(context))
+    pair: Any = SimpleNamespace(failed=loop.create_future())
+    work: asyncio.Future[None] = loop.create_future()
+    pulling = asyncio.create_task(torch_distributed._unless_failed(pair, work))
+    await asyncio.sleep(0)
+    work.set_exception(TransferError("timed out"))
+    pulling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pulling
+    del work, pulling
+    gc.collect()
+    await asyncio.sleep(0)
+    loop.set_exception_handler(None)
+    assert not unseen

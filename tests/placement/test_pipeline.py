@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_prompt_that_fits_no_batch_is_refused_with_the_numbers() -> None:
 
 
 @pytest.mark.usefixtures("library")
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(pipelines(), workloads())
 def test_the_native_simulator_computes_the_same(system: Pipelines, requests: Workload) -> None:
     plain, compiled = simulate_plainly(system, requests, 7.0), native.simulate(system, requests, 7.0)
@@ -98,3 +99,16 @@ def test_attainment_counts_requests_that_meet_both_targets() -> None:
     assert outcome.attainment(Targets(50.0, 9.0)) == 0.5
     assert outcome.attainment(Targets(200.0, 9.0)) == 1.0
     assert outcome.attainment(Targets(200.0, 1.0)) == 0.0
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load.cache_clear()
+    try:
+        assert native.load() is None
+    finally:
+        native.load.cache_clear()
+    assert "install g++" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -14,7 +15,7 @@ from placement.goodput import Goal
 from placement.latency import Coefficients, StepLatency
 from placement.layout import Group, Link, Role
 from placement.outcome import Targets
-from placement.search import cheapest, exhaustive, search
+from placement.search import Evaluated, Found, cheapest, exhaustive, search
 from tests.placement.pipelines import azure_like
 
 REQUESTS = azure_like(2000)
@@ -43,11 +44,19 @@ def space(devices: int = 4, **changes: Any) -> Space:
     )
 
 
-@pytest.mark.parametrize("targets", [Targets(500.0, 50.0), Targets(3000.0, 25.0)])
-def test_it_finds_what_an_exhaustive_search_finds(targets: Targets) -> None:
-    goal = Goal(targets, 0.9)
-    best = exhaustive(space(), REQUESTS, goal)[0]
-    found = search(space(), REQUESTS, goal)
+@cache
+def searched(goal: Goal = GOAL) -> Found:
+    return search(space(), REQUESTS, goal)
+
+
+@cache
+def searched_exhaustively(goal: Goal = GOAL) -> list[Evaluated]:
+    return exhaustive(space(), REQUESTS, goal)
+
+
+@pytest.mark.parametrize("goal", [GOAL, Goal(Targets(3000.0, 25.0))])
+def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
+    best, found = searched_exhaustively(goal)[0], searched(goal)
     assert found.ranked[0].candidate == best.candidate
     assert found.ranked[0].score == best.score
     assert found.pruned > 0
@@ -55,7 +64,7 @@ def test_it_finds_what_an_exhaustive_search_finds(targets: Targets) -> None:
 
 
 def test_the_ranking_is_of_kinds_with_intervals() -> None:
-    found = search(space(), REQUESTS, GOAL)
+    found = searched()
     scores = [ranked.score for ranked in found.ranked]
     assert scores == sorted(scores, reverse=True)
     assert len({ranked.candidate.kinds for ranked in found.ranked}) == len(found.ranked) == 5
@@ -109,7 +118,10 @@ def test_a_slow_link_makes_colocated_win() -> None:
 def test_shapes_without_room_are_refused_with_the_reason() -> None:
     small = option(1, name="small")
     small = replace(small, group=replace(small.group, kv_tokens=3000))
-    found = search(space(options=(small, option(2)), refused={"TP1 PP8": "8 stages, 6 layers"}), REQUESTS, GOAL)
+    options = small, option(2), option(8), option(2, stages=4)
+    found = search(space(options=options, refused={"TP1 PP8": "8 stages, 6 layers"}), REQUESTS, GOAL)
+    assert found.refused["TP8 PP1"] == "8 tensor parallel ranks, but 4 devices in a node"
+    assert found.refused["TP2 PP4"] == "needs 8 devices, and the pool default has 4 to serve with"
     assert found.refused["TP1 PP8"] == "8 stages, 6 layers"
     assert "room for 3000 tokens" in found.refused["small, chunks of 2048"]
     assert all("small" not in result.candidate.name for result in found.evaluated)
@@ -125,9 +137,7 @@ def test_impossible_targets_are_answered_with_the_best_reachable() -> None:
 def test_the_cheapest_layout_for_a_rate_is_no_larger_than_needed() -> None:
     found = cheapest(space(), REQUESTS, GOAL, 2.0)
     smaller = [c for c in candidates(space()) if c.devices < found.devices]
-    best = max(
-        (result.goodput for result in exhaustive(space(), REQUESTS, GOAL) if result.candidate in smaller), default=0
-    )
+    best = max((result.goodput for result in searched_exhaustively() if result.candidate in smaller), default=0)
     assert best < 2.0
     with pytest.raises(ConfigError, match=r"at 500 requests/s: the most is [\d.]+ requests/s"):
         cheapest(space(), REQUESTS, GOAL, 500.0)

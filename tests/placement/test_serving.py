@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from placement import native
-from placement.latency import Speculation
+from placement.latency import Coefficients, Speculation
 from placement.layout import Group, Layout, Link, Outage, Role
 from placement.serving import Served, serve_plainly
 from placement.workload import Workload
-from tests.placement.layouts import STEP, apart, group, layouts
+from tests.placement.layouts import PLAIN, STEP, apart, group, layouts
 from tests.placement.pipelines import azure_like, workload
 
 
@@ -94,6 +94,13 @@ def test_speculation_gains_several_tokens_a_step_for_more_rows() -> None:
     assert serve(layout, [100], [9]).outcome.tpot_ms == pytest.approx([4 * (5 + 4 + 1) / 8])
 
 
+def test_prefill_groups_need_room_for_prompts_only() -> None:
+    layout = apart(groups=(group(Role.PREFILL, kv_tokens=101), group(Role.DECODE)))
+    assert serve(layout, [100], [50]).outcome.ttft_ms == pytest.approx([20.0])
+    with pytest.raises(ConfigError, match="group 0 has room for 101 tokens"):
+        serve(replace(layout, outages=(Outage(1, 0.0, 1.0),)), [100], [50])
+
+
 def test_a_request_waits_for_memory() -> None:
     layout = Layout((group(Role.BOTH, kv_tokens=300),))
     served = serve(layout, [200, 200], [2, 2])
@@ -143,6 +150,9 @@ def test_requests_wait_when_nobody_is_left() -> None:
         (lambda: Layout((group(Role.BOTH, chunk_tokens=256),)), "256 tokens leave no room .* 256 rows"),
         (lambda: Layout((group(Role.BOTH, speculation=Speculation(5.0, 4)),)), "acceptance length of 5 with 4 rows"),
         (lambda: Layout((group(Role.BOTH, stages=0),)), "stages is 0"),
+        (lambda: apart(link=Link(-1.0)), "link 0: times are 0 or more"),
+        (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, prompt=Coefficients(1, -1, 0))),)), "prompt is .*-1"),
+        (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_ms=16.0)),)), "can't save 16.0 ms"),
         (lambda: Layout((group(Role.BOTH),), outages=(Outage(1, 0.0, 1.0),)), "one of 1 groups"),
         (lambda: serve(Layout((group(Role.BOTH, kv_tokens=100),)), [100], [9]), "room for 100 tokens .* needs 110"),
     ],
@@ -177,7 +187,7 @@ def requests(draw: st.DrawFn) -> Workload:
 
 
 @pytest.mark.usefixtures("library")
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(layouts(), requests(), st.sampled_from([1.0, 10.0, 100.0]))
 def test_the_native_simulator_says_the_same(layout: Layout, requests: Workload, rate: float) -> None:
     assert_same(serve_plainly(layout, requests, rate), native.serve(layout, requests, rate))

@@ -65,6 +65,11 @@ def test_it_predicts_what_a_layout_does_with_a_trace(layout: Path, trace: Path) 
     assert len(found["busy"]) == 3
 
 
+def test_a_trace_is_cut_or_repeated(layout: Path, trace: Path) -> None:
+    assert "2 requests" in run(layout, "--trace", trace, "--requests", 2)
+    assert "7 requests" in run(layout, "--trace", trace, "--requests", 7)
+
+
 def test_the_table_says_the_same(layout: Path, trace: Path) -> None:
     printed = run(layout, "--trace", trace, "--slo", "ttft=25,tpot=100", "--rate", 2)
     assert "3 requests at 2/s" in printed

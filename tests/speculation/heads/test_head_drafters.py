@@ -11,13 +11,16 @@ import torch
 from core.errors import ConfigError, TransferError
 from core.types import SamplingParams
 from engine.linear import PlainLinear
+from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import Limits
 from speculation.controllers.registry import make_controller
 from speculation.drafters.registry import find_drafter
+from speculation.heads.checkpoint import load
 from speculation.heads.kinds import make_head
 from speculation.heads.lesson import make_lesson
+from speculation.heads.new import target_of
 from speculation.heads.passages import Passage
 from speculation.in_batch import InBatch
 from speculation.packing import packed, unpacked
@@ -79,8 +82,10 @@ def test_a_chain_is_what_the_head_was_trained_to_say(target: ModelRunner, folder
     first, count = len(TEXT) - 2, drafts.num_nodes + 1
     passage = Passage(text, rows, first, torch.zeros(count, 1, dtype=torch.int64), torch.zeros(count, 1))
     lesson = make_lesson([passage], torch.zeros(97, dtype=torch.int64), 1.0)
-    head = make_head(drafter.config, drafter.weights, PlainLinear)
-    own = torch.from_numpy(drafter._token_ids)
+    shared = target.vocabulary()
+    checkpoint = load(folders[kind], target_of(target.config, shared))  # type: ignore[arg-type]
+    head = make_head(drafter.config, checkpoint.with_output(shared.output), PlainLinear)
+    own = checkpoint.token_ids
     said = [own[logits[0].argmax()].item() for logits in head.rollout(lesson, drafter.embedding, drafts.num_nodes)]
     assert said == drafts.tokens.tolist()
 
@@ -135,6 +140,34 @@ def test_another_worker_goes_on_as_this_one_would(target: ModelRunner, folders: 
     assert ours.num_nodes > 0
     assert ours.tokens.tolist() == theirs.tokens.tolist()
     assert here.pack(7) == {}
+
+
+def test_eagle_waits_for_the_token_after_a_long_prompt(target: ModelRunner, folders: dict[str, Path]) -> None:
+    """More rows than it keeps as they are; of the last the next token has not come."""
+    drafter, text = made("eagle3", target, folders["eagle3"]), tokens(300, seed=4)
+    one = request(0, text[:-1])
+    told(drafter, one, seen(target, text, drafter.needs.taps), 0, len(text) - 1)
+    assert not drafter.ready([one])[0]
+    one.token_ids.append(text[-1])  # type: ignore[attr-defined]
+    assert drafter.propose([one], np.array([4]), 0.0).num_nodes > 0
+
+
+def test_a_group_shares_its_vocabulary(target: ModelRunner, folders: dict[str, Path]) -> None:
+    """And shows the same hidden states, so what is drafted is the same."""
+    assert target.folder is not None
+    group = GroupRunner.load(
+        target.folder, tp_size=2, pp_size=1, dtype="float32", device="cpu", num_blocks=400, block_size=4
+    )
+    try:
+        proposed = []
+        for runner in (target, group):
+            drafter, one = made("eagle3", runner, folders["eagle3"]), request(0, list(TEXT))
+            told(drafter, one, seen(runner, TEXT, drafter.needs.taps), 0, len(TEXT) - 1)
+            proposed.append(drafter.propose([one], np.array([BUDGET]), 0.0).tokens.tolist())
+    finally:
+        group.shutdown()
+        group.pool.close()
+    assert proposed[0] == proposed[1] != []
 
 
 @EACH

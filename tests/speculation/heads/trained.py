@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.checkpoints.progress import Silent
+from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from speculation.drafters.base import Surroundings
 from speculation.drafters.registry import make_drafter
@@ -54,7 +55,13 @@ def distilled(kind: str, runner: ModelRunner, out: Path, *, steps: int = 80, sta
 
 
 def made(
-    kind: str, runner: ModelRunner, folder: Path, *, branches: bool = True, memory: int = MEMORY, requests: int = 8
+    kind: str,
+    runner: ModelRunner | GroupRunner,
+    folder: Path,
+    *,
+    branches: bool = True,
+    memory: int = MEMORY,
+    requests: int = 8,
 ) -> HeadDrafter:
     shared = runner.vocabulary()
     drafter = make_drafter(
@@ -81,9 +88,9 @@ def request(key: int, token_ids: list[int]) -> DraftRequest:
     return DraftRequest(key, token_ids, 1, 0, 0.0)
 
 
-def seen(runner: ModelRunner, token_ids: list[int], taps: tuple[int, ...]) -> dict[int, torch.Tensor]:
+def seen(runner: ModelRunner | GroupRunner, token_ids: list[int], taps: tuple[int, ...]) -> dict[int, torch.Tensor]:
     """Hidden states of all tokens but the last: what the target has computed when that is the root."""
-    driver = Driver(runner)
+    driver = Driver(runner)  # type: ignore[arg-type]
     return driver.run([(driver.new(len(token_ids)), token_ids[:-1])], taps=taps).taps
 
 

@@ -1,0 +1,90 @@
+"""What the simulator of our own system keeps of each request and of each lane."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from placement.layout import Lane
+
+
+class At(Enum):
+    """Where a request is. HELD: prefilled, its KV not yet where it decodes; JOINED: in the next step that decodes."""
+
+    ROUTER = auto()
+    WAITING = auto()
+    PROMPT = auto()
+    HELD = auto()
+    JOINED = auto()
+    DECODING = auto()
+    DONE = auto()
+
+
+DECODES_IT = (At.JOINED, At.DECODING)
+"""Where a request is on its decode lane, if it was prefilled elsewhere."""
+
+
+@dataclass
+class Request:
+    """`target`: tokens to compute before the next can be drawn; `sent_ms`: when what was sent so far has arrived."""
+
+    index: int
+    prompt: int
+    output: int
+    cached: int
+    emitted: int = 0
+    target: int = 0
+    computed: int = 0
+    at: At = At.ROUTER
+    reserved: bool = False
+    sent_ms: float = 0.0
+    attempt: int = 0
+    joined_at: int = 0
+    ends_at: int = 0
+    p: int = -1
+    d: int = -1
+
+
+@dataclass
+class LaneState:
+    """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps."""
+
+    index: int
+    spec: Lane
+    waiting: deque[Request] = field(default_factory=deque)
+    incoming: deque[Request] = field(default_factory=deque)
+    prompts: list[Request] = field(default_factory=list)
+    joined: list[Request] = field(default_factory=list)
+    decoding: list[Request] = field(default_factory=list)
+    running: list[tuple[Request, int]] | None = None
+    began_ms: float = 0.0
+    busy_ms: float = 0.0
+    kv_used: float = 0.0
+    context: float = 0.0
+    steps: int = 0
+    pending: int = 0
+    seats: int = 0
+    live: int = 0
+    down: int = 0
+    version: int = 0
+    starting: bool = False
+
+    @property
+    def growth(self) -> float:
+        return len(self.decoding) * self.spec.speculation.acceptance_length
+
+    def has_room(self, request: Request) -> bool:
+        needed = self.kv_used + self.growth + request.target + self.spec.speculation.acceptance_length
+        return self.seats < self.spec.max_sequences and needed <= self.spec.kv_tokens
+
+    def take(self, request: Request) -> None:
+        self.kv_used += request.target
+        self.seats += 1
+
+    def held_by(self, request: Request) -> float:
+        return request.target + self.spec.speculation.acceptance_length * (self.steps - request.joined_at)
+
+    def emitted_by(self, request: Request) -> int:
+        return math.floor(self.spec.speculation.acceptance_length * (self.steps - request.joined_at))
