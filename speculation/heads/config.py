@@ -131,6 +131,8 @@ def _published(found: Mapping[str, Any], source: Path, num_layers: int) -> HeadC
         taps = section.get("eagle_aux_hidden_state_layer_ids")
     if taps is None:
         taps = default_taps(num_layers)
+    elif not isinstance(taps, list):
+        raise ModelError(f"{source}: eagle_aux_hidden_state_layer_ids is {taps!r}; it must be a list of layers")
     return HeadConfig(
         kind="eagle3",
         hidden_size=layer.hidden_size,

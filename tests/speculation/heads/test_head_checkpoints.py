@@ -85,6 +85,15 @@ BAD: dict[str, tuple[str, Change]] = {
             '{"architectures": ["Eagle3Speculator"], "norm_before_residual": true}'
         ),
     ),
+    "eagle_aux_hidden_state_layer_ids is 3": (
+        "eagle3",
+        lambda folder: (folder / "config.json").write_text(
+            json.dumps(
+                json.loads((folder / "config.json").read_text())["transformer_layer_config"]
+                | {"architectures": ["LlamaForCausalLMEagle3"], "eagle_aux_hidden_state_layer_ids": 3}
+            )
+        ),
+    ),
     "missing required field `vocab_size`": ("eagle3", lambda folder: configure(folder, transformer_layer_config={})),
 }
 
