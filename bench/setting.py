@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 
 
-def setting_of(runner: ModelRunner) -> dict[str, Any]:
+def setting_of(runner: ModelRunner | GroupRunner) -> dict[str, Any]:
     """Keys of a JSON result."""
     device = runner.pool.device
     return {

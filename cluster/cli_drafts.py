@@ -236,6 +236,8 @@ def _read_prompts(path: Path) -> list[str]:
 
 def _users_turn(served: ServedModel, begin: str) -> list[int]:
     """What a user's first message begins with, by the chat template."""
+    if served.tokenizer.chat_template is None:
+        raise ConfigError("--model: it has no chat template, so it can't tell what a user would ask")
     mark = "\u2042"
     rendered = served.render_chat([{"role": "user", "content": mark}], template_kwargs={})
     return served.encode(rendered.split(mark)[0] + begin, add_special_tokens=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def usable_cores(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUP) -> int:
 def available_memory(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUP) -> int:
     """Bytes that can be had: what the machine has free, or what the cgroup leaves where that is lower."""
     return min([psutil.virtual_memory().available, *_headrooms(root, own)])
+
+
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """As the kernel has it, or the name of the architecture where it does not say."""
+    for line in _read(info).splitlines():
+        field, _, value = line.partition(":")
+        if field.strip() == "model name":
+            return value.strip()
+    return platform.machine()
 
 
 def has_gpu(devices: Path = Path("/dev")) -> bool:

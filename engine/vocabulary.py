@@ -25,6 +25,12 @@ class Vocabulary:
     fingerprint: str
     """Of the model's files, whatever is made of them (engine.weights.fingerprint)."""
 
+    @property
+    def on_host(self) -> Vocabulary:
+        embedding = self.embedding.cpu()
+        output = embedding if self.output is self.embedding else self.output.cpu()
+        return Vocabulary(embedding, output, self.norm.cpu(), self.fingerprint)
+
 
 def read_vocabulary(
     folder: Path,

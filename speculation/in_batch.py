@@ -26,6 +26,7 @@ from engine.schedule import Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.step import SamplingRow, StepBatch, StepOutput
 from speculation.acceptance import Acceptance
+from speculation.allowance import Allowance
 from speculation.counters import Counters
 from speculation.crew import PATIENCE_S, Crew
 from speculation.dice import KeyedDice
@@ -83,6 +84,7 @@ class InBatch:
         """`patience_s`: how long a drafter may take, at least; see crew.py."""
         self.counters = Counters()
         self._crew = Crew(drafters, self.counters.switched_off, patience_s)
+        self._allowance = Allowance()
         self._rules = dict(rules)
         self._controller = controller
         self._stats = stats
@@ -195,9 +197,8 @@ class InBatch:
         if round_ is not None:
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
                 self._count(part, outcome, round_)
-        for name in self._crew:
-            if lessons := self._lessons(name, step, round_):
-                self._crew.call(name, partial(_tell, lessons))
+        self._teach(step, round_)
+        self._allowance.earn(output.seconds)
         self._crew.step_took(output.seconds)
         if round_ is not None:
             round_.verify_seconds += time.perf_counter() - started
@@ -232,6 +233,18 @@ class InBatch:
         asked = round_.budgets.tokens[part.candidates]
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
         self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_))
+
+    def _teach(self, step: Step, round_: Round | None) -> None:
+        """Where nothing was drafted, drafters that need not know every row are told as much as the allowance lets."""
+        started, plain = time.perf_counter(), round_ is not None and not round_.parts and step.only_decodes
+        spared = plain and not self._allowance.left
+        for name in self._crew:
+            if spared and not self._crew[name].needs.taps:
+                continue
+            if lessons := self._lessons(name, step, round_):
+                self._crew.call(name, partial(_tell, lessons))
+        if plain and not spared:
+            self._allowance.spend(time.perf_counter() - started)
 
     def _lessons(self, name: str, step: Step, round_: Round | None) -> list[Callable[[], None]]:
         """What the drafter is to be told of a step: what came of its drafts, and of other rows what it wants to see."""

@@ -83,7 +83,8 @@ class Drafter(Protocol):
 
     def absorb(self, requests: Sequence[DraftRequest], observed: Observed) -> None:
         """Rows that the target computed without a draft of this drafter: a prompt's, before or after `start`, and those
-        of plain steps, before the next `propose`. Only called if it `needs` something of them."""
+        of plain steps, before the next `propose`. Only called if it `needs` something of them. One that needs no taps
+        is not told of every plain step: what that may take is bounded (allowance.py)."""
         ...
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:

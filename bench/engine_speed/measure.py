@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.engine_speed.roofline import copy_bandwidth, step_bytes, weight_bytes
 from bench.engine_speed.shares import shares
+from bench.engine_speed.timing import Step, timed_step
 from bench.setting import setting_of
 from cluster.config import EngineSection
 from core.errors import ConfigError
 from core.types import Request, Role, SamplingParams
-from engine.batching import build_batch
 from engine.block_manager import BlockManager
 from engine.kv_layout import DTYPE_BYTES
 from engine.model_config import ModelConfig
@@ -64,13 +61,6 @@ class Options:
                 f"--prefill: prompts of {self.prompt_tokens} tokens are too long for a model of {longest} positions; "
                 f"give them at most {longest - _SPARE_TOKENS}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    seconds: float
-    scheduling_s: float
-    """Of these, in the scheduler and in building the batch."""
 
 
 class Bench:
@@ -127,17 +117,7 @@ class Bench:
         return lambda: [self._step(scheduler) for _ in range(DECODE_STEPS)]
 
     def _step(self, scheduler: Scheduler) -> Step:
-        started = time.perf_counter()
-        schedule = scheduler.schedule()
-        batch = build_batch(schedule)
-        submitted = time.perf_counter()
-        output = self.runner.submit(batch).result()
-        if self.runner.pool.device.type == "cuda":
-            torch.cuda.synchronize(self.runner.pool.device)
-        done = time.perf_counter()
-        scheduler.update(schedule, output.token_ids.tolist(), output.logprobs)
-        ended = time.perf_counter()
-        return Step(ended - started, ended - done + submitted - started)
+        return timed_step(self.runner, scheduler)
 
     # --- what runs are made of -------------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class HeadConfig:
     """Of the target that it was trained on; empty: not said."""
     layer: DecoderConfig | None = None
     """EAGLE-3's own."""
+    norm_before_residual: bool = False
+    """Whether EAGLE-3's layer adds to the normed feature rather than to the feature."""
 
 
 class _Own(Struct, frozen=True, kw_only=True):
@@ -56,6 +58,7 @@ class _Own(Struct, frozen=True, kw_only=True):
     depth: Count
     rms_norm_eps: Positive
     fingerprint: str
+    norm_before_residual: bool = False
 
 
 def read_head_config(folder: Path, num_layers: int) -> HeadConfig:
@@ -88,7 +91,7 @@ def as_json(config: HeadConfig, layer: Mapping[str, Any] | None = None) -> dict[
         },
         "draft_vocab_size": config.draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": list(config.taps),
-        "norm_before_residual": False,
+        "norm_before_residual": config.norm_before_residual,
         "transformer_layer_config": dict(layer or {}),
         "slipstream": own,
     }
@@ -123,8 +126,6 @@ def _published(found: Mapping[str, Any], source: Path, num_layers: int) -> HeadC
             f"{source}: architectures must name a head, one of {', '.join((*_PUBLISHED, *_SPECULATORS))}, or there "
             "must be a section slipstream; make heads by `slipstream drafts train`"
         )
-    if found.get("norm_before_residual"):
-        raise ModelError(f"{source}: norm_before_residual is not supported; use a head without it")
     layer = read_layer(found.get("transformer_layer_config", found), source)
     taps = found.get("eagle_aux_hidden_state_layer_ids")
     if taps is None and isinstance(section := found.get("eagle_config"), dict):
@@ -142,6 +143,7 @@ def _published(found: Mapping[str, Any], source: Path, num_layers: int) -> HeadC
         depth=5,
         rms_norm_eps=layer.rms_norm_eps,
         layer=layer,
+        norm_before_residual=bool(found.get("norm_before_residual")),
     )
 
 

@@ -97,8 +97,9 @@ def distil(
     progress: Progress,
 ) -> Result:
     """Into `out`, a folder that is there and empty, where nothing is written unless the head drafts better after the
-    training than before. Raises ConfigError or ModelError."""
-    vocabulary, target = runner.vocabulary(), _decoder(runner)
+    training than before. The target answers where the runner is; heads are trained on the CPU. Raises ConfigError or
+    ModelError."""
+    vocabulary, target = runner.vocabulary().on_host, _decoder(runner)
     begun = None if wanted.start is None else _read(wanted.start, wanted.kind, target, vocabulary)
     shape = begun.config if begun else new_config(wanted.kind, target, vocabulary.fingerprint, wanted.shape)[0]
     learned, held = _passages(runner, prompts, stop_token_ids, shape, wanted, progress)

@@ -36,6 +36,7 @@ class Eagle:
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         own = {name.removeprefix(LAYER): tensor for name, tensor in tensors.items()}
         eps = config.rms_norm_eps
+        self._adds_to_normed = config.norm_before_residual
 
         def stacked(*names: str) -> torch.Tensor:
             return torch.cat([own[f"{name}.weight"] for name in names])
@@ -68,12 +69,14 @@ class Eagle:
         """The features that follow: [rows, hidden] of embeddings and features of the positions before, [rows, hidden];
         of the rows `kept` only, if the attention returns only those."""
         rotated = self.num_heads + self.num_kv_heads
-        qkv = self._qkv(torch.cat((self._token_norm(embedded), self._feature_norm(features)), -1))
+        normed = self._feature_norm(features)
+        qkv = self._qkv(torch.cat((self._token_norm(embedded), normed), -1))
         heads = qkv.view(len(qkv), -1, self.head_size)
         self._rotate_(heads[:, :rotated], self._angles(positions))
         kv = heads[:, self.num_heads :].view(len(qkv), 2, self.num_kv_heads, self.head_size)
         mixed = attention(0, heads[:, : self.num_heads], kv)
-        hidden = self._out.add(mixed, features if kept is None else features[kept])
+        residual = normed if self._adds_to_normed else features
+        hidden = self._out.add(mixed, residual if kept is None else residual[kept])
         return self._mlp.add(hidden, hidden)
 
     def rollout(self, lesson: Lesson, embedding: torch.Tensor, depth: int) -> Iterator[torch.Tensor]:

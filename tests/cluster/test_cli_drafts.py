@@ -116,3 +116,10 @@ def refused(result: Result, reason: str) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
     assert reason in result.stderr
+
+
+def test_a_model_without_a_chat_template_writes_no_prompts(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "bare")
+    save_byte_tokenizer(tmp_path / "bare")
+    result = run("prompts", "--model", tmp_path / "bare", "--count", 1, "--out", tmp_path / "prompts.jsonl")
+    refused(result, "has no chat template")

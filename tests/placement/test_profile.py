@@ -1,0 +1,158 @@
+"""Fitting the latency model to measured steps, and the profile that is stored."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import ConfigError
+from placement.fit import Point, fit
+from placement.latency import Coefficients, Speculation, StepLatency
+from placement.layout import Role
+from placement.profile import ModelFacts, Profile, Setting, read_profile, write_profile
+from placement.workload import Workload
+from tests.placement.layouts import STEP, group
+
+PROMPTS = [((0, tokens),) for tokens in (16, 64, 256, 1024)] + [((512, 64),), ((512, 256),), ((0, 64), (0, 64))]
+DECODES = list(product((1, 2, 4, 8, 16, 32), (64, 256, 1024)))
+
+
+def points(latency: StepLatency) -> tuple[Point, ...]:
+    """Steps that take what the model says."""
+    steps = [(prompts, 0, 0, 1) for prompts in PROMPTS]
+    steps += [((), batch, context, 1) for batch, context in DECODES] + [((), 4, 256, 3), ((), 4, 256, 6)]
+    steps += [(((0, 64),), 4, 256, 1), (((0, 256),), 16, 256, 1)]
+    without = [Point.of(prompts, sequences, context, rows, 1.0) for prompts, sequences, context, rows in steps]
+    return tuple(Point.of(*step, point.predicted_ms(latency)) for step, point in zip(steps, without, strict=True))
+
+
+def profile(latency: StepLatency = STEP, **changes: object) -> Profile:
+    facts = ModelFacts(
+        name="small",
+        fingerprint="f00",
+        dtype="bfloat16",
+        quantization=None,
+        weight_bytes=10**9,
+        kv_token_bytes=10**5,
+        hidden_size=64,
+        num_layers=4,
+        max_tokens=4096,
+    )
+    values = {"source": "measured", "model": facts, "setting": Setting(device="cpu"), "points": points(latency)}
+    return Profile(**values | changes)  # type: ignore[arg-type]
+
+
+_term = st.floats(0.01, 10.0)
+_latencies = st.builds(
+    lambda prompt, small, jump, rows, shared: StepLatency(
+        Coefficients(*prompt), Coefficients(*small), Coefficients(small[0] + jump, small[1], small[2]), rows, shared
+    ),
+    st.tuples(_term, _term, st.floats(0.0, 1e-3)),
+    st.tuples(_term, st.floats(1e-5, 0.1), _term),
+    st.floats(1.0, 20.0),
+    st.sampled_from([8, 12, 16]),
+    st.floats(0.0, 0.01),
+)
+
+
+@given(_latencies)
+def test_steps_that_follow_the_model_are_fitted_without_an_error(latency: StepLatency) -> None:
+    found = fit(points(latency))
+    assert max(abs(point.error(found)) for point in points(latency)) < 1e-6
+    assert found.shared_ms == pytest.approx(latency.shared_ms, abs=1e-4)
+
+
+def test_the_border_between_small_and_large_batches_is_found() -> None:
+    found = fit(points(STEP))  # its border is at 6 rows
+    assert 4 < found.large_rows <= 8
+    assert found.decode == pytest.approx(STEP.decode)
+    assert found.large_decode == pytest.approx(STEP.large_decode)
+
+
+def test_no_coefficient_is_negative_even_where_steps_shrink_with_what_is_in_them() -> None:
+    shrinking = [Point.of(((0, tokens),), 0, 0, 1, 100.0 / tokens) for tokens in (16, 64, 256)]
+    found = fit([*shrinking, *(Point.of((), batch, context, 1, 50.0 / batch) for batch, context in DECODES)])
+    for coefficients in (found.prompt, found.decode, found.large_decode):
+        assert min(coefficients) >= 0
+    assert found.step_ms(64, 64**2, 0, 0, 0) > 0
+
+
+def test_errors_are_relative_so_that_short_steps_count_as_much_as_long_ones() -> None:
+    ten_percent_off = [Point.of(((0, n),), 0, 0, 1, n * (1.1 if n % 3 else 0.9)) for n in (30, 100, 3000, 10000)]
+    found = fit([*ten_percent_off, *points(STEP)[len(PROMPTS) :]])
+    assert all(abs(point.error(found)) < 0.15 for point in ten_percent_off)
+
+
+def test_too_few_steps_are_refused_by_their_kind() -> None:
+    with pytest.raises(ConfigError, match="3 steps with only decodes, and there are 2"):
+        fit([*points(STEP)[: len(PROMPTS) + 2]])
+
+
+# --- the stored object -------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_profile_comes_back_equal(tmp_path: Path) -> None:
+    write_profile(profile(), tmp_path / "profile.json")
+    assert read_profile(tmp_path / "profile.json") == profile()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('"format": 1', '"format": 9'), "format is 9, not 1"),
+        (lambda text: text.replace('"weight_bytes"', '"weights"'), "weights"),
+        (lambda text: text[:100], "truncated"),
+        (lambda text: text.replace('"sequences": 1,', '"sequences": "one",'), r"points\[\.\.\.\]\.sequences"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, change, message: str) -> None:
+    path = tmp_path / "profile.json"
+    write_profile(profile(), path)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ConfigError, match=rf"profile\.json is no profile.*{message}"):
+        read_profile(path)
+
+
+def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read: No such file"):
+        read_profile(tmp_path / "none.json")
+
+
+def requests(prompt: int, output: int) -> Workload:
+    return Workload(np.array([prompt, prompt]), np.array([output, output]), np.ones(2))
+
+
+def test_within_what_was_measured_there_is_nothing_to_say() -> None:
+    measured = group(Role.BOTH, chunk_tokens=1024, max_sequences=32)
+    assert profile().beyond(measured, requests(600, 100)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "said"),
+    [
+        ({"max_sequences": 64}, (600, 100), "64 sequences that decode, and no more than 32 were measured"),
+        ({"chunk_tokens": 2048}, (1600, 100), "2048 tokens of prompts, and no more than 1024"),
+        ({}, (1000, 100), "sequences of 1100 tokens, and none longer than 1025"),
+        ({"speculation": Speculation(2.0, 4)}, (600, 100), "128 rows that decode, and no more than 32"),
+    ],
+)
+def test_what_was_never_measured_is_named_with_the_range(changes, asked, said: str) -> None:
+    beyond = group(Role.BOTH, **({"chunk_tokens": 1024, "max_sequences": 32} | changes))
+    assert any(said in sentence for sentence in profile().beyond(beyond, requests(*asked)))
+
+
+def test_a_role_is_not_blamed_for_steps_that_it_never_runs() -> None:
+    large = {"chunk_tokens": 4096, "max_sequences": 500}
+    assert profile().beyond(group(Role.PREFILL, **large | {"chunk_tokens": 1024}), requests(600, 100)) == []
+    assert profile().beyond(group(Role.DECODE, **large | {"max_sequences": 32}), requests(600, 100)) == []
+
+
+def test_the_table_has_a_line_for_each_point_and_the_errors() -> None:
+    lines = profile().table().splitlines()
+    assert len(lines) == 1 + len(profile().points) + 1
+    assert lines[-1] == "error of the fit: median 0.0%, worst 0.0%"
