@@ -1,5 +1,5 @@
-"""`slipstream profile`: what the steps of a model take on this machine, or by a table of devices.
+"""`slipstream profile`: what the steps of a model take on this machine.
 
-grid.py says which steps are measured, steps.py runs and times them, measure.py makes the profile, cli.py has the flags.
-The fit and the stored object are placement's.
+steps.py runs and times the steps of a grid, measure.py makes the profile, cli.py has the flags. The grid, the fit and
+the stored object are placement's.
 """

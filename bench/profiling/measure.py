@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.engine_speed.roofline import weight_bytes
-from bench.profiling.grid import FULL, QUICK, Grid
+from placement.grid import FULL, QUICK, Grid
 from bench.profiling.steps import Stepper
 from bench.setting import setting_of
 from cluster.config import EngineSection

@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from bench.engine_speed.timing import timed_step
-from bench.profiling.grid import Shape
+from placement.grid import Shape
 from core.types import Request, SamplingParams
 from engine.block_manager import BlockManager
 from engine.drafts import Draft

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench.profiling.grid import FULL, QUICK, Shape
+from placement.grid import FULL, QUICK, Shape
 from bench.profiling.steps import DECODES, Stepper
 from cluster.cli import cli
 from core.errors import ConfigError

@@ -68,10 +68,12 @@ class Worker:
                     return found, rounds
 
 
-@pytest.fixture(autouse=True)
-def learning_takes_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def learning_takes_what_it_takes() -> Iterator[None]:
     """What is learned from plain steps is a matter of time otherwise, and the drafts with it."""
-    monkeypatch.setattr("speculation.allowance.SHARE", 1e9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("speculation.allowance.SHARE", 1e9)
+        yield
 
 
 @pytest.fixture(scope="module")
