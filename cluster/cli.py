@@ -19,6 +19,7 @@ LAZY = {
     "bench": ("bench.cli", "bench", "Measure a server."),
     "drafts": ("cluster.cli_drafts", "drafts", "Make and train what drafts tokens."),
     "models": ("cluster.cli_models", "models", "Fetch and list models."),
+    "plan": ("cluster.cli_plan", "plan", "Find the layout that serves a model best."),
     "profile": ("bench.profiling.cli", "profile", "Measure a model's steps for the planner."),
     "simulate": ("placement.cli", "simulate", "Predict how a layout serves a workload."),
 }

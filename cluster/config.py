@@ -203,11 +203,17 @@ class ClusterSection(Section):
     )
     otlp_traces_endpoint: str | None = Field(
         None,
-        pattern="^https?://",
         description="URL at which a collector takes traces by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; "
         "default: none are made",
     )
     lease_s: float = Field(10.0, gt=0.5, le=600, description="Life of a hand-off's lease without a heartbeat, seconds")
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is no http or https URL; give the whole of it, such as http://HOST:4318/v1/traces")
+        return value
 
     @model_validator(mode="after")
     def _some_worker(self) -> ClusterSection:
@@ -375,6 +381,11 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
     for name, value in overrides.items():
         section, field = where[name]
         (tree if section is None else tree.setdefault(section, {}))[field] = value
+    return validated(tree, path)
+
+
+def validated(tree: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
+    """The settings of a tree that was read from `path`, or made. Raises ConfigError, one line."""
     try:
         return SlipstreamConfig.model_validate(tree)
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""Spans of OpenTelemetry, sent over OTLP to the collector that an operator names; without one they cost nothing to speak
-of.
+"""Spans of OpenTelemetry, sent over OTLP to the collector that an operator names; without one they cost next to
+nothing.
 
 The gateway opens a span for each request, below the client's where it sent a `traceparent` (W3C Trace Context). Its own
 travels with the request (core.types.Request.trace), so that what workers do for it lies below it.

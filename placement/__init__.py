@@ -14,4 +14,8 @@
 | `candidates.py` | the layouts there are on some devices |
 | `bounds.py`, `pools.py`, `goodput.py`, `search.py` | which of them is best |
 | `layout_file.py`, `prediction.py`, `cli.py` | `slipstream simulate` |
+| `grid.py`, `fit.py`, `profile.py` | which steps are measured, the latency model fitted to them, and what is stored |
+| `devices.py`, `roofline.py` | the same for devices that are not at hand, reckoned from a table |
+| `topology.py` | nodes, devices, links |
+| `lengths.py`, `shapes.py`, `plan.py`, `plan_table.py` | the plan: a search over what topology and profiles allow |
 """

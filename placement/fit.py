@@ -6,7 +6,7 @@ trying which of them are 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from placement.latency import Coefficients, StepLatency
+from placement.latency import Coefficients, DistServeLatency, StepLatency
 from placement.workload import Times
 
-_LEAST_POINTS = 3
+LEAST_POINTS = 3
 """As many as a part of the model has coefficients."""
 
 
@@ -64,8 +64,7 @@ def fit(points: Sequence[Point]) -> StepLatency:
     decodes = [point for point in points if not point.tokens]
     both = [point for point in points if point.tokens and point.sequences]
     for name, some in (("only prompts", prompts), ("only decodes", decodes)):
-        if len(some) < _LEAST_POINTS:
-            raise ConfigError(f"a fit needs {_LEAST_POINTS} steps with {name}, and there are {len(some)}")
+        _check_enough(name, some)
     prompt, _ = _solve([(point.tokens, point.squares) for point in prompts], prompts)
     small, large, large_rows = _in_two(decodes)
     return _sharing(StepLatency(prompt, small, large, large_rows), both)
@@ -78,7 +77,7 @@ def _in_two(decodes: list[Point]) -> tuple[Coefficients, Coefficients, int]:
     for border in sorted({point.rows for point in decodes}):
         small = [point for point in decodes if point.rows < border]
         large = [point for point in decodes if point.rows >= border]
-        if min(len(small), len(large)) <= _LEAST_POINTS:
+        if min(len(small), len(large)) <= LEAST_POINTS:
             continue
         (below, error), (above, more) = _solve_decodes(small), _solve_decodes(large)
         if error + more < best[1]:
@@ -86,28 +85,60 @@ def _in_two(decodes: list[Point]) -> tuple[Coefficients, Coefficients, int]:
     return found
 
 
-def _solve_decodes(points: list[Point]) -> tuple[Coefficients, float]:
-    return _solve([(point.context + point.sequences, point.rows) for point in points], points)
+def _solve_decodes(points: list[Point], fixed: Mapping[Point, float] | None = None) -> tuple[Coefficients, float]:
+    return _solve([(point.context + point.sequences, point.rows) for point in points], points, fixed)
 
 
-def _solve(xy: list[tuple[int, int]], points: list[Point]) -> tuple[Coefficients, float]:
-    """a, b, c >= 0 with the least Σ((a + b·x + c·y) / ms - 1)², and that sum."""
+def fit_distserve(points: Sequence[Point]) -> DistServeLatency:
+    """DistServe's form, of the steps that it knows: prompts alone, and decodes of a row each. Raises ConfigError if
+    there are too few points."""
+    prompts = [point for point in points if not point.sequences]
+    decodes = [point for point in points if not point.tokens and point.rows == point.sequences]
+    small = [point for point in decodes if point.sequences < DistServeLatency.large_batch]
+    large = [point for point in decodes if point.sequences >= DistServeLatency.large_batch]
+    for name, some in (("only prompts", prompts), ("only decodes", decodes)):
+        _check_enough(name, some)
+    none = DistServeLatency(Coefficients(0, 0, 0), Coefficients(0, 0, 0), Coefficients(0, 0, 0))
+    fixed = {point: distserve_ms(none, point) for point in points}  # what the form adds to its coefficients
+    prefill, _ = _solve([(point.tokens, point.squares) for point in prompts], prompts, fixed)
+    decode, _ = _solve_decodes(small or large, fixed)
+    return DistServeLatency(prefill, decode, _solve_decodes(large, fixed)[0] if len(large) >= LEAST_POINTS else decode)
+
+
+def distserve_ms(latency: DistServeLatency, point: Point) -> float:
+    """Of a step without a pipeline."""
+    if point.tokens:
+        return latency.prefill_stage_ms(point.tokens, point.squares, stages=1, first=True)
+    return latency.decode_stage_ms(point.context, point.sequences, stages=1, first=True)
+
+
+def _check_enough(name: str, points: list[Point]) -> None:
+    if len(points) < LEAST_POINTS:
+        raise ConfigError(f"a fit needs {LEAST_POINTS} steps with {name}, and there are {len(points)}")
+
+
+def _solve(
+    xy: list[tuple[int, int]], points: list[Point], fixed: Mapping[Point, float] | None = None
+) -> tuple[Coefficients, float]:
+    """a, b, c >= 0 with the least Σ((fixed + a + b·x + c·y) / ms - 1)², and that sum."""
     ms = np.array([point.ms for point in points])
+    left = 1.0 - np.array([fixed[point] if fixed else 0.0 for point in points]) / ms
     terms = np.column_stack([np.ones(len(xy)), np.array(xy, float)]) / ms[:, None]  # [points, 3]
     scale = np.maximum(np.abs(terms).max(axis=0), 1e-300)
-    tried = [_least(terms / scale, support) for size in (1, 2, 3) for support in combinations(range(3), size)]
+    supports = [support for size in range(4) for support in combinations(range(3), size)]
+    tried = [_least(terms / scale, left, support) for support in supports]
     error, solution = min((found for found in tried if found is not None), key=lambda found: found[0])
     return Coefficients(*(float(value) for value in solution / scale)), error
 
 
-def _least(terms: NDArray[np.float64], support: tuple[int, ...]) -> tuple[float, Times] | None:
-    """Σ(terms·x - 1)² and x, 0 outside of `support`; None if that has to be negative somewhere."""
-    found, *_ = np.linalg.lstsq(terms[:, support], np.ones(len(terms)))
+def _least(terms: NDArray[np.float64], left: Times, support: tuple[int, ...]) -> tuple[float, Times] | None:
+    """Σ(terms·x - left)² and x, 0 outside of `support`; None if that has to be negative somewhere."""
+    found, *_ = np.linalg.lstsq(terms[:, support], left)
     if (found < 0).any():
         return None
     solution = np.zeros(terms.shape[1])
     solution[list(support)] = found
-    return float(((terms @ solution - 1.0) ** 2).sum()), solution
+    return float(((terms @ solution - left) ** 2).sum()), solution
 
 
 def _sharing(latency: StepLatency, both: list[Point]) -> StepLatency:

@@ -10,7 +10,7 @@ import numpy as np
 from placement.layout import Layout
 from placement.native import Limits, serve_unless_missed
 from placement.outcome import Targets
-from placement.workload import Workload
+from placement.workload import Times, Workload
 
 RATE_STEP = 1.01
 """RATES are the powers of this: goodput of a layout does not depend on where it was looked for."""
@@ -91,5 +91,10 @@ def interval(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, 
     """Goodput over REPLICATIONS runs of as many requests, drawn from the workload by `seed`."""
     draws = (workload.resampled(len(workload), np.random.default_rng((seed, run))) for run in range(REPLICATIONS))
     found = np.array([goodput(layout, drawn, goal, ceiling=ceiling) for drawn in draws])
-    half = _T_95 * found.std(ddof=1) / math.sqrt(REPLICATIONS)
+    half = half_width(found)
     return Interval(float(found.mean()), float(max(0.0, found.mean() - half)), float(found.mean() + half))
+
+
+def half_width(found: Times) -> float:
+    """Of the 95 % interval of the mean, from REPLICATIONS values."""
+    return float(_T_95 * found.std(ddof=1) / math.sqrt(REPLICATIONS))

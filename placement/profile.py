@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from core.errors import ConfigError
-from placement.fit import Point, fit
+from placement.fit import Point, distserve_ms, fit, fit_distserve
 from placement.latency import StepLatency
 from placement.layout import Group, Role
 from placement.workload import Workload
@@ -113,8 +113,19 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             + f"{point.ms:>10.2f}{point.predicted_ms(latency):>10.2f}{point.error(latency):>+8.1%}"
             for point in self.points
         ]
-        off = [abs(error) for error in self.errors()]
-        return "\n".join([*rows, f"error of the fit: median {statistics.median(off):.1%}, worst {max(off):.1%}"])
+        return "\n".join([*rows, _summary("the fit", self.errors()), _summary("DistServe's form", self._distserve())])
+
+    def _distserve(self) -> list[float]:
+        """Errors of DistServe's form, by point that it knows."""
+        latency = fit_distserve(self.points)
+        plain = [point for point in self.points if not point.tokens and point.rows == point.sequences]
+        known = [point for point in self.points if not point.sequences] + plain
+        return [distserve_ms(latency, point) / point.ms - 1.0 for point in known]
+
+
+def _summary(name: str, errors: list[float]) -> str:
+    off = [abs(error) for error in errors]
+    return f"error of {name}: median {statistics.median(off):.1%}, worst {max(off):.1%} of {len(off)} steps"
 
 
 def _most_waiting(workload: Workload) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.engine_speed.roofline import weight_bytes
-from placement.grid import FULL, QUICK, Grid
 from bench.profiling.steps import Stepper
 from bench.setting import setting_of
 from cluster.config import EngineSection
@@ -21,9 +20,11 @@ from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from placement.devices import kind_of
 from placement.fit import Point
+from placement.grid import FULL, QUICK, Grid
 from placement.profile import ModelFacts, Profile, Setting
 
-_FULL_RUNS, _QUICK_RUNS = 5, 3
+RUNS = 3
+"""After one that warms up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +60,11 @@ def measure(options: Options, progress: Progress) -> Profile:
 
 
 def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> tuple[Point, ...]:
-    """The first round warms up."""
     block = runner.layout.block_size
     spare = Stepper.spare_tokens(max(options.grid.shapes(), key=Stepper.spare_tokens)) + block  # of a part of a block
     longest, room = runner.config.max_position_embeddings, runner.pool.num_blocks * block
     shapes = options.grid.fitting(longest, room, spare)
-    rounds = 1 + (_QUICK_RUNS if options.quick else _FULL_RUNS)
+    rounds = 1 + RUNS
     progress.begin("measuring steps", len(shapes) * rounds)
     stepper = Stepper(runner)
     seconds: list[list[float]] = [[] for _ in shapes]

@@ -7,7 +7,6 @@ import random
 import numpy as np
 
 from bench.engine_speed.timing import timed_step
-from placement.grid import Shape
 from core.types import Request, SamplingParams
 from engine.block_manager import BlockManager
 from engine.drafts import Draft
@@ -15,6 +14,7 @@ from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence
+from placement.grid import Shape
 
 DECODES = 5
 """Steps of a run in which nothing but decodes is; with prompts it is one."""

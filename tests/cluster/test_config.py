@@ -205,6 +205,7 @@ def test_a_share_of_a_gpu_is_refused_on_the_cpu_as_soon_as_that_is_known() -> No
         {"seed": True},
         {"block_size": True},
         {"lease_s": True},
+        {"otlp_traces_endpoint": "collector:4318"},
         {"kv_cache_memory": True},
     ],
 )

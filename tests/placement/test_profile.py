@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from core.errors import ConfigError
-from placement.fit import Point, fit
-from placement.latency import Coefficients, Speculation, StepLatency
+from placement.fit import Point, distserve_ms, fit, fit_distserve
+from placement.latency import Coefficients, DistServeLatency, Speculation, StepLatency
 from placement.layout import Role
-from placement.profile import ModelFacts, Profile, Setting, read_profile, write_profile
+from placement.profile import read_profile, write_profile
 from placement.workload import Workload
 from tests.placement.layouts import STEP, group
-
-PROMPTS = [((0, tokens),) for tokens in (16, 64, 256, 1024)] + [((512, 64),), ((512, 256),), ((0, 64), (0, 64))]
-DECODES = list(product((1, 2, 4, 8, 16, 32), (64, 256, 1024)))
-
-
-def points(latency: StepLatency) -> tuple[Point, ...]:
-    """Steps that take what the model says."""
-    steps = [(prompts, 0, 0, 1) for prompts in PROMPTS]
-    steps += [((), batch, context, 1) for batch, context in DECODES] + [((), 4, 256, 3), ((), 4, 256, 6)]
-    steps += [(((0, 64),), 4, 256, 1), (((0, 256),), 16, 256, 1)]
-    without = [Point.of(prompts, sequences, context, rows, 1.0) for prompts, sequences, context, rows in steps]
-    return tuple(Point.of(*step, point.predicted_ms(latency)) for step, point in zip(steps, without, strict=True))
-
-
-def profile(latency: StepLatency = STEP, **changes: object) -> Profile:
-    facts = ModelFacts(
-        name="small",
-        fingerprint="f00",
-        dtype="bfloat16",
-        quantization=None,
-        weight_bytes=10**9,
-        kv_token_bytes=10**5,
-        hidden_size=64,
-        num_layers=4,
-        max_tokens=4096,
-    )
-    values = {"source": "measured", "model": facts, "setting": Setting(device="cpu"), "points": points(latency)}
-    return Profile(**values | changes)  # type: ignore[arg-type]
-
+from tests.placement.profiles import DECODES, PROMPTS, points, profile
 
 _term = st.floats(0.01, 10.0)
 _latencies = st.builds(
@@ -86,6 +58,19 @@ def test_errors_are_relative_so_that_short_steps_count_as_much_as_long_ones() ->
     ten_percent_off = [Point.of(((0, n),), 0, 0, 1, n * (1.1 if n % 3 else 0.9)) for n in (30, 100, 3000, 10000)]
     found = fit([*ten_percent_off, *points(STEP)[len(PROMPTS) :]])
     assert all(abs(point.error(found)) < 0.15 for point in ten_percent_off)
+
+
+def test_the_form_of_distserve_is_fitted_to_the_steps_that_it_knows() -> None:
+    small, large = Coefficients(4.0, 1e-3, 0.2), Coefficients(9.0, 1e-3, 0.1)
+    known = DistServeLatency(Coefficients(5.0, 0.05, 1e-6), small, large)
+    batches = [Point.of((), batch, context, 1, 1.0) for batch in (4, 16, 64, 95, 128, 256) for context in (64, 512)]
+    steps = [*(Point.of(prompts, 0, 0, 1, 1.0) for prompts in PROMPTS), *batches]
+    found = fit_distserve([replace(step, ms=distserve_ms(known, step)) for step in steps])
+    assert found.prefill == pytest.approx(known.prefill)
+    assert found.decode == pytest.approx(known.decode)
+    assert found.large_decode == pytest.approx(known.large_decode)
+    mixed = Point.of(((0, 64),), 4, 256, 1, 500.0)
+    assert fit_distserve([*points(STEP), mixed]) == fit_distserve(points(STEP))
 
 
 def test_too_few_steps_are_refused_by_their_kind() -> None:
@@ -154,5 +139,6 @@ def test_a_role_is_not_blamed_for_steps_that_it_never_runs() -> None:
 
 def test_the_table_has_a_line_for_each_point_and_the_errors() -> None:
     lines = profile().table().splitlines()
-    assert len(lines) == 1 + len(profile().points) + 1
-    assert lines[-1] == "error of the fit: median 0.0%, worst 0.0%"
+    assert len(lines) == 1 + len(profile().points) + 2
+    assert lines[-2] == f"error of the fit: median 0.0%, worst 0.0% of {len(profile().points)} steps"
+    assert lines[-1].startswith("error of DistServe's form: median ")

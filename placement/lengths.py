@@ -1,0 +1,46 @@
+"""Lengths of requests as they are written on a command line: `prompt=512,output=128,cv=0.8`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from core.errors import ConfigError
+from placement.arrivals import poisson_gaps
+from placement.workload import Lengths, Workload
+
+REQUESTS = 3000
+_EXAMPLE = "write --lengths prompt=512,output=128, in tokens, and cv=0.8 for how much they vary"
+
+
+def parse_lengths(text: str, seed: int = 0) -> Workload:
+    """Requests that come at random, with lengths of these means, by a lognormal distribution; `cv`, of both, is the
+    standard deviation over the mean, and 0 if left out. Raises ConfigError."""
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    found = {name: _number(name, value) for name, _, value in parts if name in ("prompt", "output", "cv")}
+    if len(found) < len(parts) or not {"prompt", "output"} <= found.keys():
+        raise ConfigError(f"--lengths: {text!r} is not one mean for prompt and one for output: {_EXAMPLE}")
+    for name in ("prompt", "output"):
+        if not 1 <= found[name] <= 1e7:
+            raise ConfigError(f"--lengths: {name} is {found[name]:g}, not between 1 and 10 million: {_EXAMPLE}")
+    rng = np.random.default_rng(seed)
+    prompts, outputs = (_drawn(found[name], found.get("cv", 0.0), rng) for name in ("prompt", "output"))
+    return Workload(prompts, outputs, poisson_gaps(REQUESTS, rng))
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ConfigError(f"--lengths: {name} is {value!r}: {_EXAMPLE}") from error
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"--lengths: {name} is {value}, not 0 or more: {_EXAMPLE}")
+    return number
+
+
+def _drawn(mean: float, cv: float, rng: np.random.Generator) -> Lengths:
+    """# [REQUESTS]"""
+    variance = math.log(1 + cv**2)
+    drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), REQUESTS)
+    return np.maximum(1, np.rint(drawn)).astype(np.int32)

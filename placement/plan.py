@@ -1,0 +1,214 @@
+"""The plan: which layout serves a workload best, what it is expected to reach, and why it and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+
+from core.errors import ConfigError
+from placement.candidates import Candidate, Space
+from placement.goodput import REPLICATIONS, Goal, half_width
+from placement.layout import Role
+from placement.pools import LEAST_REQUESTS
+from placement.prediction import predict
+from placement.profile import ModelFacts
+from placement.search import NUM_RANKED, Found, Objective, Ranked, cheapest, search
+from placement.shapes import Shape
+from placement.topology import Topology
+from placement.workload import Workload
+
+APART = frozenset({Role.PREFILL, Role.DECODE})
+TOGETHER = frozenset({Role.BOTH})
+
+
+class Spread(msgspec.Struct):
+    """Of REPLICATIONS runs with other draws of the workload: mean, and the 95 % interval of it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Entry(msgspec.Struct):
+    """A layout. `goodput_rps` is None for one that was not bisected, and what follows too: its spread over other draws,
+    goodput by the objective, and whether a run three times as long agrees."""
+
+    name: str
+    disaggregated: bool
+    devices: int
+    dollars_per_hour: float | None = None
+    goodput_rps: float | None = None
+    spread: Spread | None = None
+    score: float | None = None
+    steady: bool | None = None
+
+
+class Plan(msgspec.Struct):
+    """`predicted` is at `rate_rps`, times in ms. `sources`: how the latency of each shape is known. `refused`: what
+    can't run, and why."""
+
+    model: str
+    topology: str
+    sources: dict[str, str]
+    objective: str
+    ttft_ms: float
+    tpot_ms: float
+    share: float
+    rate_rps: float
+    chosen: Entry
+    why: str
+    verdict: str
+    predicted: dict[str, Spread]
+    ranking: list[Entry]
+    refused: dict[str, str]
+    warnings: list[str]
+
+
+class Made(msgspec.Struct):
+    """A plan, and the layouts behind it, best first: the chosen one and then the ranked."""
+
+    plan: Plan
+    candidates: list[Candidate]
+
+
+def make_plan(
+    space: Callable[[frozenset[Role]], Space],
+    shapes: Sequence[Shape],
+    topology: Topology,
+    workload: Workload,
+    goal: Goal,
+    objective: Objective,
+    rate: float | None = None,
+) -> Made:
+    """The layout with the best score, or with a `rate` the cheapest that attains the goal at it. `space` is asked for
+    colocated and disaggregated layouts apart, so that the better of either is known. Raises ConfigError if no layout
+    can run or attains the goal; then it says what is reachable."""
+    if objective == "per-dollar" and not topology.priced:
+        raise ConfigError("--objective per-dollar: nodes: dollars_per_hour is missing in the topology", param="nodes")
+    _check_lengths(shapes[0].profile.model, workload)
+    searched = {roles: _search(space(roles), workload, goal, objective) for roles in (TOGETHER, APART)}
+    found = [result for result in searched.values() if isinstance(result, Found)]
+    if not found:
+        search(space(TOGETHER | APART), workload, goal, objective)  # raises, for all of them together
+        raise ConfigError("no layout attains the targets")
+    ranked = sorted((entry for result in found for entry in result.ranked), key=lambda entry: -entry.score)
+    chosen = ranked[0].candidate
+    if rate is not None:
+        chosen = cheapest(space(TOGETHER | APART), workload, goal, rate, objective)
+    at = ranked[0].goodput if rate is None else rate
+    by_name = {shape.name: shape for shape in shapes}
+    plan = Plan(
+        model=shapes[0].profile.model.name,
+        topology=topology.source,
+        sources={shape.name: shape.profile.source for shape in shapes},
+        objective=objective,
+        ttft_ms=goal.targets.ttft_ms,
+        tpot_ms=goal.targets.tpot_ms,
+        share=goal.share,
+        rate_rps=at,
+        chosen=_entry(chosen, next((entry for entry in ranked if entry.candidate == chosen), None), topology.priced),
+        why=_why(ranked, rate, chosen, objective, found),
+        verdict=_verdict(searched),
+        predicted=_predicted(chosen, workload, at, goal),
+        ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
+        refused={name: why for result in found for name, why in result.refused.items()},
+        warnings=_warnings(chosen, by_name, workload),
+    )
+    return Made(plan, [chosen, *(entry.candidate for entry in ranked if entry.candidate != chosen)])
+
+
+def _check_lengths(model: ModelFacts, workload: Workload) -> None:
+    lengths = workload.prompt_tokens.astype(int) + workload.output_tokens
+    if (longer := int((lengths > model.max_tokens).sum())) > 0:
+        raise ConfigError(
+            f"{longer} of {len(workload)} requests are longer than the {model.max_tokens} tokens of {model.name}, the "
+            f"longest has {lengths.max()}: leave them out",
+            param="workload",
+        )
+
+
+def _search(space: Space, workload: Workload, goal: Goal, objective: Objective) -> Found | str:
+    """Or why there is none."""
+    try:
+        return search(space, workload, goal, objective)
+    except ConfigError as error:
+        return error.message
+
+
+def _entry(candidate: Candidate, ranked: Ranked | None, priced: bool) -> Entry:
+    price = candidate.dollars_per_hour if priced else None
+    entry = Entry(candidate.name, candidate.prefill is not None, candidate.devices, price)
+    if ranked is None:
+        return entry
+    spread = Spread(ranked.interval.mean, ranked.interval.low, ranked.interval.high)
+    return msgspec.structs.replace(
+        entry, goodput_rps=ranked.goodput, spread=spread, score=ranked.score, steady=ranked.steady
+    )
+
+
+def _why(ranked: list[Ranked], rate: float | None, chosen: Candidate, objective: str, found: Sequence[Found]) -> str:
+    if rate is not None:
+        cost = f"{chosen.devices} devices" if objective != "per-dollar" else f"${chosen.dollars_per_hour:g} an hour"
+        return f"with {cost} it is the cheapest that attains the targets at {rate:g} requests/s"
+    tried = sum(len(result.evaluated) for result in found)
+    left_out = sum(result.pruned for result in found)
+    counts = f"{tried} layouts were simulated, {left_out} could not beat the best by their bounds"
+    if len(ranked) == 1:
+        return f"no other kind of layout attains the targets; {counts}"
+    best, second = ranked[0], ranked[1]
+    apart = best.interval.low > second.interval.high
+    sure = (
+        "" if apart else "; the intervals overlap, so that another draw of requests may rank them the other way round"
+    )
+    gain = best.score / second.score - 1
+    return f"{gain:.0%} more goodput {objective} than the next, {second.candidate.name}{sure}; {counts}"
+
+
+def _verdict(searched: dict[frozenset[Role], Found | str]) -> str:
+    """Disaggregated against colocated."""
+    together, apart = searched[TOGETHER], searched[APART]
+    if isinstance(together, str):
+        return f"disaggregate: colocated, {together}"
+    if isinstance(apart, str):
+        return f"colocate: disaggregated, {apart}"
+    one, other = together.ranked[0], apart.ranked[0]
+    word = "colocate" if one.score >= other.score else "disaggregate"
+    gain = max(one.score, other.score) / min(one.score, other.score)
+    return (
+        f"{word}: {gain - 1:.0%} more; colocated {one.goodput:.3g} requests/s with {one.candidate.name}, "
+        f"disaggregated {other.goodput:.3g} with {other.candidate.name}"
+    )
+
+
+def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> dict[str, Spread]:
+    found: dict[str, list[float]] = {}
+    for run in range(REPLICATIONS):
+        drawn = workload.resampled(max(LEAST_REQUESTS, len(workload)), np.random.default_rng((1, run)))
+        prediction = predict(candidate.layout, drawn, rate, goal.targets)
+        for metric in ("ttft", "tpot", "e2e"):
+            for name, value in getattr(prediction, f"{metric}_ms").items():
+                found.setdefault(f"{metric}_{name}", []).append(value)
+        found.setdefault("attainment", []).append(prediction.attainment or 0.0)
+    return {name: _spread(np.array(values)) for name, values in found.items()}
+
+
+def _spread(values: np.ndarray) -> Spread:
+    mean, half = float(values.mean()), half_width(values)
+    return Spread(mean, mean - half, mean + half)
+
+
+def _warnings(candidate: Candidate, shapes: dict[str, Shape], workload: Workload) -> list[str]:
+    """What the chosen layout would do that no profile knows."""
+    options = [(candidate.decode, Role.DECODE if candidate.prefill else Role.BOTH)]
+    options += [(candidate.prefill, Role.PREFILL)] if candidate.prefill else []
+    found = []
+    for option, role in options:
+        profile = shapes[option.name].profile
+        group = replace(option.group, role=role, chunk_tokens=candidate.chunk_tokens)
+        found += [f"{option.name} is extrapolated: it may have {what}" for what in profile.beyond(group, workload)]
+        if profile.source == "roofline":
+            found.append(f"{option.name} is a roofline, not measured: expect errors of tens of percent")
+    return list(dict.fromkeys(found))

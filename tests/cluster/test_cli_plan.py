@@ -1,0 +1,187 @@
+"""`slipstream plan`: from profiles, a topology and a workload to a layout, and to what `slipstream serve` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cluster.cli import cli
+from cluster.cli_plan import measured_elsewhere
+from cluster.config import load
+from core.errors import ConfigError
+from placement.profile import Setting, write_profile
+from tests.placement.profiles import profile
+
+NODE = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8, dollars_per_hour: 2}]"
+LINKED = NODE + "\nlinks: [{within: here, gb_per_s: 10}]"
+LENGTHS = ("--lengths", "prompt=200,output=20,cv=0.3")
+SLO = ("--slo", "ttft=400,tpot=60")
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, ...]:
+    """A profile of `small` on a core, and a node of four."""
+    write_profile(profile(), tmp_path / "profile.json")
+    (tmp_path / "cluster.yaml").write_text(LINKED)
+    return "--profile", str(tmp_path / "profile.json"), "--topology", str(tmp_path / "cluster.yaml")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Of a model of eight billion parameters there is only the configuration."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path / "large"
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["plan", *map(str, arguments)])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*arguments, "--json"))
+    return found
+
+
+def test_the_plan_is_the_best_of_its_ranking_with_what_it_will_reach(files) -> None:
+    found = planned("small", *files, *SLO, *LENGTHS)
+    assert found["chosen"] == found["ranking"][0]
+    assert found["ranking"] == sorted(found["ranking"], key=lambda entry: -entry["score"])
+    assert {entry["disaggregated"] for entry in found["ranking"]} == {True, False}
+    assert found["rate_rps"] == found["chosen"]["goodput_rps"]
+    for metric in ("ttft_p50", "ttft_p90", "tpot_p99", "attainment"):
+        assert (
+            found["predicted"][metric]["low"]
+            <= found["predicted"][metric]["mean"]
+            <= found["predicted"][metric]["high"]
+        )
+    assert found["predicted"]["attainment"]["high"] >= 0.9
+    assert found["predicted"]["ttft_p50"]["mean"] < found["predicted"]["ttft_p90"]["mean"] < 400
+    assert found["sources"] == {"cpu TP1": "measured"}
+    assert found["verdict"].split(":")[0] == ("disaggregate" if found["chosen"]["disaggregated"] else "colocate")
+
+
+def test_for_a_rate_the_fewest_devices_are_taken_that_attain_the_targets(files) -> None:
+    low, high = (planned("small", *files, *SLO, *LENGTHS, "--rate", rate) for rate in (2, 100))
+    assert low["chosen"]["devices"] == 1 < high["chosen"]["devices"]
+    assert (low["rate_rps"], high["rate_rps"]) == (2, 100)
+    assert high["predicted"]["attainment"]["mean"] > 0.88
+
+
+def test_no_more_devices_are_taken_than_allowed(files) -> None:
+    found = planned("small", *files, *SLO, *LENGTHS, "--devices", 2, "--objective", "total")
+    assert max(entry["devices"] for entry in found["ranking"]) == 2
+    with pytest.raises(ConfigError, match="--devices 5: the topology has 4"):
+        run("small", *files, *SLO, *LENGTHS, "--devices", 5)
+
+
+def test_the_configuration_is_one_that_serve_takes(files, tmp_path: Path) -> None:
+    found = planned("small", *files, *SLO, *LENGTHS, "--chunk-tokens", 1024, "--out", tmp_path / "serve.yaml")
+    config = load(tmp_path / "serve.yaml", {})
+    assert config.cluster.colocated is not found["chosen"]["disaggregated"]
+    assert config.cluster.num_workers == found["chosen"]["devices"]
+    assert (config.model, config.engine.max_num_batched_tokens, config.engine.sequences) == ("small", 1024, 64)
+    assert (config.engine.kv_cache_bytes, config.cluster.cpus_per_worker) == (2**30, 1.0)
+
+
+def test_layouts_with_drafts_are_tried_if_asked_and_told_to_serve(files, tmp_path: Path) -> None:
+    drafts = (
+        "--speculation",
+        "prompt_lookup",
+        "--acceptance-length",
+        "4",
+        "--draft-tokens",
+        "4",
+        "--max-num-seqs",
+        "32",
+    )
+    found = planned("small", *files, *SLO, *LENGTHS, *drafts, "--out", tmp_path / "serve.yaml")
+    assert "with drafts" in found["chosen"]["name"]
+    config = load(tmp_path / "serve.yaml", {})
+    assert (config.speculation.drafter, config.speculation.budget) == (("prompt_lookup",), 4)
+
+
+def test_the_table_says_why_and_ranks(files) -> None:
+    text = run("small", *files, *SLO, *LENGTHS)
+    for part in ("chosen: ", "why: ", "disaggregate or not: ", "attainment ", "95 % interval", "cpu TP1 measured"):
+        assert part in text
+
+
+def test_requests_that_were_never_measured_are_warned_of_with_the_range(files) -> None:
+    found = planned("small", *files, "--slo", "ttft=5000,tpot=500", "--lengths", "prompt=2000,output=20")
+    assert any("sequences of 2020 tokens, and none longer than 1025" in warning for warning in found["warnings"])
+
+
+def test_a_profile_of_another_machine_is_warned_of() -> None:
+    setting = Setting(device="cpu", hardware={"device": "An Abacus", "cores": 4096}, versions={"torch": "0.1"})
+    said = measured_elsewhere(profile(setting=setting))
+    assert [sentence.split(", and")[0] for sentence in said] == [
+        "profiled with torch 0.1",
+        "profiled with device An Abacus",
+        "profiled with cores 4096",
+    ]
+
+
+def test_devices_that_are_not_at_hand_are_planned_for_by_a_roofline_that_is_marked(large: Path) -> None:
+    flags = ("--device", "H100", "--devices", 4, "--slo", "ttft=500,tpot=30", *LENGTHS)
+    found = planned(large, *flags)
+    assert set(found["sources"].values()) == {"roofline"}
+    assert any("is a roofline, not measured" in warning for warning in found["warnings"])
+    assert found["chosen"]["devices"] <= 4
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("nodes: [{name: a, device: RTX4090, devices: 1, memory_gb: 12}]")
+    with pytest.raises(ConfigError, match=r"fits nowhere: RTX4090 TP1: 16\.1 GB of weights .* the 10\.8 GB that 1 dev"):
+        run(large, "--topology", tmp_path / "small.yaml", *SLO, *LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--slo", "ttft=1,tpot=1", *LENGTHS), "without load the best is TTFT .* and TPOT"),
+        ((*SLO, *LENGTHS, "--rate", "10000"), r"no layout on 4 devices attains .* the most is"),
+        (SLO, "give a --trace, or --lengths"),
+        ((*SLO, *LENGTHS, "--trace", "x.csv"), "give a --trace, or --lengths"),
+        ((*SLO, *LENGTHS, "--device", "H100"), "--device stands for a profile and a topology"),
+        ((*SLO, *LENGTHS, "--speculation", "prompt_lookup"), "--speculation and --acceptance-length go together"),
+        ((*SLO, *LENGTHS, "--speculation", "magic", "--acceptance-length", "2"), "no drafter is called 'magic'"),
+        ((*SLO, *LENGTHS, "--chunk-tokens", "512;x"), "--chunk-tokens: '512;x' is not a list of sizes"),
+        ((*SLO, "--lengths", "prompt=5000,output=5"), "requests are longer than the 4096 tokens of small"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(files, arguments, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run("small", *files, *arguments)
+
+
+def test_a_profile_of_another_model_is_refused(files) -> None:
+    with pytest.raises(ConfigError, match="--profile: it is of small, not of demo"):
+        run("demo", *files, *SLO, *LENGTHS)
+
+
+def test_prices_are_asked_for_where_they_count(files, tmp_path: Path) -> None:
+    assert planned("small", *files, *SLO, *LENGTHS, "--objective", "per-dollar")["chosen"]["dollars_per_hour"] > 0
+    (tmp_path / "cluster.yaml").write_text(LINKED.replace(", dollars_per_hour: 2", ""))
+    with pytest.raises(ConfigError, match="dollars_per_hour is missing in the topology"):
+        run("small", *files, *SLO, *LENGTHS, "--objective", "per-dollar")
