@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from cluster.config import load
+from cluster.config import load, overlaid
 from cluster.options import ListOptions, config_options
-from core.errors import SlipstreamError
+from core.errors import ConfigError, SlipstreamError
 
 LAZY = {
     "bench": ("bench.cli", "bench", "Measure a server."),
@@ -55,13 +55,21 @@ def cli() -> None:
 @cli.command(cls=ListOptions)
 @click.argument("model", required=False)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file with the same settings.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="What slipstream plan --json printed.")
 @config_options
-def serve(model: str | None, config_file: Path | None, **flags: Any) -> None:
+def serve(model: str | None, config_file: Path | None, plan_file: Path | None, **flags: Any) -> None:
     """Serve MODEL: a Hugging Face id, a folder, a .gguf file, or demo."""
     given = {name: value for name, value in flags.items() if value is not None}
     if model is not None:
         given["model"] = model
-    config = load(config_file, given)
+    if plan_file is None:
+        config = load(config_file, given)
+    elif config_file is not None:
+        raise ConfigError("--plan: it is a configuration too; give it, or --config", param="plan")
+    else:
+        from cluster.planned import planned_tree
+
+        config = overlaid(planned_tree(plan_file), given, plan_file)
     from rich.console import Console
 
     from cluster.launcher import serve as run

@@ -91,14 +91,17 @@ def plan(
     made = make_plan(partial(space_of, topology, ways, limits), ways, topology, workload, goal, objective, rate)
     if kind is None and topology_file is None:
         made.plan.warnings += [warning for profile in known for warning in measured_elsewhere(profile)]
+    by_name, chosen = {shape.name: shape for shape in ways}, made.candidates[0]
+    able = next((candidate for candidate in made.candidates if why_not(candidate, by_name) is None), None)
+    if able is not None:
+        made.plan.serve = config_of(able, by_name, limits, drafter)
+    if able is not chosen:
+        instead = "" if able is None else f"; serve gets {able.name}"
+        made.plan.warnings.append(f"{why_not(chosen, by_name)}{instead}")
     if out is not None:
-        by_name = {shape.name: shape for shape in ways}
-        able = [candidate for candidate in made.candidates if why_not(candidate, by_name) is None]
-        if not able:
-            raise ConfigError(f"--out: {why_not(made.candidates[0], by_name)}; give one --profile", param="out")
-        write_config(config_of(able[0], by_name, limits, drafter), out)
-        if able[0] is not made.candidates[0]:
-            made.plan.warnings.append(f"{out} has {able[0].name}: {why_not(made.candidates[0], by_name)}")
+        if made.plan.serve is None:
+            raise ConfigError(f"--out: {why_not(chosen, by_name)}; give one --profile", param="out")
+        write_config(made.plan.serve, out)
     click.echo(msgspec.json.format(msgspec.json.encode(made.plan)).decode() if as_json else table(made.plan))
 
 
@@ -190,25 +193,26 @@ def _profiles(model: str, files: tuple[Path, ...], topology: Topology) -> list[P
     for profile in measured:
         if profile.model.name != model:
             raise ConfigError(f"--profile: it is of {profile.model.name}, not of {model}", param="profile")
+        for name in ("fingerprint", "dtype", "quantization"):
+            ours, theirs = getattr(measured[0].model, name), getattr(profile.model, name)
+            if ours != theirs:
+                raise ConfigError(f"--profile: two differ in {name}: {ours} and {theirs}", param="profile")
     missing = [kind for kind in topology.pools if kind not in {profile.setting.device for profile in measured}]
     return measured + [found for kind in missing for found in _rooflines(model, kind, topology)]
 
 
 def _rooflines(model: str, kind: str, topology: Topology) -> list[Profile]:
-    from cluster.model_size import size_of
-    from engine.checkpoints import Silent, resolve
-    from engine.model_config import ModelConfig
-    from engine.parallel.split import check_split
-    from placement.roofline import roofline
+    """One for each way to split the model over devices of a node."""
+    from cluster.model_size import roofline_of
 
-    path = Path(model).expanduser()
-    config = ModelConfig.from_folder(path if (path / "config.json").is_file() else resolve(model, progress=Silent()))
-    inside, found = topology.inside(), []
-    for tp in _WAYS:
+    inside = topology.inside()
+    link = inside.gb_per_s if inside else None
+    found = [roofline_of(model, kind, 1, link)]
+    for tp in _WAYS[1:]:
+        if tp > topology.most_in_a_node(kind):
+            break
         try:
-            check_split(config, tp, 1)
+            found.append(roofline_of(model, kind, tp, link))
         except ConfigError:
             continue  # heads that can't be shared out over so many
-        if tp <= topology.most_in_a_node(kind):
-            found.append(roofline(model, size_of(config), kind, tp, inside.gb_per_s if inside else None))
     return found

@@ -212,7 +212,9 @@ class ClusterSection(Section):
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is no http or https URL; give the whole of it, such as http://HOST:4318/v1/traces")
+            raise ValueError(
+                f"{value!r} is no http or https URL; give the whole of it, such as http://HOST:4318/v1/traces"
+            )
         return value
 
     @model_validator(mode="after")
@@ -376,7 +378,11 @@ def leaves() -> Iterator[Leaf]:
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
     """The file's settings with `overrides` (Leaf.name -> value) on top. Raises ConfigError, one line."""
-    tree = _read(path) if path is not None else {}
+    return overlaid(_read(path) if path is not None else {}, overrides, path)
+
+
+def overlaid(tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
+    """As load, with the tree that was read from `path`."""
     where = {leaf.name: (leaf.section, leaf.field) for leaf in leaves()} | {"model": (None, "model")}
     for name, value in overrides.items():
         section, field = where[name]

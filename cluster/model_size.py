@@ -1,10 +1,24 @@
-"""What the planner's roofline asks of a model's configuration."""
+"""Rooflines of a model: what the planner asks of its configuration, which is all that has to be there."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from core.errors import ConfigError
 from engine.model_config import DecoderConfig, ModelConfig
-from placement.roofline import ModelSize
+from engine.parallel.split import check_split
+from placement.profile import Profile
+from placement.roofline import ModelSize, roofline
+
+
+def roofline_of(model: str, kind: str, tp: int = 1, link_gb_s: float | None = None) -> Profile:
+    """Of MODEL as on a command line, on a device of the table. Raises ConfigError for one that can't be split so."""
+    from engine.checkpoints import Silent, resolve
+
+    path = Path(model).expanduser()
+    config = ModelConfig.from_folder(path if (path / "config.json").is_file() else resolve(model, progress=Silent()))
+    check_split(config, tp, 1)
+    return roofline(model, size_of(config), kind, tp, link_gb_s)
 
 
 def size_of(config: ModelConfig) -> ModelSize:

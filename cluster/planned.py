@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from cluster.config import validated
 from core.errors import ConfigError
 from placement.candidates import Candidate
 from placement.shapes import Limits, Shape
+
+
+class _Planned(msgspec.Struct):
+    serve: dict[str, Any] | None
 
 
 def why_not(candidate: Candidate, shapes: dict[str, Shape]) -> str | None:
@@ -65,6 +70,21 @@ def _cluster(candidate: Candidate, shape: Shape, limits: Limits) -> dict[str, An
     if setting.device == "cpu":
         cluster["cpus_per_worker"] = float(setting.devices * shape.stages)
     return cluster
+
+
+def planned_tree(path: Path) -> dict[str, Any]:
+    """The configuration in a file that `slipstream plan --json` printed. Raises ConfigError."""
+    try:
+        tree = msgspec.json.decode(path.read_bytes(), type=_Planned).serve
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}", param="plan") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path} is no plan: {error}; make one with slipstream plan --json", param="plan") from error
+    if tree is None:
+        raise ConfigError(
+            f"{path}: none of the plan's layouts can be served: their workers differ in shape", param="plan"
+        )
+    return tree
 
 
 def write_config(tree: dict[str, Any], path: Path) -> None:

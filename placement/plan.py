@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -65,6 +66,8 @@ class Plan(msgspec.Struct):
     ranking: list[Entry]
     refused: dict[str, str]
     warnings: list[str]
+    serve: dict[str, Any] | None = None
+    """The configuration of the best of these layouts that `slipstream serve` can run."""
 
 
 class Made(msgspec.Struct):
@@ -88,7 +91,8 @@ def make_plan(
     can run or attains the goal; then it says what is reachable."""
     if objective == "per-dollar" and not topology.priced:
         raise ConfigError("--objective per-dollar: nodes: dollars_per_hour is missing in the topology", param="nodes")
-    _check_lengths(shapes[0].profile.model, workload)
+    model, asked = shapes[0].profile.model, len(workload)
+    workload = workload.no_longer_than(model.max_tokens)
     searched = {roles: _search(space(roles), workload, goal, objective) for roles in (TOGETHER, APART)}
     found = [result for result in searched.values() if isinstance(result, Found)]
     if not found:
@@ -101,7 +105,7 @@ def make_plan(
     at = ranked[0].goodput if rate is None else rate
     by_name = {shape.name: shape for shape in shapes}
     plan = Plan(
-        model=shapes[0].profile.model.name,
+        model=model.name,
         topology=topology.source,
         sources={shape.name: shape.profile.source for shape in shapes},
         objective=objective,
@@ -115,19 +119,9 @@ def make_plan(
         predicted=_predicted(chosen, workload, at, goal),
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
         refused={name: why for result in found for name, why in result.refused.items()},
-        warnings=_warnings(chosen, by_name, workload),
+        warnings=[*_left_out(asked - len(workload), asked, model), *_warnings(chosen, by_name, workload)],
     )
     return Made(plan, [chosen, *(entry.candidate for entry in ranked if entry.candidate != chosen)])
-
-
-def _check_lengths(model: ModelFacts, workload: Workload) -> None:
-    lengths = workload.prompt_tokens.astype(int) + workload.output_tokens
-    if (longer := int((lengths > model.max_tokens).sum())) > 0:
-        raise ConfigError(
-            f"{longer} of {len(workload)} requests are longer than the {model.max_tokens} tokens of {model.name}, the "
-            f"longest has {lengths.max()}: leave them out",
-            param="workload",
-        )
 
 
 def _search(space: Space, workload: Workload, goal: Goal, objective: Objective) -> Found | str:
@@ -198,6 +192,14 @@ def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal
 def _spread(values: np.ndarray) -> Spread:
     mean, half = float(values.mean()), half_width(values)
     return Spread(mean, mean - half, mean + half)
+
+
+def _left_out(longer: int, asked: int, model: ModelFacts) -> list[str]:
+    if not longer:
+        return []
+    return [
+        f"{longer} of {asked} requests are left out: they have more than the {model.max_tokens} tokens of the model"
+    ]
 
 
 def _warnings(candidate: Candidate, shapes: dict[str, Shape], workload: Workload) -> list[str]:

@@ -42,6 +42,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tp: int = 1
     threads: int = 1
     """Of each rank, on a CPU: its device is a core."""
+    beside: int = 0
+    """Workers alike that computed on the same machine at the same time."""
     hardware: dict[str, str | int] = {}
     versions: dict[str, str] = {}
 
@@ -113,6 +115,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             + f"{point.ms:>10.2f}{point.predicted_ms(latency):>10.2f}{point.error(latency):>+8.1%}"
             for point in self.points
         ]
+        if self.source == "roofline":
+            rows.insert(0, f"a roofline of {self.setting.device}, not measured: expect errors of tens of percent")
         return "\n".join([*rows, _summary("the fit", self.errors()), _summary("DistServe's form", self._distserve())])
 
     def _distserve(self) -> list[float]:

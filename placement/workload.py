@@ -46,6 +46,11 @@ class Workload:
         """The first `requests` requests, over and over if there are fewer."""
         return self._chosen(np.arange(requests) % len(self))
 
+    def no_longer_than(self, tokens: int) -> Workload:
+        """Without the requests of more tokens, prompt and output together. Raises ConfigError if none is left."""
+        lengths = self.prompt_tokens.astype(np.int64) + self.output_tokens
+        return self._chosen(np.flatnonzero(lengths <= tokens))
+
     def resampled(self, requests: int, rng: np.random.Generator, *, block: int = 50) -> Workload:
         """`requests` requests drawn from these in runs of `block`, so that lengths and gaps keep what they have to do
         with their neighbours; the mean gap stays what it is here."""

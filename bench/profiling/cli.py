@@ -8,40 +8,55 @@ from typing import Any
 import click
 import msgspec
 
+from bench.flags import check_meant
 from core.errors import ConfigError
+from placement.profile import Profile, write_profile
 
 
 @click.command("profile")
 @click.argument("model", default="demo")
 @click.option("--quick", is_flag=True, help="Fewer steps of smaller sizes, some seconds for a small model.")
+@click.option("--roofline", help="Measure nothing: reckon it for a device of a table, such as H100.")
 @click.option("--out", default="profile.json", type=click.Path(path_type=Path), show_default=True, help="Written anew.")
 @click.option("--threads", type=click.IntRange(1), help="Cores of each rank. Default: all, shared out evenly.")
+@click.option("--beside", default=0, type=click.IntRange(0), help="Workers that compute at the same time, on a CPU.")
 @click.option("--tensor-parallel-size", default=1, type=click.IntRange(1, 64), show_default=True, help="As for serve.")
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), help="As for serve.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="As for serve.")
 @click.option("--quantization", type=click.Choice(["int8", "fp8"]), help="As for serve.")
 @click.option("--kv-cache-memory", help="As for serve: steps that need more are not measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is stored.")
-def profile(model: str, quick: bool, out: Path, threads: int | None, as_json: bool, **engine: Any) -> None:
+@click.pass_context
+def profile(
+    ctx: click.Context, /, model: str, quick: bool, roofline: str | None, out: Path, as_json: bool, **flags: Any
+) -> None:
     """Measure the steps of MODEL on this machine, fit the planner's latency model to them, and store both."""
+    if roofline is not None:
+        from cluster.model_size import roofline_of
+
+        check_meant(ctx, ("quick", *(name for name in flags if name != "tensor_parallel_size")), "with --roofline")
+        found = roofline_of(model, roofline, flags["tensor_parallel_size"])
+    else:
+        found = _measured(model, quick, **flags)
+    write_profile(found, out)
+    click.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else found.table())
+    click.echo(f"stored as {out}", err=True)
+
+
+def _measured(model: str, quick: bool, threads: int | None, beside: int, **engine: Any) -> Profile:
     from cluster.config import load
     from cluster.machine import usable_cores
-    from placement.profile import write_profile
 
     settings = load(None, {name: value for name, value in engine.items() if value is not None}).engine
-    cores = usable_cores()
-    if threads is None:
-        threads = max(1, cores // settings.ranks)
-    elif threads * settings.ranks > cores:
-        raise ConfigError(f"--threads: {settings.ranks} x {threads} are more than the {cores} cores here; give fewer")
+    cores, processes = usable_cores(), settings.ranks * (1 + beside)
+    if processes * (threads or 1) > cores:
+        raise ConfigError(f"--threads: {processes} x {threads or 1} are more than the {cores} cores here; give fewer")
+    threads = threads or cores // processes
     from bench.profiling.measure import Options, measure
     from engine.checkpoints import resolve
     from engine.checkpoints.bars import Bars
 
     with Bars() as progress:
         folder = resolve(model, progress=progress)
-        options = Options(model=model, folder=folder, engine=settings, threads=threads, quick=quick)
-        found = measure(options, progress)
-    write_profile(found, out)
-    click.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else found.table())
-    click.echo(f"stored as {out}", err=True)
+        options = Options(model=model, folder=folder, engine=settings, threads=threads, quick=quick, beside=beside)
+        return measure(options, progress)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.engine_speed.roofline import weight_bytes
+from bench.profiling.neighbours import Work, neighbours
 from bench.profiling.steps import Stepper
 from bench.setting import setting_of
 from cluster.config import EngineSection
 from cluster.machine import cpu_name, usable_cores
 from cluster.worker import load_runner
+from core.errors import ConfigError
 from engine.checkpoints import Progress
 from engine.kv_cache import KVPool
 from engine.kv_layout import DTYPE_BYTES
@@ -20,7 +22,7 @@ from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from placement.devices import kind_of
 from placement.fit import Point
-from placement.grid import FULL, QUICK, Grid
+from placement.grid import FULL, QUICK, Grid, Shape
 from placement.profile import ModelFacts, Profile, Setting
 
 RUNS = 3
@@ -35,6 +37,8 @@ class Options:
     threads: int
     """Of each rank."""
     quick: bool
+    beside: int = 0
+    """Workers that compute at the same time."""
 
     @property
     def grid(self) -> Grid:
@@ -46,6 +50,8 @@ def measure(options: Options, progress: Progress) -> Profile:
     progress.begin(f"loading {options.model}")
     runner = load_runner(options.folder, options.engine, options.threads)
     try:
+        if options.beside and runner.pool.device.type != "cpu":
+            raise ConfigError("--beside: workers on GPUs have one each; leave it out, or use --device cpu")
         if isinstance(runner.pool, KVPool):
             runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
         return Profile(
@@ -64,19 +70,25 @@ def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progr
     spare = Stepper.spare_tokens(max(options.grid.shapes(), key=Stepper.spare_tokens)) + block  # of a part of a block
     longest, room = runner.config.max_position_embeddings, runner.pool.num_blocks * block
     shapes = options.grid.fitting(longest, room, spare)
-    rounds = 1 + RUNS
-    progress.begin("measuring steps", len(shapes) * rounds)
-    stepper = Stepper(runner)
-    seconds: list[list[float]] = [[] for _ in shapes]
-    for run in range(rounds):
-        for number, shape in enumerate(shapes):
-            found = stepper.seconds(shape)
-            seconds[number] += found if run else []
-            progress.update(run * len(shapes) + number + 1)
+    engine = options.engine.model_dump(exclude_unset=True)
+    with neighbours(options.beside, Work(str(options.folder), engine, options.threads, shapes)):
+        seconds = _seconds(Stepper(runner), shapes, progress)
     return tuple(
         Point.of(shape.prompts, shape.sequences, shape.context, shape.rows, statistics.median(found) * 1e3)
         for shape, found in zip(shapes, seconds, strict=True)
     )
+
+
+def _seconds(stepper: Stepper, shapes: list[Shape], progress: Progress) -> list[list[float]]:
+    """Of each step of every shape."""
+    progress.begin("measuring steps", len(shapes) * (1 + RUNS))
+    seconds: list[list[float]] = [[] for _ in shapes]
+    for run in range(1 + RUNS):
+        for number, shape in enumerate(shapes):
+            found = stepper.seconds(shape)
+            seconds[number] += found if run else []
+            progress.update(run * len(shapes) + number + 1)
+    return seconds
 
 
 def _facts(options: Options, runner: ModelRunner | GroupRunner) -> ModelFacts:
@@ -105,6 +117,7 @@ def _setting(options: Options, runner: ModelRunner | GroupRunner) -> Setting:
         device="cpu" if on_cpu else kind_of(found["device"]),
         tp=options.engine.tensor_parallel_size,
         threads=options.threads if on_cpu else 1,
+        beside=options.beside,
         hardware={"device": cpu_name() if on_cpu else found["device"], "cores": usable_cores()},
         versions=found["versions"],
     )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from bench.profiling.neighbours import Work, neighbours
 from bench.profiling.steps import DECODES, Stepper
 from cluster.cli import cli
+from cluster.machine import usable_cores
 from core.errors import ConfigError
 from engine.runner import ModelRunner
 from placement.grid import FULL, QUICK, Shape
@@ -102,14 +106,46 @@ def test_the_profile_says_what_was_measured_and_under_what_conditions(model, tmp
     assert min(point.ms for point in stored.points) > 0
 
 
-def test_the_error_of_the_fit_is_printed_for_every_point(model, tmp_path) -> None:
-    result = profiled(model, "--quick", "--threads", 1, "--device", "cpu", "--out", tmp_path / "stored.json")
-    lines = result.stdout.splitlines()
-    assert len(lines) == 1 + len(read_profile(tmp_path / "stored.json").points) + 2
-    assert all(line.endswith("%") for line in lines[1:-2])
-
-
 def test_more_threads_than_cores_are_refused(model, tmp_path) -> None:
     with pytest.raises(ConfigError, match="--threads: 1 x 4096 are more than the"):
         profiled(model, "--threads", 4096, "--out", tmp_path / "stored.json")
     assert not (tmp_path / "stored.json").exists()
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs a core for each worker")
+def test_workers_that_compute_beside_the_measured_one_are_started_and_ended(model, tmp_path, monkeypatch) -> None:
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: started.append(popen(*given, **how)) or started[-1])
+    profiled(model, "--quick", "--threads", 1, "--device", "cpu", "--beside", 1, "--out", tmp_path / "stored.json")
+    assert read_profile(tmp_path / "stored.json").setting.beside == 1
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_a_worker_beside_that_cannot_start_is_an_error(model) -> None:
+    work = Work(str(model / "none"), {"device": "cpu"}, 1, [Shape(((0, 8),))])
+    with pytest.raises(ConfigError, match="--beside: a worker"), neighbours(1, work):
+        pytest.fail("it can't have been ready")
+
+
+def test_a_device_that_is_not_here_is_reckoned_from_the_configuration_and_marked(model, tmp_path) -> None:
+    result = profiled(model, "--roofline", "H100", "--tensor-parallel-size", 2, "--out", tmp_path / "h100.json")
+    stored = read_profile(tmp_path / "h100.json")
+    assert (stored.source, stored.setting.device, stored.setting.tp) == ("roofline", "H100", 2)
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("a roofline of H100, not measured")
+    assert len(lines) == 2 + len(stored.points) + 2
+    assert all(line.endswith("%") for line in lines[2:-2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--roofline", "H100", "--quick"), "--quick has no meaning with --roofline"),
+        (("--roofline", "H100", "--dtype", "float32"), "--dtype has no meaning with --roofline"),
+        (("--roofline", "H900"), "no device 'H900' in the table"),
+        (("--roofline", "H100", "--tensor-parallel-size", 3), "does not divide"),
+    ],
+)
+def test_what_means_nothing_for_a_roofline_is_refused(model, tmp_path, flags, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        profiled(model, *flags, "--out", tmp_path / "stored.json")

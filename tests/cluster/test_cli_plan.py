@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from cluster.cli import cli
 from cluster.cli_plan import measured_elsewhere
 from cluster.config import load
 from core.errors import ConfigError
+from placement.latency import Coefficients, StepLatency
 from placement.profile import Setting, write_profile
+from tests.placement.layouts import STEP
 from tests.placement.profiles import profile
 
 NODE = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8, dollars_per_hour: 2}]"
@@ -104,6 +107,46 @@ def test_the_configuration_is_one_that_serve_takes(files, tmp_path: Path) -> Non
     assert (config.engine.kv_cache_bytes, config.cluster.cpus_per_worker) == (2**30, 1.0)
 
 
+def test_a_plan_is_served_as_its_configuration_is_with_flags_on_top(files, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "plan.json").write_text(
+        run("small", *files, *SLO, *LENGTHS, "--json", "--out", tmp_path / "serve.yaml")
+    )
+    served = []
+    monkeypatch.setattr("cluster.launcher.serve", lambda config, _console: served.append(config) or 0)
+    for flags in (("--plan", "plan.json"), ("--config", "serve.yaml")):
+        CliRunner().invoke(cli, ["serve", flags[0], str(tmp_path / flags[1]), "--port", "1"], catch_exceptions=False)
+    assert served[0] == served[1]
+    assert (served[0].gateway.port, served[0].model) == (1, "small")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"plan\.json is no plan: .*make one with slipstream plan --json"),
+        ('{"serve": null}', "can be served: their workers differ in shape"),
+        ('{"serve": {"engine": {"seats": 1}}}', "unknown setting engine.seats"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused_by_serve(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(cli, ["serve", "--plan", str(tmp_path / "plan.json")], catch_exceptions=False)
+
+
+def test_workers_of_two_shapes_are_planned_but_not_served(tmp_path: Path) -> None:
+    slow = StepLatency(Coefficients(50.0, 1.0, 0.0), STEP.decode, STEP.large_decode, STEP.large_rows)
+    for name, latency, threads in (("one", slow, 1), ("two", STEP, 2)):
+        setting = Setting(device="cpu", threads=threads)
+        write_profile(profile(latency, setting=setting), tmp_path / f"{name}.json")
+    (tmp_path / "cluster.yaml").write_text(LINKED)
+    both = [flag for name in ("one", "two") for flag in ("--profile", str(tmp_path / f"{name}.json"))]
+    slo = ("--slo", "ttft=100,tpot=20")
+    found = planned("small", *both, "--topology", tmp_path / "cluster.yaml", *slo, *LENGTHS)
+    names = {entry["name"] for entry in found["ranking"]}
+    assert any("prefill cpu TP1 of 2 cores + " in name and "decode cpu TP1," in name for name in names)
+    assert found["serve"] is not None
+
+
 def test_layouts_with_drafts_are_tried_if_asked_and_told_to_serve(files, tmp_path: Path) -> None:
     drafts = (
         "--speculation",
@@ -130,6 +173,21 @@ def test_the_table_says_why_and_ranks(files) -> None:
 def test_requests_that_were_never_measured_are_warned_of_with_the_range(files) -> None:
     found = planned("small", *files, "--slo", "ttft=5000,tpot=500", "--lengths", "prompt=2000,output=20")
     assert any("sequences of 2020 tokens, and none longer than 1025" in warning for warning in found["warnings"])
+
+
+def test_requests_that_the_model_cannot_take_are_left_out_and_counted(files, tmp_path: Path) -> None:
+    rows = [f"{i},{9000 if i == 7 else 200},20" for i in range(50)]
+    (tmp_path / "t.csv").write_text("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
+    found = planned("small", *files, *SLO, "--trace", tmp_path / "t.csv")
+    assert "1 of 50 requests are left out: they have more than the 4096 tokens of the model" in found["warnings"]
+
+
+def test_profiles_of_different_weights_do_not_go_together(files, tmp_path: Path) -> None:
+    other = profile(setting=Setting(device="cpu", threads=2))
+    facts = replace(other.model, dtype="float32")
+    write_profile(replace(other, model=facts), tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="--profile: two differ in dtype: bfloat16 and float32"):
+        run("small", *files, "--profile", tmp_path / "other.json", *SLO, *LENGTHS)
 
 
 def test_a_profile_of_another_machine_is_warned_of() -> None:
@@ -167,7 +225,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_
         ((*SLO, *LENGTHS, "--speculation", "prompt_lookup"), "--speculation and --acceptance-length go together"),
         ((*SLO, *LENGTHS, "--speculation", "magic", "--acceptance-length", "2"), "no drafter is called 'magic'"),
         ((*SLO, *LENGTHS, "--chunk-tokens", "512;x"), "--chunk-tokens: '512;x' is not a list of sizes"),
-        ((*SLO, "--lengths", "prompt=5000,output=5"), "requests are longer than the 4096 tokens of small"),
+        ((*SLO, "--lengths", "prompt=5000,output=5"), "the workload is empty"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_to_do(files, arguments, message: str) -> None:
