@@ -423,7 +423,7 @@ def test_rows_are_free_up_to_the_first_that_are_not() -> None:
         (["--weights", "other=/tmp"], "--weights: other is not among --drafters"),
         (["--weights", "useless=/tmp"], "--weights useless: this drafter takes none"),
         (["--batch", "1,0"], "--batch: '1,0' is not a list of batch sizes"),
-        (["--batch", "9"], "--batch: 9 is more than the 8 questions"),
+        (["--batch", "9", *SMALL], "--batch: 9 is more than the 8 questions"),
         (["--max-tokens", "256"], "--max-tokens: with 256 no question of"),
         (["--plot", "plot.png"], "--plot: plot.png is no .svg file"),
         (["--plot", "/there/is/none/plot.svg"], "--plot: /there/is/none/plot.svg is no .svg file in a folder"),

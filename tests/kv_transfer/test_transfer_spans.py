@@ -51,6 +51,7 @@ async def test_a_transfer_that_failed_says_why(spans: InMemorySpanExporter) -> N
         sides.giver.open("t", [5, 6, 7], 40)  # another prompt than the taker's
         with pytest.raises(TransferError, match="disagree about the prompt"):
             await taking
+        assert await sides.end() == ("t", "aborted")
     (span,) = spans.get_finished_spans()
     assert dict(span.attributes or {})["slipstream.transfer.outcome"] == "failed"
     assert span.status.status_code is StatusCode.ERROR
