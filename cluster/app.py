@@ -67,8 +67,7 @@ class Worker:
         self._controller = controller
         worker_id = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # the process, for who looks at a metric's label
         runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads, drafter_bytes(config))
-        if config.cluster.otlp_traces_endpoint is not None:
-            export_spans(config.cluster.otlp_traces_endpoint, "slipstream-worker", worker_id)
+        _trace(config, "slipstream-worker", worker_id)
         role = await controller.admit.remote(worker_id, runner.layout)
         self._node = make_node(worker_id, role, runner, config, Path(folder))
         address = await self._node.start(_host(config))
@@ -123,8 +122,7 @@ class Gateway:
             routes=Routes.of(config),
             expected_workers=config.cluster.num_workers,
         )
-        if config.cluster.otlp_traces_endpoint is not None:
-            export_spans(config.cluster.otlp_traces_endpoint, "slipstream-gateway", f"gateway-{os.getpid()}")
+        _trace(config, "slipstream-gateway", f"gateway-{os.getpid()}")
         self._front = Front(config, Path(folder), backend)
         await self._front.start()
 
@@ -145,6 +143,12 @@ class Gateway:
     async def __del__(self) -> None:
         if (front := getattr(self, "_front", None)) is not None:
             await front.stop()
+
+
+def _trace(config: SlipstreamConfig, service: str, instance: str) -> None:
+    """Send the spans of this process to the collector, if there is one."""
+    if config.cluster.otlp_traces_endpoint is not None:
+        export_spans(config.cluster.otlp_traces_endpoint, service, instance)
 
 
 def _host(config: SlipstreamConfig) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from cluster.config import load, overlaid
+from cluster.one_line import one_line
 from cluster.options import ListOptions, config_options
-from core.errors import ConfigError, SlipstreamError
+from core.errors import ConfigError
 
 LAZY = {
     "bench": ("bench.cli", "bench", "Measure a server."),
@@ -80,8 +81,5 @@ def serve(model: str | None, config_file: Path | None, plan_file: Path | None, *
 def main() -> None:
     """Entry point. An error of ours is one line on standard error and exit status 2."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC prints every connection that closes
-    try:
+    with one_line():
         cli()
-    except SlipstreamError as error:
-        click.echo(f"error: {error.message}", err=True)
-        sys.exit(2)

@@ -6,7 +6,6 @@ on standard error.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from cluster.one_line import one_line
 from core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def drafts() -> None:
 @_shape_options
 def new(kind: str, model: str, out: Path, seed: int, **shape: Any) -> None:
     """Make an untrained head of KIND, of the tokens with the lowest ids."""
-    with _one_line(), _fresh(out):
+    with one_line(), _fresh(out):
         import torch
 
         from speculation.heads import checkpoint
@@ -115,7 +115,7 @@ def train(
     A tenth of the prompts is held out, and says how well the head drafts before and after. It is written only if it has
     become better.
     """
-    with _one_line():
+    with one_line():
         if start is not None and (given := [name for name in shape if _was_given(ctx, name)]):
             raise ConfigError(f"--{given[0].replace('_', '-')} has no meaning with --from: the head has its shape")
         texts = _read_prompts(prompts)
@@ -152,7 +152,7 @@ def train(
 @_model
 def inspect(folder: Path, model: str) -> None:
     """Check that the head in FOLDER fits MODEL, and say what it is."""
-    with _one_line():
+    with one_line():
         from speculation.heads import checkpoint
         from speculation.heads.new import target_of
 
@@ -183,7 +183,7 @@ def prompts(
     model: str, count: int, out: Path, begin: tuple[str, ...], max_tokens: int, seed: int, threads: int | None
 ) -> None:
     """Have MODEL write what users might ask it, for `train` (Magpie, arXiv:2406.08464)."""
-    with _one_line():
+    with one_line():
         if out.exists():
             raise ConfigError(f"--out: {out} is there already; name another file")
         from core.types import SamplingParams
@@ -312,12 +312,3 @@ def _fresh(out: Path) -> Iterator[None]:
     finally:
         if not any(out.iterdir()):
             out.rmdir()
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        click.echo(f"error: {error.message}", err=True)
-        sys.exit(2)

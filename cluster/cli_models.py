@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from core.errors import ConfigError, ModelError
+from cluster.one_line import one_line
+from core.errors import ModelError
 
 if TYPE_CHECKING:
     from engine.checkpoints.cache import Cached
@@ -106,10 +107,8 @@ def _find(name: str, entries: list[Cached]) -> Cached | None:
 @contextmanager
 def _one_line() -> Iterator[None]:
     try:
-        yield
-    except ConfigError as error:
-        click.echo(f"error: {error.message}", err=True)
-        sys.exit(2)
+        with one_line():
+            yield
     except KeyboardInterrupt:
         click.echo("error: interrupted; run the same command again to continue", err=True)
         sys.exit(130)

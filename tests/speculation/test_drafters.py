@@ -45,6 +45,18 @@ def request(key: int, token_ids: list[int], scope: str = "", *, remember: bool =
     return DraftRequest(key, token_ids, max(1, len(token_ids) - 1), 0, 0.0, scope, remember)
 
 
+def drafting_by(name: str) -> InBatch:
+    """As much as it may in every step, verified by the sampler's tokens."""
+    return InBatch(
+        {name: made(name)},
+        {name: RULES["sampled"]},
+        make_controller("fixed", Limits(BUDGET, (name,))),
+        Acceptance(BUDGET),
+        vocab_size=TINY["vocab_size"],
+        max_budget=BUDGET,
+    )
+
+
 @pytest.fixture(scope="module")
 def model(make_checkpoint: Callable[..., Path]) -> ModelRunner:
     return ModelRunner.load(make_checkpoint(), dtype="float32", device="cpu", num_blocks=64, block_size=8)
@@ -58,14 +70,7 @@ def test_outputs_are_what_they_are_without_it(model: ModelRunner, name: str) -> 
         for n in range(6)
     ]
     found = []
-    speculator = InBatch(
-        {name: made(name)},
-        {name: RULES["sampled"]},
-        make_controller("fixed", Limits(BUDGET, (name,))),
-        Acceptance(BUDGET),
-        vocab_size=TINY["vocab_size"],
-        max_budget=BUDGET,
-    )
+    speculator = drafting_by(name)
     for spec in (None, speculator):
         with engine_over(LateRunner(model, 1), speculator=spec) as harness:
             found.append(harness.outputs([job.sequence(str(index)) for index, job in enumerate(jobs)]))
@@ -78,14 +83,7 @@ def test_outputs_are_what_they_are_without_it(model: ModelRunner, name: str) -> 
 @EACH
 def test_what_ends_a_request_may_lie_within_its_draft(model: ModelRunner, name: str) -> None:
     """The texts come again, so that they are drafted as they came, and each has to end before a token of its midst."""
-    speculator = InBatch(
-        {name: made(name)},
-        {name: RULES["sampled"]},
-        make_controller("fixed", Limits(BUDGET, (name,))),
-        Acceptance(BUDGET),
-        vocab_size=TINY["vocab_size"],
-        max_budget=BUDGET,
-    )
+    speculator = drafting_by(name)
     jobs = [reproducible.Job(9 + n, SamplingParams(max_tokens=24, temperature=0.0)) for n in range(4)]
     with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
         whole = harness.outputs([job.sequence(f"whole {index}") for index, job in enumerate(jobs)])
