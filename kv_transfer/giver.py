@@ -18,6 +18,7 @@ from kv_transfer.codecs.policy import CodecPolicy
 from kv_transfer.counters import TransferCounters
 from kv_transfer.giving import GiverLink, Giving
 from kv_transfer.messages import (
+    REVISION,
     Cancel,
     ClosePair,
     Committed,
@@ -144,6 +145,7 @@ class Giver:
 
     def _hello(self, tcp: TcpEndpoint | None, encode_rates: dict[CodecName, float]) -> Hello:
         return Hello(
+            revision=REVISION,
             layout=self._pool.layout,
             num_blocks=self._pool.num_blocks,
             device=device_identity(self._pool.device),
@@ -156,8 +158,8 @@ class Giver:
 
     def _on_message(self, message: ToGiver, link: GiverLink, pairs: PairServer) -> None:
         match message:
-            case Hello(layout=layout):
-                self._pool.layout.check_same_cache(layout)
+            case Hello():
+                message.check_joins(self._pool.layout)
             case OpenPair():
                 pairs.open(message)
             case PairKey():

@@ -10,11 +10,15 @@ from __future__ import annotations
 from msgspec import Struct, field
 
 from core.draft_state import DraftStates
+from core.errors import LayoutMismatch
 from engine.kv_layout import KVLayout
 from kv_transfer.codecs.names import CodecName
 from kv_transfer.states import Outcome
 
 SERVICE = "KvTransfer"
+REVISION = 1
+"""Of these messages and of how KV is cut for the wire. Raise it with any change that another end would not understand:
+workers of two versions meet while a deployment is rolled out."""
 
 
 class SharedPool(Struct, frozen=True):
@@ -58,6 +62,18 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
     nixl: NixlEndpoint | None = None
     encode_rates: dict[CodecName, float] = field(default_factory=dict)
     """Set by the giver, of the codecs that a taker may choose among: bytes of KV per second that it encodes."""
+    revision: int = 0
+    """REVISION of who says it."""
+
+    def check_joins(self, layout: KVLayout) -> None:
+        """Raise LayoutMismatch, naming what differs, unless KV can move between who says this and us with `layout`."""
+        if self.revision != REVISION:
+            raise LayoutMismatch(
+                f"hand-offs of revision {REVISION} here and {self.revision} there; run one version of Slipstream on all "
+                "workers",
+                field="revision",
+            )
+        layout.check_same_cache(self.layout)
 
 
 # --- taker to giver --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from core.errors import LeaseExpired, TransferError
 from engine.kv_cache import Pool
 from kv_transfer.codecs.policy import CodecPolicy, LinkCodec
 from kv_transfer.counters import TransferCounters
-from kv_transfer.messages import Hello
+from kv_transfer.messages import REVISION, Hello
 from kv_transfer.peers import Peer, TakerLink
 from kv_transfer.pieces import rows_of
 from kv_transfer.states import Outcome, TakerTransfer
@@ -151,10 +151,12 @@ class Taker:
 
     def _hello(self) -> Hello:
         pool = self._pool
-        return Hello(layout=pool.layout, num_blocks=pool.num_blocks, device=device_identity(pool.device))
+        return Hello(
+            revision=REVISION, layout=pool.layout, num_blocks=pool.num_blocks, device=device_identity(pool.device)
+        )
 
     def _transport(self, giver: Hello, address: str, link: TakerLink) -> FirstThatWorks:
-        self._pool.layout.check_same_cache(giver.layout)
+        giver.check_joins(self._pool.layout)
         names = self._transports if self._transports is not None else preference(giver, self._pool)
         if self._codecs.forces:
             names = [name for name in names if name not in READS_IN_PLACE]

@@ -12,6 +12,7 @@ from sides import STATE, Gate, assert_same, connected, layout, tokens, wanted
 
 from core.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, TransferError
 from kv_transfer import sealing
+from kv_transfer.messages import REVISION
 from kv_transfer.pieces import rows_of
 from kv_transfer.transports import base, batches
 
@@ -104,6 +105,14 @@ async def test_caches_that_mean_different_things_are_not_joined(field: str, valu
         with pytest.raises(LayoutMismatch) as refused:
             await sides.take("t", [1], 10)
         assert refused.value.field == field
+
+
+async def test_workers_of_two_versions_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.giver.REVISION", REVISION + 1)
+    async with connected() as sides:
+        with pytest.raises(LayoutMismatch, match=f"revision {REVISION} here and {REVISION + 1} there") as refused:
+            await sides.take("t", [1], 10)
+        assert refused.value.field == "revision"
 
 
 async def test_a_prompt_of_another_length_is_not_taken() -> None:
