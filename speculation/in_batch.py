@@ -91,6 +91,7 @@ class InBatch:
         self._vocab_size = vocab_size
         self._max_budget = max_budget
         self._rounds: deque[Round] = deque()
+        self._wishes: dict[str, Wishes] = {}
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -105,7 +106,7 @@ class InBatch:
     # --- before the step -------------------------------------------------------------------------------------------
 
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:
-        wishes = [Wishes.of(candidate.sequence.request) for candidate in candidates]
+        wishes = [self._wishes_of(candidate.sequence) for candidate in candidates]
         requests = self._crew.requests([candidate.sequence for candidate in candidates])
         load = Load(
             classes=[wish.kind for wish in wishes],
@@ -126,6 +127,12 @@ class InBatch:
         drafts = self._draft(round_, candidates, wishes)
         round_.draft_seconds = time.perf_counter() - started
         return drafts
+
+    def _wishes_of(self, sequence: EngineSequence) -> Wishes:
+        wishes = self._wishes.get(sequence.request_id)
+        if wishes is None:
+            wishes = self._wishes[sequence.request_id] = Wishes.of(sequence.request)
+        return wishes
 
     def _draft(
         self, round_: Round, candidates: Sequence[Candidate], wishes: Sequence[Wishes]
@@ -205,6 +212,7 @@ class InBatch:
             self._record(round_, output.seconds)
 
     def forget(self, sequence: EngineSequence) -> None:
+        self._wishes.pop(sequence.request_id, None)
         self._crew.forget(sequence)
 
     def pack(self, sequence: EngineSequence) -> DraftStates:

@@ -96,9 +96,8 @@ class Goodput(BaseController):
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         if not budgets.tokens.any():
             self._since_plain = 0
-            self._time.record_plain(load, timing.seconds)
-            if self._time.known:
-                self._purse.account_plain(self._time.plain(load))
+            if (expected := self._time.record_plain(load, timing.seconds)) is not None:
+                self._purse.account_plain(expected)
             return
         self._since_plain += 1
         if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take

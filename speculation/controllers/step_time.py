@@ -46,6 +46,7 @@ class Fit:
     def __init__(self, size: int, min_steps: int) -> None:
         self._min_steps = min_steps
         self._xx = RIDGE * np.eye(size)
+        self._ridge = (1 - FORGETTING) * self._xx
         self._xy = np.zeros(size)
         self._weights = np.zeros(size)
         self._usual_error = 1.0
@@ -67,7 +68,7 @@ class Fit:
         self._usual_error += 0.2 * (counted - self._usual_error)
         self._xx *= FORGETTING
         self._xx += weight * np.outer(features, features)
-        self._xx[np.diag_indices_from(self._xx)] += (1 - FORGETTING) * RIDGE
+        self._xx += self._ridge
         self._xy = FORGETTING * self._xy + weight * value * features
         self._count += 1
         if self._count < 32 or self._count % 8 == 0:
@@ -107,7 +108,7 @@ class StepTime:
         self._added = Fit(1 + len(KNOTS) + 3 * num_drafters, MIN_ADDED)
         self._unit = 0.0  # what a step usually takes: predictions are in these
         self._most = 0.0
-        self._first: list[tuple[Load, float]] = []
+        self._first: list[tuple[NDArray[np.float64], float]] = []  # features and seconds
 
     @property
     def known(self) -> bool:
@@ -134,21 +135,25 @@ class StepTime:
         """Draft tokens in a step up to which `added` may be trusted: twice what was lately seen."""
         return 2 * math.ceil(self._most)
 
-    def record_plain(self, load: Load, seconds: float) -> None:
-        """The first few are kept until there is something to tell a hiccup by."""
+    def record_plain(self, load: Load, seconds: float) -> float | None:
+        """The first few are kept until there is something to tell a hiccup by. Returns what was expected, if anything
+        was."""
+        features = _plain_features(load)
         if self.known:
-            self._observe_plain(load, seconds, self.plain(load))
-            return
-        self._first.append((load, seconds))
+            expected = self._unit * float(self._plain.predict(features))
+            self._observe_plain(features, seconds, expected)
+            return expected
+        self._first.append((features, seconds))
         if self.known:
             self._unit = float(np.median([seconds for _, seconds in self._first]))
-            for load, seconds in self._first:
+            for features, seconds in self._first:
                 if seconds < 2 * self._unit:
-                    self._observe_plain(load, seconds, self._unit)
+                    self._observe_plain(features, seconds, self._unit)
+        return None
 
-    def _observe_plain(self, load: Load, seconds: float, expected: float) -> None:
+    def _observe_plain(self, features: NDArray[np.float64], seconds: float, expected: float) -> None:
         """Errors are relative to what was expected."""
-        self._plain.observe(_plain_features(load) * self._unit / expected, seconds / expected)
+        self._plain.observe(features * (self._unit / expected), seconds / expected)
 
     def record(self, load: Load, speculation: Speculation, seconds: float) -> tuple[float, float]:
         """Of a step that speculated, once `plain` is known. Returns what a plain one would have taken, and `seconds`,
