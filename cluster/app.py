@@ -11,22 +11,33 @@ import logging
 import os
 import time
 import uuid
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
+from cluster.at_hand import at_hand
+from cluster.attendance import Attendance
 from cluster.client import ClusterBackend
 from cluster.config import SlipstreamConfig, on_device
-from cluster.membership import ANNOUNCE_PERIOD_S, Member, Membership
+from cluster.membership import Member, Membership, Orders, Plan
+from cluster.recorder import Report
+from cluster.replan_setup import Grounds, grounds_of, replanner_of
+from cluster.replanning import Replanning
 from cluster.resources import Share
 from cluster.routes import Routes
+from cluster.serve_scale import scale_deployment
+from cluster.traffic_log import TrafficLog
+from core.errors import Unavailable
+from core.replan_metrics import ReplanStatus
 from core.tracing import export_spans
 from core.types import Role
 from engine.kv_layout import KVLayout
@@ -36,23 +47,51 @@ logger = logging.getLogger(__name__)
 APP_NAME = "slipstream"
 HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
 SHUTDOWN_SLACK_S = 5.0
+LEAVE_TIMEOUT_S = 2.0
+"""Serve's handles wait for a deployment that is gone."""
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Of a resource that Ray gives the head node only."""
 
 
 class Controller:
     """Membership over Serve's calls: once a second per worker and gateway, never per request."""
 
-    def __init__(self, wanted: dict[str, int]) -> None:
-        self._membership = Membership({Role(role): count for role, count in wanted.items()})
+    async def __init__(self, config: SlipstreamConfig, grounds: Grounds | None) -> None:  # type: ignore[misc]
+        self._membership = Membership(Plan(wanted=config.cluster.roles))
+        self._workers = config.engine.group_name
+        self._replanning: Replanning | None = None
+        if grounds is not None and config.replan.mode != "off":
+            replanner = replanner_of(config, grounds)
+            self._replanning = Replanning(replanner, config.replan.mode, self._membership, self._scale)
+            await self._replanning.start()
 
-    async def admit(self, worker_id: str, layout: KVLayout) -> Role:
-        return self._membership.admit(worker_id, layout, time.monotonic())
+    async def admit(self, worker_id: str, layout: KVLayout, node: str) -> Role:
+        return self._membership.admit(worker_id, layout, time.monotonic(), node)
 
-    async def announce(self, member: Member) -> Role:
+    async def announce(self, member: Member) -> Orders:
         return self._membership.announce(member, time.monotonic())
+
+    async def leave(self, worker_id: str) -> None:
+        self._membership.leave(worker_id)
+
+    async def report(self, report: Report) -> ReplanStatus | None:
+        """What a gateway says once a second, if somebody replans."""
+        return None if self._replanning is None else self._replanning.report(report, time.monotonic())
 
     async def members(self) -> list[Member]:
         self._membership.expire(time.monotonic())
         return self._membership.members()
+
+    async def check_health(self) -> None:
+        if self._replanning is not None:
+            self._replanning.check_health()
+
+    async def __del__(self) -> None:
+        if (replanning := getattr(self, "_replanning", None)) is not None:
+            await replanning.stop()
+
+    async def _scale(self, workers: int) -> None:
+        await scale_deployment(self._workers, APP_NAME, workers)
 
 
 class Worker:
@@ -66,37 +105,40 @@ class Worker:
         self._config = config
         self._controller = controller
         worker_id = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # the process, for who looks at a metric's label
-        runner = await asyncio.to_thread(load_runner, Path(folder), config.engine, threads, drafter_bytes(config))
+        path = await asyncio.to_thread(at_hand, config, folder)
+        runner = await asyncio.to_thread(load_runner, path, config.engine, threads, drafter_bytes(config))
         _trace(config, "slipstream-worker", worker_id)
-        role = await controller.admit.remote(worker_id, runner.layout)
-        self._node = make_node(worker_id, role, runner, config, Path(folder))
+        node = ray.get_runtime_context().get_node_id()
+        role = await controller.admit.remote(worker_id, runner.layout, node)
+        self._node = make_node(worker_id, role, runner, config, path)
         address = await self._node.start(_host(config))
-        self._member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)
-        await self._announce_once()
-        self._announcing = asyncio.ensure_future(self._announce())
+        member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout, node=node)
+        self._attendance = Attendance(self._node, member, config.engine, self._announce)
+        await self._attendance.start()
 
-    async def _announce(self) -> None:
-        while True:
-            await asyncio.sleep(ANNOUNCE_PERIOD_S)
-            try:
-                await self._announce_once()
-            except (RayError, RayServeException) as error:
-                logger.warning("the controller does not answer, trying again: %s", error)
+    async def _announce(self, member: Member) -> Orders:
+        with _controller_answers():
+            orders: Orders = await self._controller.announce.remote(member)
+        return orders
 
-    async def _announce_once(self) -> None:
-        """Say that we are here and take the role that the controller wants filled."""
-        role = await self._controller.announce.remote(self._member)
-        if role is not self._node.role:
-            logger.warning("%s changes from %s to %s", self._member.worker_id, self._node.role, role)
-            await self._node.set_role(role, self._config.engine.batched_tokens(role))
-            self._member = msgspec.structs.replace(self._member, role=role)
+    async def _leave(self, worker_id: str) -> None:
+        """When everything ends, the controller may have gone before."""
+        try:
+            with _controller_answers():
+                async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                    await self._controller.leave.remote(worker_id)
+        except (Unavailable, TimeoutError):
+            logger.info("the controller will notice later that %s has left", worker_id)
 
     async def check_health(self) -> None:
         self._node.check_health()
 
     async def __del__(self) -> None:
-        if (announcing := getattr(self, "_announcing", None)) is not None:
-            announcing.cancel()
+        """Serve wants fewer workers, or none: this one ends what it has before it goes."""
+        if (attendance := getattr(self, "_attendance", None)) is not None:
+            await attendance.leave()
+            drain = self._node.drain(self._config.gateway.drain_timeout_s)
+            await asyncio.gather(self._leave(attendance.member.worker_id), drain)
         if (node := getattr(self, "_node", None)) is not None:
             await node.stop()
 
@@ -111,20 +153,37 @@ class Gateway:
 
         async def list_members() -> list[Member]:
             try:
-                members: list[Member] = await controller.members.remote()
-            except (RayError, RayServeException) as error:
-                logger.warning("the controller does not answer, keeping the workers known: %s", error)
+                with _controller_answers():
+                    members: list[Member] = await controller.members.remote()
+            except Unavailable as error:
+                logger.warning("keeping the workers known: %s", error.message)
                 return []
             return members
+
+        log = None if config.gateway.traffic_log is None else TrafficLog(config.gateway.traffic_log)
+
+        async def report(report: Report) -> ReplanStatus | None:
+            status: ReplanStatus | None = None
+            if config.replan.mode != "off":
+                with _controller_answers():
+                    status = await controller.report.remote(report)
+            if log is not None:  # once: what the controller has not taken is reported again
+                log.append(report.served)
+            return status
 
         backend = ClusterBackend(
             list_members,
             routes=Routes.of(config),
             expected_workers=config.cluster.num_workers,
+            report=report if config.replan.mode != "off" or log is not None else None,
         )
         _trace(config, "slipstream-gateway", f"gateway-{os.getpid()}")
-        self._front = Front(config, Path(folder), backend)
+        self._front = Front(config, await asyncio.to_thread(at_hand, config, folder), backend)
         await self._front.start()
+
+    async def __call__(self, _request: Request) -> JSONResponse:
+        """For who comes by way of Serve's proxies, where somebody has them run."""
+        return JSONResponse({"error": {"message": f"the API is at {self._front.url}", "type": "misdirected"}}, 421)
 
     async def address(self) -> str:
         return self._front.url
@@ -145,6 +204,15 @@ class Gateway:
             await front.stop()
 
 
+@contextmanager
+def _controller_answers() -> Iterator[None]:
+    """What Ray raises becomes Unavailable."""
+    try:
+        yield
+    except (RayError, RayServeException) as error:
+        raise Unavailable(f"the controller does not answer: {error}") from error
+
+
 def _trace(config: SlipstreamConfig, service: str, instance: str) -> None:
     """Send the spans of this process to the collector, if there is one."""
     if config.cluster.otlp_traces_endpoint is not None:
@@ -156,16 +224,18 @@ def _host(config: SlipstreamConfig) -> str:
     return ray.util.get_node_ip_address() if config.cluster.ray_address else "127.0.0.1"
 
 
-def build(config: SlipstreamConfig, folder: str, share: Share) -> serve.Application:
-    """The application for a model that is in `folder` on every node. `share` is what each worker gets."""
+def build(config: SlipstreamConfig, folder: str, share: Share, *, gateway_on_head: bool = False) -> serve.Application:
+    """The application for a model that is in `folder`, or is fetched by nodes that don't have it. `share` is what each
+    worker gets."""
     config = on_device(config, "cuda" if share.gpus else "cpu")
     threads = max(1, int(share.cpus / config.engine.ranks))
+    grounds = grounds_of(config, threads)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     drain_s = config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S
     common: dict[str, Any] = {**HEALTH, "logging_config": quiet}
     controller = serve.deployment(
         Controller, name="controller", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common
-    ).bind({role.value: count for role, count in config.cluster.roles.items()})
+    ).bind(config, grounds)
     workers = serve.deployment(
         Worker,
         name=config.engine.group_name,
@@ -177,15 +247,17 @@ def build(config: SlipstreamConfig, folder: str, share: Share) -> serve.Applicat
         },
         placement_group_bundles=[share.bundle],
         placement_group_strategy="STRICT_PACK",
+        placement_group_bundle_label_selector=[config.cluster.node_labels] if config.cluster.node_labels else None,
         max_constructor_retry_count=2,
-        graceful_shutdown_timeout_s=SHUTDOWN_SLACK_S,
+        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_wait_loop_s=0.1,
         **common,
     ).bind(config, folder, threads, controller)
     gateway = serve.deployment(
         Gateway,
         name="gateway",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0} | ({"resources": ON_HEAD} if gateway_on_head else {}),
         max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.1,

@@ -66,11 +66,11 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.adapters.values())
     each = _weight_bytes(config, folder) + adapters + _cache_bytes(config) + PROCESS_BYTES
     each += RANK_BYTES * config.engine.ranks if config.engine.ranks > 1 else 0
-    needed = each * config.cluster.num_workers + _drafter_bytes(config) + RAY_BYTES
+    needed = each * config.most_workers + _drafter_bytes(config) + RAY_BYTES
     available = available_memory()
     if needed > available:
         raise ConfigError(
-            f"{config.cluster.num_workers} workers need about {_gib(needed)} of memory and {_gib(available)} are free; "
+            f"{config.most_workers} workers need about {_gib(needed)} of memory and {_gib(available)} are free; "
             "lower --kv-cache-memory, use fewer replicas, or --colocated"
         )
     return f"{_gib(needed)} of {_gib(available)} free memory"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ LAZY = {
     "models": ("cluster.cli_models", "models", "Fetch and list models."),
     "plan": ("cluster.cli_plan", "plan", "Find the layout that serves a model best."),
     "profile": ("bench.profiling.cli", "profile", "Measure a model's steps for the planner."),
+    "topology": ("cluster.cli_topology", "topology", "Describe devices and links for the planner."),
     "simulate": ("placement.cli", "simulate", "Predict how a layout serves a workload."),
 }
 
@@ -57,25 +59,47 @@ def cli() -> None:
 @click.argument("model", required=False)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file with the same settings.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="What slipstream plan --json printed.")
+@click.option("--slo", help="Plan by targets in ms, as ttft=200,tpot=50: profile, choose a layout, and serve it.")
+@click.option("--trace", type=click.Path(path_type=Path), help="With --slo: the requests to plan for, as for plan.")
+@click.option("--lengths", help="With --slo, instead of a trace: mean tokens, as prompt=512,output=128,cv=0.8.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="With --slo: requests/s. Default: the most.")
 @config_options
-def serve(model: str | None, config_file: Path | None, plan_file: Path | None, **flags: Any) -> None:
+def serve(
+    model: str | None,
+    config_file: Path | None,
+    plan_file: Path | None,
+    slo: str | None,
+    trace: Path | None,
+    lengths: str | None,
+    rate: float | None,
+    **flags: Any,
+) -> None:
     """Serve MODEL: a Hugging Face id, a folder, a .gguf file, or demo."""
+    from rich.console import Console
+
     given = {name: value for name, value in flags.items() if value is not None}
+    console = Console()
     if model is not None:
         given["model"] = model
-    if plan_file is None:
-        config = load(config_file, given)
-    elif config_file is not None:
-        raise ConfigError("--plan: it is a configuration too; give it, or --config", param="plan")
-    else:
+    for name, value in {"trace": trace, "lengths": lengths, "rate": rate}.items():
+        if slo is None and value is not None:
+            raise ConfigError(f"--{name} has no meaning without --slo; give targets, or leave it out", param=name)
+    if plan_file is not None and (config_file is not None or slo is not None):
+        raise ConfigError("--plan: it is a configuration too; give it, or --config, or --slo", param="plan")
+    if slo is not None:
+        from cluster.by_targets import Asked, config_for
+
+        say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        config = config_for(Asked(slo, trace, lengths, rate), config_file, given, say)
+    elif plan_file is not None:
         from cluster.planned import planned_tree
 
         config = overlaid(planned_tree(plan_file), given, plan_file)
-    from rich.console import Console
-
+    else:
+        config = load(config_file, given)
     from cluster.launcher import serve as run
 
-    sys.exit(run(config, Console()))
+    sys.exit(run(config, console))
 
 
 def main() -> None:

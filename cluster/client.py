@@ -10,15 +10,18 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from cluster.dispatch import Deliver, Dispatch, Instruction, Reroute, Send
 from cluster.membership import Member
+from cluster.recorder import REPORT_PERIOD_S, Record, Recorder, Report, SendReport
 from cluster.router import Candidate
 from cluster.routes import Routes, Way
 from core.errors import InternalError, SlipstreamError, Unavailable
 from core.links import Link, LinkClient
-from core.types import Request, TokenDelta
+from core.replan_metrics import ReplanStatus
+from core.types import FinishReason, Request, TokenDelta
 from core.wire import (
     STATUS_PERIOD_S,
     STATUS_TIMEOUT_S,
@@ -79,6 +82,7 @@ class WorkerSession:
             self.status,
             self._assigned_tokens,
             self._assigned_requests,
+            self.member.node,
         )
 
     async def close(self) -> None:
@@ -89,9 +93,10 @@ class WorkerSession:
 class Flight:
     """A request under way: its dispatch and the queue its consumer reads."""
 
-    def __init__(self, request: Request, way: Way) -> None:
+    def __init__(self, request: Request, way: Way, record: Record) -> None:
         self.dispatch = Dispatch(request)
         self.way = way
+        self.record = record
         self.queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
         self.attempt_id: str | None = None
         """The attempt whose deltas are routed here."""
@@ -106,7 +111,13 @@ class ClusterBackend:
         *,
         routes: Routes,
         expected_workers: int = 1,
+        report: SendReport | None = None,
     ) -> None:
+        """`report` is called every REPORT_PERIOD_S with what has ended."""
+        self._gateway_id = uuid.uuid4().hex
+        self._report = report
+        self._recorder = Recorder()
+        self._replanning: ReplanStatus | None = None
         self._list_members = list_members
         self._routes = routes
         self._expected_workers = expected_workers
@@ -121,6 +132,8 @@ class ClusterBackend:
     async def start(self) -> None:
         self._spawn(self._follow_members())
         self._spawn(self._watch_heartbeats())
+        if self._report is not None:
+            self._spawn(self._send_reports(self._report))
 
     async def stop(self) -> None:
         tasks = list(self._tasks)
@@ -135,7 +148,7 @@ class ClusterBackend:
 
     async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
         """See gateway.backend.Backend."""
-        flight = Flight(request, self._routes.way(request))
+        flight = Flight(request, self._routes.way(request), self._recorder.begin(request))
         timer = asyncio.get_running_loop().call_later(
             max(0.0, request.deadline - time.time()), lambda: self._carry_out(flight, flight.dispatch.on_deadline())
         )
@@ -146,6 +159,9 @@ class ClusterBackend:
                 yield delta
                 if delta.finish is not None:
                     return
+        except SlipstreamError:
+            flight.record.end(FinishReason.ERROR)
+            raise
         finally:
             timer.cancel()
             self._carry_out(flight, flight.dispatch.on_cancel())
@@ -158,7 +174,13 @@ class ClusterBackend:
             reason = "no worker is alive"
         elif not self._complete_once:
             reason = f"{len(workers)} of {self._expected_workers} workers are up"
-        return BackendStatus(ready=not reason, reason=reason, workers=workers, routes=self._routes.counts)
+        return BackendStatus(
+            ready=not reason,
+            reason=reason,
+            workers=workers,
+            routes=self._routes.counts,
+            replanning=self._replanning,
+        )
 
     def check_health(self) -> None:
         """Raises InternalError when something that should always run has failed."""
@@ -213,6 +235,7 @@ class ClusterBackend:
                     if (session := self._sessions.get(worker_id)) is not None:
                         session.link.send(message)
                 case Deliver(delta):
+                    flight.record.heard(delta)
                     flight.queue.put_nowait(delta)
                     self._routes.delivered(flight.way, flight.dispatch, delta)
                 case Reroute(local_to):
@@ -256,7 +279,7 @@ class ClusterBackend:
             logger.error("worker %s: %s", session.member.worker_id, error.message)
         finally:
             self._sessions.pop(session.member.worker_id, None)
-        self._lose(session.member.worker_id)
+        self._lose(session.member.worker_id, left=session.status is not None and session.status.leaving)
         await session.close()
 
     def _hear(self, session: WorkerSession, message: FromWorker) -> None:
@@ -276,8 +299,8 @@ class ClusterBackend:
                 self._routes.heard(message)
                 self._news.set()
 
-    def _lose(self, worker_id: str) -> None:
-        logger.warning("worker %s is gone", worker_id)
+    def _lose(self, worker_id: str, *, left: bool) -> None:
+        logger.log(logging.INFO if left else logging.WARNING, "worker %s is gone", worker_id)
         self._routes.lost(worker_id)
         for flight in list(self._attempts.values()):
             self._carry_out(flight, flight.dispatch.on_worker_lost(worker_id))
@@ -294,6 +317,23 @@ class ClusterBackend:
                     logger.warning("worker %s has been silent for %g s", session.member.worker_id, STATUS_TIMEOUT_S)
                     session.link.close()
                     await session.close()
+
+    async def _send_reports(self, report: SendReport) -> None:
+        while True:
+            await asyncio.sleep(REPORT_PERIOD_S)
+            served = self._recorder.take()
+            try:
+                self._replanning = await report(
+                    Report(
+                        gateway_id=self._gateway_id,
+                        served=served,
+                        in_flight=self._recorder.in_flight,
+                        workers=list(self.status().workers),
+                    )
+                )
+            except Unavailable as error:
+                logger.warning("the controller takes no report, trying again: %s", error.message)
+                self._recorder.keep(served)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

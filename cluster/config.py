@@ -2,7 +2,8 @@
 
 Sections group what belongs together in the file; leaf names are unique over the tree, so that `--kv-cache-memory` and
 `engine: {kv_cache_memory: …}` are one setting. Those of `speculation` have the section's name before them as flags:
-`--speculation-rule` is `speculation: {rule: …}`, and `--speculation` its drafter. Everything has a default that works
+`--speculation-rule` is `speculation: {rule: …}`, and `--speculation` its drafter, and those of `replan` alike, with
+`--replan` for its mode. Everything has a default that works
 on a laptop. Unknown keys are refused with the nearest known name.
 """
 
@@ -11,20 +12,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from cluster.notation import (
+    AbsolutePath,
     CountOrAuto,
     DrafterNames,
     DrafterWeights,
     DtypeName,
     LoraModules,
+    NodeLabels,
     Size,
     SizeOrAuto,
+    StepSizes,
     parse_bytes,
 )
 from core.errors import ConfigError
@@ -39,6 +43,9 @@ from speculation.drafters.registry import DRAFTERS
 from speculation.rules.registry import DEFAULT_RULE, RULES
 from speculation.settings import Settings
 
+if TYPE_CHECKING:
+    from placement.outcome import Targets
+
 _DEFAULT_SEQUENCES = 64
 DEFAULT_DRAFTER = "none"
 
@@ -50,7 +57,10 @@ class Section(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: object, field: ValidationInfo) -> object:
         """Python counts True as 1."""
-        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(field.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            if (word := "on" if value else "off") in get_args(annotation):  # as YAML 1.1 reads these words
+                return word
             raise ValueError(f"{str(value).lower()} is neither a number nor a name; write one, or leave it out")
         return value
 
@@ -169,8 +179,10 @@ class EngineSection(Section):
             return self.max_num_seqs
         return min(_DEFAULT_SEQUENCES, self.max_num_batched_tokens or _DEFAULT_SEQUENCES)
 
-    def batched_tokens(self, role: Role) -> int:
-        """The token budget of a step for a worker of `role`."""
+    def batched_tokens(self, role: Role, planned: int | None = None) -> int:
+        """The token budget of a step for a worker of `role`, or what a plan has made of it."""
+        if planned is not None:
+            return max(planned, self.sequences)
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(2048 if role is Role.PREFILL else 512, self.sequences)
@@ -184,6 +196,17 @@ class ClusterSection(Section):
         None, gt=0, description="Cores of one worker; default: the machine's cores shared out evenly"
     )
     ray_address: str | None = Field(None, description="A running Ray cluster to join; default: start one here")
+    workers_per_node: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Workers on a node of the cluster, at the most: each reserves its part of the node's cores; "
+        "default: as many as have room",
+    )
+    node_labels: NodeLabels = Field({}, description="Workers run on nodes of the Ray cluster with these labels only")
+    handoff_within_node: bool = Field(
+        False, description="KV goes to a decode worker on the node of the prefill worker, as long as there is one"
+    )
     handoff_min_tokens: CountOrAuto = Field(
         None,
         ge=0,
@@ -231,6 +254,14 @@ class ClusterSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_nodes(self) -> ClusterSection:
+        if self.handoff_within_node and self.colocated:
+            raise ValueError("handoff_within_node has no meaning with colocated, where nothing is handed over")
+        if self.handoff_within_node and self.workers_per_node is None:
+            raise ValueError("handoff_within_node needs workers_per_node: how many of both roles share a node")
+        return self
+
+    @model_validator(mode="after")
     def _codec_is_carried(self) -> ClusterSection:
         if self.kv_codec != "none" and self.kv_transport in READS_IN_PLACE:
             raise ValueError(
@@ -258,6 +289,11 @@ class GatewaySection(Section):
     max_concurrent_requests: int = Field(256, gt=0, description="More than these at once are answered 429")
     request_timeout_s: float = Field(600.0, gt=0, description="Every request ends within this time, seconds")
     max_body: Size = Field("4MiB", description="Largest request body")
+    traffic_log: AbsolutePath | None = Field(
+        None,
+        description="Append a line of JSON for every request that ends: when it came, lengths, latencies; slipstream "
+        "plan and simulate read it as a trace. 64 MiB, and as much before that in FILE.1",
+    )
     seed: int | None = Field(
         None,
         ge=0,
@@ -320,6 +356,59 @@ class SpeculationSection(Section):
         )
 
 
+class ReplanSection(Section):
+    mode: Literal["off", "advise", "on"] = Field(
+        "off",
+        description="Change roles, numbers and steps of workers in service, as traffic does; advise: only say how",
+    )
+    slo: str | None = Field(None, description="Targets in ms for it, as ttft=200,tpot=50")
+    share: float = Field(0.9, gt=0, lt=1, description="Of the requests, that are to meet both targets")
+    profile: AbsolutePath | None = Field(None, description="What slipstream profile measured of such a worker")
+    forecast: Literal["constant", "holt-winters", "kalman"] = Field(
+        "constant", description="How the traffic to come is foreseen"
+    )
+    warm_start: AbsolutePath | None = Field(
+        None, description="A trace, such as an earlier traffic log, with which the forecast begins"
+    )
+    interval: float = Field(
+        5.0, ge=0.1, le=3600, description="Between two looks at queues and attainment, seconds; forecasts take 6 such"
+    )
+    horizon: float = Field(120.0, gt=0, description="Over which a change has to gain more than it costs, seconds")
+    floor: int = Field(1, ge=1, le=1024, description="Workers that a role keeps at the least, if it is used at all")
+    max_workers: int | None = Field(
+        None, ge=1, le=1024, description="Workers that may be started in all; default: their number stays as it is"
+    )
+    chunk_tokens: StepSizes = Field(
+        (), description="Tokens in one step to choose from, as 256,512; default: steps stay as they are"
+    )
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        return "replan" if name == "mode" else f"replan_{name}"
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ReplanSection:
+        if self.mode == "off":
+            if others := sorted(self.model_fields_set - {"mode"}):
+                raise ValueError(f"{others[0]} has no meaning while replan is off; use advise or on, or leave it out")
+            return self
+        for name, lacks in (("slo", "such as ttft=200,tpot=50"), ("profile", "a file of slipstream profile")):
+            if getattr(self, name) is None:
+                raise ValueError(f"replan {self.mode} needs a replan {name}: give one, {lacks}")
+        try:
+            self.targets  # noqa: B018 - raises
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+        return self
+
+    @property
+    def targets(self) -> Targets:
+        """Raises ConfigError."""
+        from placement.slo import parse_slo  # with numpy, which `--help` does without
+
+        return parse_slo(self.slo or "")
+
+
 class SlipstreamConfig(Section):
     model: str = Field("demo", description="A Hugging Face id, a folder, a .gguf file, or demo")
     revision: str | None = Field(None, description="Revision of a Hugging Face model")
@@ -327,6 +416,7 @@ class SlipstreamConfig(Section):
     cluster: ClusterSection = ClusterSection()
     speculation: SpeculationSection = SpeculationSection()
     gateway: GatewaySection = GatewaySection()
+    replan: ReplanSection = ReplanSection()
 
     @property
     def served_name(self) -> str:
@@ -337,6 +427,18 @@ class SlipstreamConfig(Section):
     def _names_differ(self) -> SlipstreamConfig:
         if self.served_name in self.engine.lora_modules:
             raise ValueError(f"lora_modules {self.served_name}: that is the base model's name; choose another")
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """That there may come to be."""
+        return self.replan.max_workers or self.cluster.num_workers
+
+    @model_validator(mode="after")
+    def _replanning_has_room(self) -> SlipstreamConfig:
+        most, workers = self.replan.max_workers, self.cluster.num_workers
+        if most is not None and most < workers:
+            raise ValueError(f"replan.max_workers {most} is below the {workers} workers to begin with; raise it")
         return self
 
     @model_validator(mode="after")
@@ -355,6 +457,7 @@ SECTIONS: dict[str, type[Section]] = {
     "cluster": ClusterSection,
     "speculation": SpeculationSection,
     "gateway": GatewaySection,
+    "replan": ReplanSection,
 }
 
 
@@ -378,7 +481,7 @@ def leaves() -> Iterator[Leaf]:
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
     """The file's settings with `overrides` (Leaf.name -> value) on top. Raises ConfigError, one line."""
-    return overlaid(_read(path) if path is not None else {}, overrides, path)
+    return overlaid(read_tree(path) if path is not None else {}, overrides, path)
 
 
 def overlaid(tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
@@ -410,7 +513,7 @@ def on_device(config: SlipstreamConfig, device: Literal["cpu", "cuda"]) -> Slips
     return config.model_copy(update={"engine": engine})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -439,7 +542,8 @@ def _explain(error: ValidationError, path: Path | None) -> str:
     name = ".".join(str(part) for part in first["loc"])
     origin = f"{path}: " if path is not None else ""
     if first["type"] == "extra_forbidden":
-        known = [*SlipstreamConfig.model_fields, *(leaf.field for leaf in leaves())]
+        outside = len(first["loc"]) == 1
+        known = [*SlipstreamConfig.model_fields, *(leaf.name if outside else leaf.field for leaf in leaves())]
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         return f"{origin}unknown setting {name}" + (f"; did you mean {near[0]}?" if near else "")
     message = first["msg"].removeprefix("Value error, ")

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import time
 
 import numpy as np
 
 from cluster.machine import available_memory, usable_cores
+from cluster.nvidia_topo import card_gb_s, parse_matrix
 from core.errors import ConfigError
 from placement.devices import kind_of
-from placement.topology import NodeKind, Topology, Wire
+from placement.topology import NETWORK_GB_S, NodeKind, Topology, Wire
 
-_NVLINK_GB_S = 25.0
-"""One way, of each of the links that `nvidia-smi topo -m` counts: of the third and fourth generation alike."""
-_PCIE_GB_S = {"PIX": 25.0, "PXB": 25.0, "PHB": 20.0, "NODE": 15.0, "SYS": 12.0}
-"""By how far apart they are on the bus; about what copies reach between devices of the fourth generation."""
 _COPY_BYTES = 2**26
 
 
-def topology_here() -> Topology:
-    """Raises ConfigError for GPUs that nvidia-smi does not describe."""
+def topology_here(*, on_cpu: bool = False) -> Topology:
+    """With `on_cpu` its cores, even if there are GPUs. Raises ConfigError for GPUs that nvidia-smi doesn't describe."""
+    if on_cpu:
+        return of_cores(usable_cores(), available_memory(), copy_gb_s())
     try:
         listed = _nvidia_smi("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
     except FileNotFoundError:
         return of_cores(usable_cores(), available_memory(), copy_gb_s())
-    return of_gpus(listed, _nvidia_smi("topo", "-m"))
+    return of_gpus(listed, _nvidia_smi("topo", "-m"), card_gb_s())
 
 
 def of_cores(cores: int, memory: int, gb_s: float) -> Topology:
@@ -36,8 +34,9 @@ def of_cores(cores: int, memory: int, gb_s: float) -> Topology:
     return Topology(nodes=(node,), links=links, source="the cores of this machine, a measured copy for a link")
 
 
-def of_gpus(listed: str, matrix: str) -> Topology:
-    """From the two outputs of nvidia-smi. The slowest pair of devices counts for all."""
+def of_gpus(listed: str, matrix: str, card_gb_s: float | None = None) -> Topology:
+    """From the two outputs of nvidia-smi. The slowest pair of devices counts for all. Where there are network cards,
+    `card_gb_s` each, there is a link out of the node, for who plans with several of its kind."""
     rows = [line.rpartition(",") for line in listed.strip().splitlines()]
     names, megabytes = {name.strip() for name, _, _ in rows}, [size.strip() for _, _, size in rows]
     if len(names) != 1 or not all(size.isdigit() for size in megabytes):
@@ -48,18 +47,12 @@ def of_gpus(listed: str, matrix: str) -> Topology:
         devices=len(rows),
         memory_gb=min(int(size) for size in megabytes) * 2**20 / 1e9,
     )
-    links = (Wire(within="here", gb_per_s=_slowest(matrix, len(rows)), latency_us=10.0),) if len(rows) > 1 else ()
-    return Topology(nodes=(node,), links=links, source="nvidia-smi, links as they are sold")
-
-
-def _slowest(matrix: str, gpus: int) -> float:
-    """GB/s of the slowest pair in the matrix of `nvidia-smi topo -m`."""
-    cells = [line.split()[1 : 1 + gpus] for line in matrix.splitlines() if re.match(r"GPU\d+\s", line)]
-    kinds = {kind for row in cells for kind in row} - {"X"}
-    unknown = {kind for kind in kinds if kind not in _PCIE_GB_S and not re.fullmatch(r"NV\d+", kind)}
-    if unknown or not kinds:
-        raise ConfigError(f"nvidia-smi topo -m has links {sorted(unknown)}: write a topology file instead")
-    return min(_PCIE_GB_S.get(kind) or _NVLINK_GB_S * int(kind[2:]) for kind in kinds)
+    found = parse_matrix(matrix)
+    links = [Wire(within="here", gb_per_s=found.between, latency_us=10.0)] if len(rows) > 1 else []
+    if found.out is not None:
+        out = min(found.out, card_gb_s or NETWORK_GB_S)
+        links.append(Wire(between=("here", "here"), gb_per_s=out, latency_us=20.0))
+    return Topology(nodes=(node,), links=tuple(links), source="nvidia-smi, links as they are sold")
 
 
 def copy_gb_s() -> float:

@@ -17,7 +17,8 @@ from cluster.checklist import Checklist
 from cluster.checks import check_kv_transport, check_memory, hold_port
 from cluster.config import SlipstreamConfig, on_device
 from cluster.machine import has_gpu, usable_cores
-from cluster.resources import Share, share_out
+from cluster.ray_nodes import nodes_of
+from cluster.resources import Share, share_on
 from cluster.session import session_folder
 from cluster.signals import Stop, Stopped, stop_signals
 from core.errors import ConfigError
@@ -119,8 +120,7 @@ def _ray(config: SlipstreamConfig, stop: Stop, checklist: Checklist, say: Callab
         try:
             with checklist.step("ray") as line:
                 _init_ray(config, folder, stop)
-                resources = ray.cluster_resources()
-                share = share_out(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+                share = share_on(config, nodes_of(ray.nodes()))
                 line.note = str(share)
             yield share
         except (RayError, RayServeException) as error:
@@ -181,9 +181,12 @@ def _application(
                 f"the Ray cluster at {config.cluster.ray_address} runs an application {APP_NAME} already; stop that "
                 "one first, or use another cluster"
             )
+        application = build(config, str(folder), share)
     ended = False
     try:
-        target = ray_serve.RunTarget(target=build(config, str(folder), share), name=APP_NAME, route_prefix=None)
+        target = ray_serve.RunTarget(
+            application, APP_NAME, route_prefix=None, external_scaler_enabled=config.replan.mode == "on"
+        )
         (handle,) = ray_serve.run_many([target], wait_for_applications_running=False)
         yield handle
         ended = True

@@ -7,11 +7,13 @@ Engine thread and event loop meet in two places only: commands go down through E
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.turns import Turns
 from core.errors import InternalError, SlipstreamError
 from core.links import Link, LinkServer
 from core.types import Role, TokenDelta
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 120.0
 """No step takes this long on a device that works."""
+DRAIN_POLL_S = 0.05
 
 Session = Link[ToWorker, FromWorker]
 
@@ -97,6 +100,8 @@ class WorkerNode:
         self._kv_transport = kv_transport
         self._codecs = CodecPolicy(kv_codec, runner.layout, runner.pool.device)
         self._owned: dict[str, _Owned] = {}
+        self._turns = Turns()
+        self._leaving = False
         self._sessions: set[Session] = set()
         self._server = LinkServer()
         self._heartbeat: asyncio.Task[None] | None = None
@@ -115,7 +120,7 @@ class WorkerNode:
         )
         self._taker = Taker(self.runner.pool, transports=(only,) if only is not None else None, codecs=self._codecs)
         self._prefill = PrefillWorker(self._engine, self._giver, self.runner.layout)
-        self._decode = DecodeWorker(self._engine, self._taker, self._on_handoff_failed)
+        self._decode = DecodeWorker(self._engine, self._taker, self._on_handoff_failed, self._on_settled)
         self._server.add_service(WORKER_SERVICE, ToWorker, self._on_session)  # type: ignore[arg-type]
         self._server.add_service(TRANSFER_SERVICE, ToGiver, self._giver.on_link)  # type: ignore[arg-type]
         self._engine.start()
@@ -143,9 +148,11 @@ class WorkerNode:
             raise InternalError(f"a step has been running for {seconds:.0f} s")
 
     async def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
-        """Be used for something else from now on. What is under way goes on: every worker can do either."""
+        """Be used for something else from now on, or in steps of another size. What is under way goes on: every worker
+        can do either."""
         self.role = role
         self._engine.set_step_tokens(max_num_batched_tokens)
+        self._tell_status()
         if self._make_speculator is not None and self._speculator is None and role is not Role.PREFILL:
             try:
                 self._speculator = await asyncio.to_thread(self._make_speculator)
@@ -153,6 +160,16 @@ class WorkerNode:
                 logger.error("decoding without drafts: %s", error.message)
             else:
                 self._engine.speculate(self._speculator)
+
+    async def drain(self, within_s: float) -> None:
+        """Tell the gateways that this worker leaves, and return once it has nothing to do for them, or when the time is
+        over. What is left then, or comes still, they send elsewhere when it stops."""
+        self._leaving = True
+        self._tell_status()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._owned:  # noqa: ASYNC110 - five places end a request, and none of them is in a hurry
+                    await asyncio.sleep(DRAIN_POLL_S)
 
     @property
     def num_owned(self) -> int:
@@ -190,9 +207,10 @@ class WorkerNode:
                 self._decode.generate(request)
             case Prefill(request):
                 self._owned[request.request_id] = _Owned(session, prefilling=True)
-                self._prefill.prefill(message)
+                self._prefill.prefill(message, deferred=self._turns.prompt(request.request_id))
             case Receive(request):
                 self._owned[request.request_id] = _Owned(session, prefilling=False)
+                self._turns.reserve(request.request_id)
                 self._decode.receive(message)
             case Opened(request_id):
                 self._decode.opened(request_id)
@@ -255,6 +273,10 @@ class WorkerNode:
         if outcome != "committed":
             logger.info("transfer %s ended without commit: %s", transfer_id, outcome)
 
+    def _on_settled(self, request_id: str) -> None:
+        for prompt in self._turns.settle(request_id):
+            self._prefill.undefer(prompt)
+
     def _on_handoff_failed(self, request_id: str, reason: str) -> None:
         logger.warning("hand-off of %s failed: %s", request_id, reason)
         if (owned := self._owned.pop(request_id, None)) is not None:
@@ -265,15 +287,19 @@ class WorkerNode:
     async def _send_status(self) -> None:
         while True:
             await asyncio.sleep(STATUS_PERIOD_S)
-            status = self.status()
-            for session in self._sessions:
-                session.send(status)
+            self._tell_status()
+
+    def _tell_status(self) -> None:
+        status = self.status()
+        for session in self._sessions:
+            session.send(status)
 
     def status(self) -> WorkerStatus:
         stats, giver, taker = self._engine.stats, self._giver.counters, self._taker.counters
         return WorkerStatus(
             worker_id=self.worker_id,
             role=self.role,
+            leaving=self._leaving,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             num_waiting_tokens=stats.num_waiting_tokens,

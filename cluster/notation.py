@@ -151,6 +151,36 @@ def _folders(value: object) -> object:
     return {name: str(_expanded(str(module["path"])).absolute()) for name, module in modules.items()}
 
 
+def _labels(value: object) -> object:
+    """name=value items, as flags have them, as the mapping that they stand for. Raises ValueError."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [str(item).partition("=") for item in value]
+    if not all(name and equals and label for name, equals, label in parts):
+        raise ValueError(f"{', '.join(map(str, value))} is not name=value; write such as pool=fast")
+    return {name: label for name, _, label in parts}
+
+
+def _sizes(value: object) -> object:
+    """ "256,512" -> (256, 512), and a list of counts, ascending. Raises ValueError."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = [parts] if isinstance(parts, int) else parts
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ValueError(f"{value!r} is not a list of counts; write such as 256,512")
+    sizes = {parse_count(part) if isinstance(part, str) else part for part in parts}
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{value!r} is not a list of counts above 0; write such as 256,512")
+    return tuple(sorted(sizes))
+
+
+def _absolute_path(path: Path) -> Path:
+    return _expanded(str(path)).absolute()
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute_path)]
+"""Workers and gateways start in folders of their own."""
+NodeLabels = Annotated[dict[str, str], BeforeValidator(_labels)]
+StepSizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
 DrafterNames = Annotated[tuple[str, ...], BeforeValidator(_names)]
 DrafterWeights = Annotated[dict[str, str], BeforeValidator(_folders)]
 LoraModules = Annotated[dict[str, LoraModule], BeforeValidator(_modules), AfterValidator(_absolute)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import click
 from pydantic import BeforeValidator
@@ -69,6 +69,8 @@ def _type(info: FieldInfo) -> Any:
         return str  # it has a notation of its own
     kinds = [kind for kind in _members(info.annotation) if kind is not type(None)]
     kind = kinds[0]
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is dict:
         return str
     if typing.get_origin(kind) is Literal:
@@ -84,4 +86,4 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def _help(info: FieldInfo) -> str:
     text = info.description or ""
-    return f"{text}." if info.default in (None, {}) else f"{text}. [default: {info.default}]"
+    return f"{text}." if info.default in (None, {}, ()) else f"{text}. [default: {info.default}]"

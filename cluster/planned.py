@@ -6,31 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from cluster.config import validated
 from core.errors import ConfigError
 from placement.candidates import Candidate
+from placement.packing import packed
 from placement.shapes import Limits, Shape
+from placement.topology import Topology
 
 
 class _Planned(msgspec.Struct):
     serve: dict[str, Any] | None
 
 
-def why_not(candidate: Candidate, shapes: dict[str, Shape]) -> str | None:
-    """Why `slipstream serve` can't run the layout; None if it can: all its workers have one shape."""
-    if candidate.prefill is None:
-        return None
-    prefill, decode = shapes[candidate.prefill.name], shapes[candidate.decode.name]
-    if (prefill.profile.setting, prefill.stages) == (decode.profile.setting, decode.stages):
-        return None
-    return f"serve runs one shape of worker, not {prefill.name} for prefill and {decode.name} for decode"
+def why_not(candidate: Candidate, shapes: dict[str, Shape], topology: Topology) -> str | None:
+    """Why `slipstream serve` can't run the layout; None if it can: all its workers have one shape, and each is on one
+    node."""
+    if candidate.prefill is not None:
+        prefill, decode = shapes[candidate.prefill.name], shapes[candidate.decode.name]
+        if (prefill.profile.setting, prefill.stages) != (decode.profile.setting, decode.stages):
+            return f"serve runs one shape of worker, not {prefill.name} for prefill and {decode.name} for decode"
+    try:
+        packed(candidate, topology)
+    except ConfigError as error:
+        return f"serve runs a worker on one node: {error.message}"
+    return None
 
 
-def config_of(candidate: Candidate, shapes: dict[str, Shape], limits: Limits, drafter: str | None) -> dict[str, Any]:
+def config_of(
+    candidate: Candidate, shapes: dict[str, Shape], limits: Limits, topology: Topology, drafter: str | None
+) -> dict[str, Any]:
     """The tree of the YAML file, without what has its default. Raises ConfigError for a layout that can't be run."""
-    if (why := why_not(candidate, shapes)) is not None:
+    if (why := why_not(candidate, shapes, topology)) is not None:
         raise ConfigError(why)
     shape = shapes[candidate.decode.name]
     profile, setting = shape.profile, shape.profile.setting
@@ -49,15 +56,18 @@ def config_of(candidate: Candidate, shapes: dict[str, Shape], limits: Limits, dr
     tree: dict[str, Any] = {
         "model": profile.model.name,
         "engine": engine,
-        "cluster": _cluster(candidate, shape, limits),
+        "cluster": _cluster(candidate, shape, limits, sum(node.count for node in topology.nodes) > 1),
     }
     if shape.speculation is not None:
-        tree["speculation"] = {"drafter": drafter, "budget": shape.speculation.rows - 1}
+        budget = shape.speculation.rows - 1
+        if limits.speculation is None and limits.drafter is not None:  # rows are then those that there were on average
+            budget = profile.drafting_of(limits.drafter).budget
+        tree["speculation"] = {"drafter": drafter, "budget": budget}
     validated(tree)
     return tree
 
 
-def _cluster(candidate: Candidate, shape: Shape, limits: Limits) -> dict[str, Any]:
+def _cluster(candidate: Candidate, shape: Shape, limits: Limits, several_nodes: bool) -> dict[str, Any]:
     if candidate.prefill is None:
         cluster: dict[str, Any] = {"colocated": True, "decode_replicas": candidate.decodes}
     else:
@@ -66,6 +76,8 @@ def _cluster(candidate: Candidate, shape: Shape, limits: Limits) -> dict[str, An
             "decode_replicas": candidate.decodes * candidate.nodes,
             "handoff_min_tokens": limits.handoff_min_tokens,
         }
+        if candidate.near and several_nodes:
+            cluster |= {"workers_per_node": candidate.prefills + candidate.decodes, "handoff_within_node": True}
     setting = shape.profile.setting
     if setting.device == "cpu":
         cluster["cpus_per_worker"] = float(setting.devices * shape.stages)
@@ -85,11 +97,3 @@ def planned_tree(path: Path) -> dict[str, Any]:
             f"{path}: none of the plan's layouts can be served: their workers differ in shape", param="plan"
         )
     return tree
-
-
-def write_config(tree: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError if it can't be written."""
-    try:
-        path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}", param="out") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from cluster.config import SlipstreamConfig
+from cluster.ray_nodes import RayNode
 from core.errors import ConfigError
 from engine.quantization.methods import check_method
 
@@ -15,20 +18,58 @@ class Share:
 
     cpus: float
     gpus: int = 0
+    reserved: float = 0.0
+    """Cores that it keeps from others, if more than `cpus`."""
 
     @property
     def bundle(self) -> dict[str, float]:
-        """The bundle of its placement group; Ray refuses resources of zero."""
-        return {"CPU": self.cpus} | ({"GPU": float(self.gpus)} if self.gpus else {})
+        """The bundle of its placement group; Ray refuses resources of zero. All devices of a worker are in one: its
+        ranks are children of the replica, and a bundle is never split over nodes."""
+        return {"CPU": max(self.cpus, self.reserved)} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
     def __str__(self) -> str:
         return f"{self.cpus:g} cores per worker" + (f", {self.gpus} GPU{'s' * (self.gpus > 1)}" if self.gpus else "")
 
 
+def share_on(config: SlipstreamConfig, nodes: Sequence[RayNode]) -> Share:
+    """The share of each worker on the nodes of a cluster. Raises ConfigError as share_out, and when the nodes don't
+    hold the workers as the configuration wants them."""
+    labels, most = config.cluster.node_labels, config.cluster.workers_per_node
+    there = [node for node in nodes if node.has(labels)]
+    if labels and not there:
+        said = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise ConfigError(f"node_labels {said}: no node of the cluster has them; start one with ray start --labels")
+    if most is not None and config.cluster.cpus_per_worker is None:
+        cpus = _even_share(min((node.cpus for node in there if node.cpus), default=1.0), most)
+        cluster = config.cluster.model_copy(update={"cpus_per_worker": cpus})
+        config = config.model_copy(update={"cluster": cluster})
+    share = share_out(config, sum(node.cpus for node in there), sum(node.gpus for node in there))
+    return share if most is None else replace(share, reserved=_reserved(config, share, there, most))
+
+
+def _reserved(config: SlipstreamConfig, share: Share, nodes: Sequence[RayNode], most: int) -> float:
+    """More than the cores of the largest node divide into one worker more than it may have. Raises ConfigError if the
+    nodes hold fewer workers so, or if a plan for whole nodes leaves one out."""
+    each = max(share.cpus, math.floor(100 * max(node.cpus for node in nodes) / (most + 1)) / 100 + 0.01)
+    room = [min(int(node.cpus / each + 1e-9), int(node.gpus // share.gpus) if share.gpus else most) for node in nodes]
+    places, workers = sum(min(count, most) for count in room), config.most_workers
+    if places < workers:
+        raise ConfigError(
+            f"workers_per_node {most}: the {len(nodes)} nodes have room for {places} workers, and there are {workers}; "
+            "add nodes, or raise it"
+        )
+    if config.cluster.handoff_within_node and places - workers >= most:
+        raise ConfigError(
+            f"handoff_within_node: {workers} workers, {most} on a node, leave nodes over that could take some of them, "
+            "so that they might not meet; give the nodes to use a label and name it in node_labels"
+        )
+    return each
+
+
 def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> Share:
     """The share of each worker on a cluster with this many. Raises ConfigError when they don't go round: Ray would
     wait for resources that never come."""
-    workers = config.cluster.num_workers
+    workers = config.most_workers
     cpus = config.cluster.cpus_per_worker or _even_share(cores, workers)
     if cpus * workers > cores:
         raise ConfigError(

@@ -29,6 +29,8 @@ class Candidate:
     status: WorkerStatus
     assigned_tokens: int = 0
     assigned_requests: int = 0
+    node: str = ""
+    """Of the cluster, on which it runs; empty: nobody knows."""
 
     @property
     def queued_tokens(self) -> int:
@@ -51,6 +53,8 @@ class Prompt:
     cached: Mapping[str, int] = field(default_factory=dict)
     decodes: bool = True
     """Whether a second token is wanted."""
+    near: bool = False
+    """Whether it is to be handed over within a node."""
 
     def uncached(self, worker: Candidate) -> int:
         return self.num_tokens - self.cached.get(worker.worker_id, 0)
@@ -84,9 +88,10 @@ class Route:
 
 
 def choose(prompt: Prompt, workers: Iterable[Candidate], max_waiting: int, break_even: BreakEven) -> Route:
-    """Raises Unavailable when no worker is alive and Overloaded when every worker already has `max_waiting` sequences
-    that it is not running."""
-    alive = list(workers)
+    """Workers that leave are asked only when there is no other. Raises Unavailable when no worker is alive and
+    Overloaded when every worker already has `max_waiting` sequences that it is not running."""
+    there = list(workers)
+    alive = [w for w in there if not w.status.leaving] or there
     if not alive:
         raise Unavailable("no worker is alive; retry in a moment")
     open_workers = [w for w in alive if w.status.num_waiting + w.assigned_requests < max_waiting]
@@ -94,6 +99,8 @@ def choose(prompt: Prompt, workers: Iterable[Candidate], max_waiting: int, break
         raise Overloaded(f"every worker has {max_waiting} requests waiting; retry later")
     decode = _choose_decode(prompt, _with_role(open_workers, Role.DECODE))
     prefillers = [w for w in open_workers if w.status.role is Role.PREFILL]
+    if prompt.near:
+        prefillers = [w for w in prefillers if w.node == decode.node] or prefillers
     if decode.status.role is not Role.DECODE or not prefillers:
         return Route(None, decode, Reason.COLOCATED)
     prefill = min(prefillers, key=lambda w: (w.queued_tokens + prompt.uncached(w), w.num_sequences, w.worker_id))

@@ -34,10 +34,13 @@ class Way:
 class Routes:
     """One per gateway; fed with everything that its requests and workers say."""
 
-    def __init__(self, break_even: BreakEven, *, max_waiting: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, break_even: BreakEven, *, max_waiting: int, prefix_caching: bool = True, near: bool = False
+    ) -> None:
         self._break_even = break_even
         self._max_waiting = max_waiting
         self._prefix_caching = prefix_caching
+        self._near = near
         self._prefixes = KnownPrefixes()
         self._before: dict[str, WorkerStatus] = {}
         self._counts: Counter[Reason] = Counter()
@@ -49,6 +52,7 @@ class Routes:
             BreakEven(config.cluster.handoff_min_tokens, config.engine.batched_tokens(Role.DECODE)),
             max_waiting=config.gateway.max_concurrent_requests,
             prefix_caching=config.engine.prefix_caching,
+            near=config.cluster.handoff_within_node,
         )
 
     @property
@@ -70,6 +74,7 @@ class Routes:
             len(request.prompt_token_ids) + num_delivered,
             self._prefixes.cached_tokens(way.digests),
             decodes=request.sampling.max_tokens - num_delivered > 1,
+            near=self._near,
         )
         route = choose(prompt, local or open_workers, self._max_waiting, self._break_even)
         fell_back = dispatch.handoff_failures and route.prefill is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,13 @@ from speculation.make import make_observer, make_speculator
 def load_runner(folder: Path, engine: EngineSection, threads: int, kept_bytes: int = 0) -> ModelRunner | GroupRunner:
     """The model with its KV cache, on this process's device or those of a group of processes, ready for its first
     request. Each process computes on `threads` cores. A GPU's cache leaves `kept_bytes` for drafters."""
+    # On a thread that ends: OpenMP keeps a team of threads for each that has computed, and once all teams together have
+    # more threads than there are cores, none of them waits for work without going to sleep.
+    with ThreadPoolExecutor(1, "load") as loading:
+        return loading.submit(_load, folder, engine, threads, kept_bytes).result()
+
+
+def _load(folder: Path, engine: EngineSection, threads: int, kept_bytes: int) -> ModelRunner | GroupRunner:
     tp_size, pp_size = engine.tensor_parallel_size, engine.pipeline_parallel_size
     load = ModelRunner.load if engine.ranks == 1 else partial(GroupRunner.load, tp_size=tp_size, pp_size=pp_size)
     runner = load(

@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from core.errors import SlipstreamError
+from core.replan_metrics import ReplanStatus, replan_series
 from core.speculation_metrics import Speculating, speculation_counters, speculation_gauges
 from core.types import FinishReason, Slo
 from core.wire import WorkerCounters, WorkerStatus
@@ -225,10 +226,12 @@ class WorkerCollector(Collector):
         *,
         model_name: str,
         routes: Callable[[], Mapping[str, int]] = dict,
+        replanning: Callable[[], ReplanStatus | None] = lambda: None,
     ) -> None:
         """`routes`: how many attempts at sequences went which way."""
         self._workers = workers
         self._routes = routes
+        self._replanning = replanning
         self._model_name = model_name
         self._seen: OrderedDict[str, WorkerStatus] = OrderedDict()
 
@@ -252,6 +255,8 @@ class WorkerCollector(Collector):
         for route, count in self._routes().items():
             routed.add_metric([self._model_name, GATEWAY_ROLE, "0", route], count)
         yield routed
+        if (replanning := self._replanning()) is not None:
+            yield from replan_series(replanning, LABELS, (self._model_name, GATEWAY_ROLE, "0"))
 
     def _gauge(
         self, name: str, text: str, live: list[WorkerStatus], value: Callable[[WorkerStatus], float]

@@ -150,6 +150,8 @@ class WorkerStatus(Struct, frozen=True, kw_only=True, tag=True):
     num_blocks: int
     block_size: int
     max_num_seqs: int
+    leaving: bool = False
+    """It ends what it has and then goes: nothing new is to be sent there."""
     counters: WorkerCounters
 
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 OnHandoffFailed = Callable[[str, str], None]
 """Called with request id and reason, after the blocks have been given back."""
+OnSettled = Callable[[str], None]
+"""Called once a request given to `receive` has its blocks, and again when its transfer has ended, however that went."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,13 @@ class DecodeWorker:
     alive while the engine has no blocks, then fills them. Whoever ends a request early cancels the task, and the blocks
     are freed only when the transport can no longer write to them."""
 
-    def __init__(self, engine: Engine, taker: Taker, on_handoff_failed: OnHandoffFailed) -> None:
+    def __init__(
+        self, engine: Engine, taker: Taker, on_handoff_failed: OnHandoffFailed, on_settled: OnSettled
+    ) -> None:
         self._engine = engine
         self._taker = taker
         self._on_handoff_failed = on_handoff_failed
+        self._on_settled = on_settled
         self._transfers: dict[str, _Transfer] = {}
 
     def generate(self, request: Request) -> None:
@@ -66,6 +71,7 @@ class DecodeWorker:
 
     def granted(self, sequence: Sequence) -> None:
         """The engine has allocated the blocks of a sequence given to `receive`."""
+        self._on_settled(sequence.request_id)
         transfer = self._transfers.get(sequence.request_id)
         if transfer is None:  # it ended between the grant and this call; the engine has the abort queued
             return
@@ -98,6 +104,7 @@ class DecodeWorker:
     def _ended(self, request_id: str, transfer: asyncio.Task[Taken]) -> None:
         """The KV is there, or the blocks go back; either way nothing writes to them any more."""
         del self._transfers[request_id]
+        self._on_settled(request_id)
         error = None if transfer.cancelled() else transfer.exception()
         if not transfer.cancelled() and error is None:
             state, exact = transfer.result()

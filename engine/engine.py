@@ -147,7 +147,7 @@ class Engine:
         self._commands.put(lambda: self._admit(sequence, self._scheduler.reserve))
 
     def undefer(self, request_id: str) -> None:
-        """A sequence that was reserved deferred may have its blocks now. Unknown ids are ignored."""
+        """A sequence that came deferred may have its blocks now. Unknown ids are ignored."""
         self._commands.put(lambda: self._undefer(request_id))
 
     def join(

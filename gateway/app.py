@@ -38,7 +38,10 @@ def create_app(backend: Backend, model: ServedModel, config: GatewayConfig, metr
     service = Service(backend, model, config, metrics, admission, make_seeds(config.seed), vetting)
     metrics.registry.register(
         WorkerCollector(
-            lambda: backend.status().workers, model_name=model.names[0], routes=lambda: backend.status().routes
+            lambda: backend.status().workers,
+            model_name=model.names[0],
+            routes=lambda: backend.status().routes,
+            replanning=lambda: backend.status().replanning,
         )
     )
     pages = Pages(service)
@@ -53,6 +56,7 @@ def create_app(backend: Backend, model: ServedModel, config: GatewayConfig, metr
         _route("/ping", pages.health, "GET", "POST"),
         _route("/-/healthz", pages.alive),
         _route("/version", pages.version),
+        _route("/replanning", pages.replanning),
         Route("/metrics", pages.metrics),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http_error, Exception: _on_defect})
@@ -172,6 +176,10 @@ class Pages:
 
     async def version(self, exchange: Exchange, _: Scope) -> None:
         await exchange.reply({"version": version("slipstream")})
+
+    async def replanning(self, exchange: Exchange, _: Scope) -> None:
+        """Where it stands, and what was decided lately."""
+        await exchange.reply(self._service.backend.status().replanning or {"mode": "off"})
 
     async def metrics(self, request: HttpRequest) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from core.replan_metrics import ReplanStatus
 from core.types import Request, TokenDelta
 from core.wire import WorkerStatus
 
@@ -19,6 +20,8 @@ class BackendStatus:
     workers: tuple[WorkerStatus, ...]
     routes: Mapping[str, int] = field(default_factory=dict)
     """Attempts at sequences so far, by why they went the way they did."""
+    replanning: ReplanStatus | None = None
+    """None if nobody replans, or nothing was heard of it yet."""
 
 
 class Backend(Protocol):

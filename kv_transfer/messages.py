@@ -69,8 +69,8 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
         """Raise LayoutMismatch, naming what differs, unless KV can move between who says this and us with `layout`."""
         if self.revision != REVISION:
             raise LayoutMismatch(
-                f"hand-offs of revision {REVISION} here and {self.revision} there; run one version of Slipstream on all "
-                "workers",
+                f"hand-offs of revision {REVISION} here and {self.revision} there; run one version of Slipstream "
+                "on all workers",
                 field="revision",
             )
         layout.check_same_cache(self.layout)

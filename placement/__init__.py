@@ -17,5 +17,9 @@
 | `grid.py`, `fit.py`, `profile.py` | which steps are measured, the latency model fitted to them, and what is stored |
 | `devices.py`, `roofline.py` | the same for devices that are not at hand, reckoned from a table |
 | `topology.py` | nodes, devices, links |
+| `live_log.py`, `drift.py`, `forecast.py`, `traffic.py` | what comes, whether it has changed, what is expected |
+| `arrangement.py`, `arranged.py`, `load.py`, `reachable.py`, `change.py` | how workers are used, and may be |
+| `replan_settings.py`, `reactive.py`, `predictive.py`, `replanner.py` | replanning: two loops, and when they may act |
+| `replay_start.py`, `replay.py`, `replay_shown.py` | `slipstream plan replay` |
 | `lengths.py`, `shapes.py`, `plan.py`, `plan_table.py` | the plan: a search over what topology and profiles allow |
 """

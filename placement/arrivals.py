@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from core.errors import ConfigError
@@ -24,6 +26,16 @@ def gamma_gaps(requests: int, cv: float, rng: np.random.Generator) -> Times:
 def poisson_gaps(requests: int, rng: np.random.Generator) -> Times:
     """Exponential gaps. # [requests]"""
     return gamma_gaps(requests, 1.0, rng)
+
+
+def burstiness(gaps: Times) -> float:
+    """Shape of the gamma law that has the variation of these gaps: 1 is a Poisson process, less is burstier, inf is a
+    metronome. The first gap is left out: nobody came before it. 1 where fewer than three requests tell nothing."""
+    known = gaps[1:]
+    if len(known) < 2 or not (mean := float(known.mean())) > 0:
+        return 1.0
+    variance = float(known.var(ddof=1))
+    return mean**2 / variance if variance > 0 else math.inf
 
 
 def _from_zero(gaps: Times) -> Times:

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import product
 
 from core.errors import ConfigError
+from placement.latency import StepLatency
 from placement.layout import Group, Layout, Link, Role
 
 
@@ -21,6 +22,11 @@ class Option:
     group: Group
     dollars_per_hour: float = 1.0
     pool: str = "default"
+    prefill_latency: StepLatency | None = None
+    """In the role of prefill, where it is another."""
+    overhead_ms: float = 0.0
+    handoff_ms: float = 0.0
+    """As measured where it serves: around its groups, and of a hand-off beyond the link."""
 
     @property
     def devices(self) -> int:
@@ -37,12 +43,13 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Space:
-    """`pools`: devices of each kind, of which the learner has `learner_devices`. `refused`: shapes that cannot run, and
+    """`pools`: devices of each kind, of which the learner has `learner_devices`; `devices_per_node`: of each kind, in
+    the largest of its nodes. `refused`: shapes that cannot run, and
     why, to be told with the result."""
 
     options: tuple[Option, ...]
     pools: Mapping[str, int]
-    devices_per_node: int
+    devices_per_node: Mapping[str, int]
     fabric: Fabric
     chunk_tokens: tuple[int, ...] = (2048,)
     handoff_min_tokens: int = 0
@@ -59,13 +66,15 @@ class Space:
                     f"{self.learner_devices.get(pool, 0)}: none is left to serve with",
                     param="pools",
                 )
-        if not (self.devices_per_node >= 1 and self.chunk_tokens):
-            raise ConfigError("devices_per_node is 1 or more, and chunk_tokens has at least one size to try")
+            if self.devices_per_node.get(pool, 0) < 1:
+                raise ConfigError(f"devices_per_node: that of the pool {pool} is not 1 or more", param="pools")
+        if not self.chunk_tokens:
+            raise ConfigError("chunk_tokens has at least one size to try", param="chunk_tokens")
 
     def why_not(self, option: Option) -> str | None:
         """Why no group of this option can be placed; None if one can."""
-        if option.tp > self.devices_per_node:
-            return f"{option.tp} tensor parallel ranks, but {self.devices_per_node} devices in a node"
+        if option.tp > (most := self.devices_per_node[option.pool]):
+            return f"{option.tp} tensor parallel ranks, but {most} devices in a node"
         if option.devices > (left := self.budget(option.pool)):
             return f"needs {option.devices} devices, and the pool {option.pool} has {left} to serve with"
         return None
@@ -120,7 +129,8 @@ class Candidate:
         if self.prefill is None:
             return f"{self.decodes} x {self.decode.name}, chunks of {self.chunk_tokens}"
         counts = self.prefills * self.nodes, self.decodes * self.nodes
-        place = f"together on each of {self.nodes} nodes" if self.near else "anywhere"
+        nodes = f"each of {self.nodes} nodes" if self.nodes > 1 else "a node"
+        place = f"together on {nodes}" if self.near else "anywhere"
         roles = f"{counts[0]} prefill {self.prefill.name} + {counts[1]} decode {self.decode.name}"
         return f"{roles}, {place}, chunks of {self.chunk_tokens}"
 
@@ -137,10 +147,20 @@ class Candidate:
     @cached_property
     def layout(self) -> Layout:
         if self.prefill is None:
-            return Layout((self._group(self.decode, Role.BOTH),) * self.decodes, overhead_ms=self.space.overhead_ms)
+            groups = (self._group(self.decode, Role.BOTH, n * self.decode.devices) for n in range(self.decodes))
+            return Layout(tuple(groups), overhead_ms=self.overhead_ms)
         islands = range(self.nodes)
-        prefills = [self._group(self.prefill, Role.PREFILL, island) for island in islands for _ in range(self.prefills)]
-        decodes = [self._group(self.decode, Role.DECODE, island) for island in islands for _ in range(self.decodes)]
+        prefills = [
+            self._group(self.prefill, Role.PREFILL, n * self.prefill.devices, island)
+            for island in islands
+            for n in range(self.prefills)
+        ]
+        before = self._after_prefill(self.prefill)
+        decodes = [
+            self._group(self.decode, Role.DECODE, before + n * self.decode.devices, island)
+            for island in islands
+            for n in range(self.decodes)
+        ]
         takers = range(len(prefills), len(prefills) + len(decodes))
         paths = {(giver, taker): giver % self.num_links for giver, taker in product(range(len(prefills)), takers)}
         return Layout(
@@ -148,24 +168,45 @@ class Candidate:
             (self.link,) * self.num_links,
             paths,
             self.space.handoff_min_tokens,
-            overhead_ms=self.space.overhead_ms,
+            overhead_ms=self.overhead_ms,
         )
+
+    @property
+    def overhead_ms(self) -> float:
+        return self.space.overhead_ms + self.decode.overhead_ms
 
     @property
     def link(self) -> Link:
         """Over which the KV of a prefill group leaves."""
-        return self.space.fabric.inside if self.near else self.space.fabric.across
+        link = self.space.fabric.inside if self.near else self.space.fabric.across
+        more = self.prefill.handoff_ms if self.prefill else 0.0
+        return replace(link, latency_ms=link.latency_ms + more) if more else link
 
     @property
     def num_links(self) -> int:
         """Near, each prefill group has a link of its own; else one out of the node it is on. They are spread over the
-        nodes that the layout takes."""
+        nodes that the layout takes in their pool."""
         if self.near:
             return self.prefills * self.nodes
-        return min(self.prefills, -(-self.devices // self.space.devices_per_node))
+        if self.prefill is None:
+            return 0
+        mine = self.devices if self.prefill.pool == self.decode.pool else self.prefills * self.prefill.devices
+        return min(self.prefills, -(-mine // self.space.devices_per_node[self.prefill.pool]))
 
-    def _group(self, option: Option, role: Role, island: int = 0) -> Group:
-        return replace(option.group, role=role, chunk_tokens=self.chunk_tokens, island=island)
+    def _after_prefill(self, prefill: Option) -> int:
+        """How many devices come before those that decode: of another pool, whole nodes of these."""
+        used, each = self.prefills * prefill.devices, self.space.devices_per_node
+        if prefill.pool == self.decode.pool:
+            return used
+        return -(-used // each[prefill.pool]) * each[self.decode.pool]
+
+    def _group(self, option: Option, role: Role, before: int, island: int = 0) -> Group:
+        """`before` is how many devices come before its own: groups fill one node after the other."""
+        host = island if self.near else before // self.space.devices_per_node[option.pool]
+        group = replace(option.group, role=role, chunk_tokens=self.chunk_tokens, island=island, host=host)
+        if role is Role.PREFILL and option.prefill_latency is not None:
+            return replace(group, latency=option.prefill_latency)
+        return group
 
 
 def candidates(space: Space) -> Iterator[Candidate]:
@@ -183,14 +224,14 @@ def candidates(space: Space) -> Iterator[Candidate]:
 
 def _apart(space: Space, prefill: Option, decode: Option, chunk_tokens: int) -> Iterator[Candidate]:
     """Devices of one pool that fit a node are kept in one, and repeated over nodes; others are anywhere."""
-    same_pool = prefill.pool == decode.pool
+    same_pool, in_a_node = prefill.pool == decode.pool, space.devices_per_node[decode.pool]
     for prefills in range(1, space.budget(prefill.pool) // prefill.devices + 1):
         used = prefills * prefill.devices
         left = space.budget(decode.pool) - (used if same_pool else 0)
         for decodes in range(1, left // decode.devices + 1):
             devices = used + decodes * decode.devices
-            if same_pool and devices <= space.devices_per_node:
-                for nodes in range(1, max(1, space.budget(decode.pool) // space.devices_per_node) + 1):
+            if same_pool and devices <= in_a_node:
+                for nodes in range(1, max(1, space.budget(decode.pool) // in_a_node) + 1):
                     yield Candidate(space, prefill, decode, prefills, decodes, chunk_tokens, near=True, nodes=nodes)
             else:
                 yield Candidate(space, prefill, decode, prefills, decodes, chunk_tokens)

@@ -6,6 +6,7 @@ trying which of them are 0.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from placement.latency import Coefficients, DistServeLatency, StepLatency
+from placement.latency import Coefficients, Contention, DistServeLatency, StepLatency
 from placement.workload import Times
 
 LEAST_POINTS = 3
@@ -68,6 +69,24 @@ def fit(points: Sequence[Point]) -> StepLatency:
     prompt, _ = _solve([(point.tokens, point.squares) for point in prompts], prompts)
     small, large, large_rows = _in_two(decodes)
     return _sharing(StepLatency(prompt, small, large, large_rows), both)
+
+
+def fit_contention(
+    alone: Sequence[Point], beside_prompts: Sequence[Point], beside_decodes: Sequence[Point], others: int
+) -> Contention:
+    """What one of `others` workers adds, from the same steps alone and beside them."""
+    prompts, decodes = _ratios(alone, beside_prompts, others), _ratios(alone, beside_decodes, others)
+    return Contention(prompt=(prompts[0], decodes[0]), decode=(prompts[1], decodes[1]))
+
+
+def _ratios(alone: Sequence[Point], beside: Sequence[Point], others: int) -> tuple[float, float]:
+    """Medians, of steps that are all prompts and of those that are all decodes."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for one, other in zip(alone, beside, strict=True):
+        if not (one.tokens and one.sequences):
+            ratios[bool(one.tokens)].append(other.ms / one.ms)
+    prompt, decode = (max(1.0, 1.0 + (statistics.median(found) - 1.0) / others) for found in ratios.values())
+    return prompt, decode
 
 
 def _in_two(decodes: list[Point]) -> tuple[Coefficients, Coefficients, int]:

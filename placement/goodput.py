@@ -64,6 +64,30 @@ def goodput(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, f
         if low < top - 10 * _PER_OCTAVE:
             return 0.0
         high, low = low, low - _PER_OCTAVE
+    return _between(layout, workload, goal, low, high)
+
+
+def goodput_near(layout: Layout, workload: Workload, goal: Goal, near: float) -> float:
+    """As goodput, the sooner the closer it is to `near`, a rate. 0 if less than about a thousandth of that attains; no
+    more than about four times as much, as a short run may attain the goal at any rate."""
+    low, step = _place(near), 1
+    least, most = low - 10 * _PER_OCTAVE, low + 2 * _PER_OCTAVE
+    if attains(layout, workload, _rate(low), goal):
+        while low < most and attains(layout, workload, _rate(min(low + step, most)), goal):
+            low, step = min(low + step, most), 2 * step
+        high = min(low + step, most + 1)
+    else:
+        high, low = low, low - step
+        while not attains(layout, workload, _rate(low), goal):
+            if low < least:
+                return 0.0
+            step = 2 * step
+            high, low = low, low - step
+    return _between(layout, workload, goal, low, high)
+
+
+def _between(layout: Layout, workload: Workload, goal: Goal, low: int, high: int) -> float:
+    """The highest of the RATES that attains the goal, of places of which `low` does and `high` does not."""
     while high - low > 1:
         middle = (low + high) // 2
         if attains(layout, workload, _rate(middle), goal):
@@ -87,10 +111,10 @@ def _place(rate: float) -> int:
     return math.floor(math.log(rate) / math.log(RATE_STEP) + 1e-9)
 
 
-def interval(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, seed: int = 0) -> Interval:
-    """Goodput over REPLICATIONS runs of as many requests, drawn from the workload by `seed`."""
+def interval(layout: Layout, workload: Workload, goal: Goal, *, near: float, seed: int = 0) -> Interval:
+    """Goodput, about `near`, over REPLICATIONS runs of as many requests, drawn from the workload by `seed`."""
     draws = (workload.resampled(len(workload), np.random.default_rng((seed, run))) for run in range(REPLICATIONS))
-    found = np.array([goodput(layout, drawn, goal, ceiling=ceiling) for drawn in draws])
+    found = np.array([goodput_near(layout, drawn, goal, near) for drawn in draws])
     half = half_width(found)
     return Interval(float(found.mean()), float(max(0.0, found.mean() - half)), float(found.mean() + half))
 

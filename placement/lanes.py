@@ -48,8 +48,27 @@ class Request:
 
 
 @dataclass
+class StepClock:
+    """A step that takes `work_ms` alone, the share `prompts` of it for prompts. `done_ms` of it were done at
+    `since_ms`; from then on it takes `slowdown` times as long."""
+
+    work_ms: float = 0.0
+    prompts: float = 0.0
+    done_ms: float = 0.0
+    since_ms: float = 0.0
+    slowdown: float = 1.0
+
+    def slowed(self, now_ms: float, slowdown: float) -> float:
+        """From now on; returns when it ends."""
+        self.done_ms += (now_ms - self.since_ms) / self.slowdown
+        self.since_ms, self.slowdown = now_ms, slowdown
+        return now_ms + (self.work_ms - self.done_ms) * slowdown
+
+
+@dataclass
 class LaneState:
-    """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps."""
+    """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps; `computing`: the
+    share of prompts in it, or in the last if the next may begin at this instant, None if it does not compute."""
 
     index: int
     spec: Lane
@@ -60,6 +79,8 @@ class LaneState:
     decoding: list[Request] = field(default_factory=list)
     running: list[tuple[Request, int]] | None = None
     began_ms: float = 0.0
+    step: StepClock = field(default_factory=StepClock)
+    computing: float | None = None
     busy_ms: float = 0.0
     kv_used: float = 0.0
     context: float = 0.0
@@ -70,6 +91,13 @@ class LaneState:
     down: int = 0
     version: int = 0
     starting: bool = False
+    open: bool = True
+    """Whether it may get requests; one that drains does not."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether it gets requests."""
+        return self.open and not self.down
 
     @property
     def growth(self) -> float:

@@ -66,6 +66,20 @@ class Speculation:
 
 
 @dataclass(frozen=True)
+class Contention:
+    """How many times as long a step takes beside another worker that computes on the same machine: what of it is
+    prompts, and what is decodes, each beside one that computes (prompts, decodes). Each further one adds as much."""
+
+    prompt: tuple[float, float] = (1.0, 1.0)
+    decode: tuple[float, float] = (1.0, 1.0)
+
+    def more(self, prompts: float, others: float) -> float:
+        """What another adds to a step, as a share of it. `prompts` and `others`: the shares of prompts in either."""
+        prompt, decode = (one * others + two * (1.0 - others) for one, two in (self.prompt, self.decode))
+        return prompt * prompts + decode * (1.0 - prompts) - 1.0
+
+
+@dataclass(frozen=True)
 class StepLatency:
     """One step of our engine, which may hold chunks of prompts and sequences that decode.
 
@@ -85,6 +99,14 @@ class StepLatency:
         """The same coefficients in steps of our own; chunks and decodes share what the cheaper takes at the least."""
         shared = max(0.0, min(model.prefill.a, model.decode.a, model.large_decode.a))
         return StepLatency(model.prefill, model.decode, model.large_decode, model.large_batch, shared)
+
+    def times(self, factor: float) -> StepLatency:
+        """Of a machine on which everything takes so many times as long."""
+        prompt, decode, large = (
+            Coefficients(factor * c.a, factor * c.b, factor * c.c)
+            for c in (self.prompt, self.decode, self.large_decode)
+        )
+        return StepLatency(prompt, decode, large, self.large_rows, factor * self.shared_ms)
 
     def step_ms(self, tokens: int, squares: float, context: float, sequences: int, rows: int) -> float:
         """`tokens` and `squares` of the chunks, `context` tokens and `rows` of the decodes."""

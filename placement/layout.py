@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from core.errors import ConfigError
-from placement.latency import Speculation, StepLatency
+from placement.latency import Contention, Speculation, StepLatency
 from placement.workload import Workload
 
 
@@ -17,13 +17,17 @@ class Role(IntEnum):
     BOTH = 2
 
 
+ALONE = Contention()
+
+
 @dataclass(frozen=True)
 class Group:
     """One model on one group of devices.
 
     A pipeline of `stages` has as many steps in flight, of disjoint sequences, each as long as a step through the whole
     model and `hop_ms` for every stage after the first. It is simulated as that many lanes with equal parts of the
-    memory and the seats. KV is handed over within an island only.
+    memory and the seats. KV is handed over within an island only. Groups of one `host` compute on one machine, and slow
+    each other down by `contention`.
     """
 
     role: Role
@@ -35,6 +39,8 @@ class Group:
     hop_ms: float = 0.0
     speculation: Speculation | None = None
     island: int = 0
+    host: int = 0
+    contention: Contention = ALONE
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Lane:
     every_step_ms: float
     speculation: Speculation
     island: int
+    host: int
+    contention: Contention
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,8 @@ def _lane(number: int, group: Group) -> Lane:
         every_step_ms=group.hop_ms * (group.stages - 1),
         speculation=group.speculation or NO_SPECULATION,
         island=group.island,
+        host=group.host,
+        contention=group.contention,
     )
 
 
@@ -149,6 +159,8 @@ def _check_group(number: int, group: Group) -> None:
         raise ConfigError(
             f"group {number}: a step can't save {latency.shared_ms} ms of what it takes", param="shared_ms"
         )
+    if not min(group.contention.prompt + group.contention.decode) >= 1:
+        raise ConfigError(f"group {number}: {group.contention}: beside others a step takes 1 or more times as long")
     if not 1 <= speculation.acceptance_length <= speculation.rows:
         raise ConfigError(
             f"group {number}: an acceptance length of {speculation.acceptance_length:g} with {speculation.rows} rows; "

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from core.errors import ConfigError
-from placement.latency import Coefficients, Speculation, StepLatency
+from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Outage, Role
 
 
@@ -35,6 +35,11 @@ class _Speculation(_Strict):
     draft_sequence_ms: float = 0.0
 
 
+class _Contention(_Strict):
+    prompt: tuple[float, float] = (1.0, 1.0)
+    decode: tuple[float, float] = (1.0, 1.0)
+
+
 class _Group(_Strict):
     name: str
     role: str
@@ -47,6 +52,8 @@ class _Group(_Strict):
     hop_ms: float = 0.0
     speculation: _Speculation | None = None
     island: int = 0
+    host: int = 0
+    contention: _Contention = msgspec.field(default_factory=_Contention)
 
 
 class _Link(_Strict, rename={"giver": "from", "taker": "to"}):
@@ -112,6 +119,8 @@ def _group(kind: _Group) -> Group:
         hop_ms=kind.hop_ms,
         speculation=Speculation(**asdict(kind.speculation)) if kind.speculation else None,
         island=kind.island,
+        host=kind.host,
+        contention=Contention(kind.contention.prompt, kind.contention.decode),
     )
 
 

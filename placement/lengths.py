@@ -7,16 +7,17 @@ import math
 import numpy as np
 
 from core.errors import ConfigError
-from placement.arrivals import poisson_gaps
+from placement.arrivals import gamma_gaps
 from placement.workload import Lengths, Workload
 
 REQUESTS = 3000
 _EXAMPLE = "write --lengths prompt=512,output=128, in tokens, and cv=0.8 for how much they vary"
 
 
-def parse_lengths(text: str, seed: int = 0) -> Workload:
+def parse_lengths(text: str, seed: int = 0, *, burstiness: float = 1.0) -> Workload:
     """Requests that come at random, with lengths of these means, by a lognormal distribution; `cv`, of both, is the
-    standard deviation over the mean, and 0 if left out. Raises ConfigError."""
+    standard deviation over the mean, and 0 if left out. `burstiness` is the shape of their gamma gaps: 1 is a Poisson
+    process, less is burstier. Raises ConfigError."""
     parts = [part.strip().partition("=") for part in text.split(",")]
     found = {name: _number(name, value) for name, _, value in parts if name in ("prompt", "output", "cv")}
     if len(found) < len(parts) or not {"prompt", "output"} <= found.keys():
@@ -26,7 +27,7 @@ def parse_lengths(text: str, seed: int = 0) -> Workload:
             raise ConfigError(f"--lengths: {name} is {found[name]:g}, not between 1 and 10 million: {_EXAMPLE}")
     rng = np.random.default_rng(seed)
     prompts, outputs = (_drawn(found[name], found.get("cv", 0.0), rng) for name in ("prompt", "output"))
-    return Workload(prompts, outputs, poisson_gaps(REQUESTS, rng))
+    return Workload(prompts, outputs, gamma_gaps(REQUESTS, burstiness**-0.5, rng))
 
 
 def _number(name: str, value: str) -> float:

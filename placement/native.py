@@ -122,7 +122,8 @@ class _LaneSpec(ctypes.Structure):
         *((name, ctypes.c_double * 3) for name in ("prompt", "decode", "large_decode")),
         *((name, ctypes.c_double) for name in ("large_rows", "shared_ms", "every_step_ms", "draft_ms")),
         *((name, ctypes.c_double) for name in ("draft_sequence_ms", "tokens_per_step", "rows", "kv_tokens")),
-        *((name, ctypes.c_int64) for name in ("role", "chunk_tokens", "max_sequences", "island")),
+        *((name, ctypes.c_double * 2) for name in ("prompt_contention", "decode_contention")),
+        *((name, ctypes.c_int64) for name in ("role", "chunk_tokens", "max_sequences", "island", "host")),
     )
 
 
@@ -178,7 +179,8 @@ def _lane_spec(lane: Lane) -> _LaneSpec:
         *(_triple(latency.prompt), _triple(latency.decode), _triple(latency.large_decode)),
         *(latency.large_rows, latency.shared_ms, lane.every_step_ms, speculation.draft_ms),
         *(speculation.draft_sequence_ms, speculation.acceptance_length, speculation.rows, lane.kv_tokens),
-        *(lane.role, lane.chunk_tokens, lane.max_sequences, lane.island),
+        *((ctypes.c_double * 2)(*pair) for pair in (lane.contention.prompt, lane.contention.decode)),
+        *(lane.role, lane.chunk_tokens, lane.max_sequences, lane.island, lane.host),
     )
 
 

@@ -13,10 +13,12 @@ from core.errors import ConfigError
 from placement.candidates import Candidate, Space
 from placement.goodput import REPLICATIONS, Goal, half_width
 from placement.layout import Role
+from placement.packing import Seat, packed
+from placement.pareto import Point, front, point
 from placement.pools import LEAST_REQUESTS
 from placement.prediction import predict
 from placement.profile import ModelFacts
-from placement.search import NUM_RANKED, Found, Objective, Ranked, cheapest, search
+from placement.search import NUM_RANKED, Found, Objective, Ranked, cheapest, search, sweep
 from placement.shapes import Shape
 from placement.topology import Topology
 from placement.workload import Workload
@@ -66,6 +68,10 @@ class Plan(msgspec.Struct):
     ranking: list[Entry]
     refused: dict[str, str]
     warnings: list[str]
+    pareto: list[Point] = []
+    """Of the ranked kinds of layouts, for a few budgets each, those that none of these beats in everything."""
+    placed: list[Seat] = []
+    """The nodes that the chosen layout takes."""
     serve: dict[str, Any] | None = None
     """The configuration of the best of these layouts that `slipstream serve` can run."""
 
@@ -120,7 +126,12 @@ def make_plan(
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
         refused={name: why for result in found for name, why in result.refused.items()},
         warnings=[*_left_out(asked - len(workload), asked, model), *_warnings(chosen, by_name, workload)],
+        pareto=_pareto(found, workload, goal, topology.priced),
     )
+    try:
+        plan.placed = packed(chosen, topology)
+    except ConfigError as error:
+        plan.warnings.append(f"the chosen layout has groups over several nodes: {error.message}")
     return Made(plan, [chosen, *(entry.candidate for entry in ranked if entry.candidate != chosen)])
 
 
@@ -175,6 +186,13 @@ def _verdict(searched: dict[frozenset[Role], Found | str]) -> str:
         f"{word}: {gain - 1:.0%} more; colocated {one.goodput:.3g} requests/s with {one.candidate.name}, "
         f"disaggregated {other.goodput:.3g} with {other.candidate.name}"
     )
+
+
+def _pareto(found: Sequence[Found], workload: Workload, goal: Goal, priced: bool) -> list[Point]:
+    ranked = {one.candidate.name: one for result in found for one in result.ranked}
+    swept = {one.candidate.name: one for result in found for one in sweep(result, workload, goal)}
+    known = [one for one in (swept | ranked).values() if one.goodput > 0.0]
+    return front(point(one.candidate, one.goodput, workload, goal, priced) for one in known)
 
 
 def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> dict[str, Spread]:

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+from placement.packing import Seat
+from placement.pareto import Point, thinned
 from placement.plan import Entry, Plan, Spread
 
 _SHOWN = ("p50", "p90", "p99")
+_FRONT = 8
+"""Layouts of the Pareto front that are printed; --json has all."""
 
 
 def table(plan: Plan) -> str:
+    """All of it."""
     sources = ", ".join(f"{name} {source}" for name, source in plan.sources.items())
     lines = [
         f"{plan.model} on {plan.topology}; latency of {sources}",
         f"targets: TTFT {plan.ttft_ms:g} ms and TPOT {plan.tpot_ms:g} ms for {plan.share:.0%} of requests",
         "",
-        f"chosen: {plan.chosen.name} ({_cost(plan.chosen)})",
-        f"why: {plan.why}",
-        f"disaggregate or not: {plan.verdict}",
-        "",
-        *_predicted(plan),
+        summary(plan),
         "",
         f"{'goodput/s':>10}{'95 % interval':>20}{'steady':>8}{'devices':>9}  layout",
         *(_ranked(entry) for entry in plan.ranking),
     ]
-    lines += [f"cannot run: {name}: {why}" for name, why in plan.refused.items()]
-    return "\n".join(lines + [f"warning: {warning}" for warning in plan.warnings])
+    if plan.pareto:
+        shown = thinned(plan.pareto, _FRONT)
+        left_out = f", {len(shown)} of {len(plan.pareto)}" if len(shown) < len(plan.pareto) else ""
+        lines += ["", f"{'goodput/s':>10}{'TTFT':>10}{'TPOT':>10}{'cost':>26}  Pareto front{left_out}"]
+        lines += [_point(point) for point in shown]
+    lines += ["", *_refused(plan.refused)] if plan.refused else []
+    return "\n".join(lines + _warnings(plan))
+
+
+def summary(plan: Plan) -> str:
+    """What was chosen, why, and what it will reach."""
+    lines = [
+        f"chosen: {plan.chosen.name} ({_cost(plan.chosen)})",
+        *(f"on: {_seat(seat)}" for seat in plan.placed),
+        f"why: {plan.why}",
+        f"disaggregate or not: {plan.verdict}",
+        "",
+        *_predicted(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _warnings(plan: Plan) -> list[str]:
+    return [f"warning: {warning}" for warning in plan.warnings]
 
 
 def _predicted(plan: Plan) -> list[str]:
@@ -50,6 +73,29 @@ def _ranked(entry: Entry) -> str:
     return f"{entry.goodput_rps:>10.3g}{interval:>20}{steady:>8}{entry.devices:>9}  {entry.name}"
 
 
-def _cost(entry: Entry) -> str:
+def _point(point: Point) -> str:
+    latencies = f"{_ms(point.ttft_ms):>10}{_ms(point.tpot_ms):>10}"
+    return f"{point.goodput_rps:>10.3g}{latencies}{_cost(point):>26}  {point.name}"
+
+
+def _seat(seat: Seat) -> str:
+    workers = [(seat.prefill, "prefill"), (seat.decode, "decode"), (seat.both, "prefill and decode")]
+    held = " + ".join(f"{count} {role}" for count, role in workers if count)
+    devices = f"{seat.devices} {seat.device} device{'s' * (seat.devices > 1)}"
+    return f"{seat.count} x {seat.node}, {devices}{' each' if seat.count > 1 else ''}: {held}"
+
+
+def _refused(refused: dict[str, str]) -> list[str]:
+    """Reasons once each: where a kind of group can't run, nor can any layout with it."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        by_reason.setdefault(why, []).append(name)
+    return [
+        f"cannot run: {names[0]}{f', and {len(names) - 1} more alike' if len(names) > 1 else ''}: {why}"
+        for why, names in by_reason.items()
+    ]
+
+
+def _cost(entry: Entry | Point) -> str:
     devices = f"{entry.devices} device{'s' * (entry.devices > 1)}"
     return devices if entry.dollars_per_hour is None else f"{devices}, ${entry.dollars_per_hour:.4g} an hour"

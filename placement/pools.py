@@ -12,16 +12,16 @@ from dataclasses import replace
 from placement.bounds import Demand, most_rate
 from placement.goodput import Goal, goodput
 from placement.latency import Coefficients, StepLatency
-from placement.layout import Group, Layout, Role
+from placement.layout import ALONE, Group, Layout, Role
 from placement.outcome import Targets
 from placement.workload import Workload
 
 SLACK = 1.05
 """A sample of requests may treat fewer groups a little better than many."""
-REQUESTS_PER_STAGE = 300
+REQUESTS_PER_STAGE = 150
 LEAST_REQUESTS = 2000
 """How many requests a layout is tried with. With fewer a run is over before its queues have grown to what they stay at,
-and goodput comes out too high."""
+and goodput comes out too high; whether it does so here the best layouts are asked in longer runs (search.py)."""
 
 _FREE = Coefficients(0.0, 0.0, 0.0)
 _IDEAL = Group(Role.BOTH, StepLatency(_FREE, _FREE, _FREE, 1), 2**50, chunk_tokens=2**40, max_sequences=2**30)
@@ -43,7 +43,7 @@ def most_each(group: Group, count: int, workload: Workload, handoff_min_tokens: 
 
 
 def _pool(group: Group, count: int, handoff_min_tokens: int) -> Layout:
-    pool = (replace(group, island=0),) * count
+    pool = (replace(group, island=0, contention=ALONE),) * count
     if group.role is Role.BOTH:
         return Layout(pool)
     other = Role.DECODE if group.role is Role.PREFILL else Role.PREFILL

@@ -43,9 +43,9 @@ def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | 
     return Prediction(
         requests=len(workload),
         rate_rps=rate,
-        ttft_ms=_statistics(outcome.ttft_ms),
-        tpot_ms=_statistics(outcome.tpot_ms),
-        e2e_ms=_statistics(outcome.e2e_ms),
+        ttft_ms=statistics_of(outcome.ttft_ms),
+        tpot_ms=statistics_of(outcome.tpot_ms),
+        e2e_ms=statistics_of(outcome.e2e_ms),
         preemptions=served.preemptions,
         busy=[float(served.busy_ms[groups == group].mean() / served.end_ms) for group in range(len(layout.groups))],
         cpu_s=cpu_s,
@@ -54,6 +54,7 @@ def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | 
     )
 
 
-def _statistics(values: Times) -> dict[str, float]:
+def statistics_of(values: Times) -> dict[str, float]:
+    """Mean and percentiles, by name."""
     shares = np.percentile(values, _PERCENTILES)
     return {"mean": float(values.mean())} | {f"p{p}": float(v) for p, v in zip(_PERCENTILES, shares, strict=True)}

@@ -3,7 +3,9 @@ that holds. Stored as JSON by `slipstream profile`."""
 
 from __future__ import annotations
 
+import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +13,9 @@ import msgspec
 import numpy as np
 
 from core.errors import ConfigError
-from placement.fit import Point, distserve_ms, fit, fit_distserve
-from placement.latency import StepLatency
-from placement.layout import Group, Role
+from placement.fit import Point, distserve_ms, fit, fit_contention, fit_distserve
+from placement.latency import Coefficients, Contention, Speculation, StepLatency
+from placement.layout import ALONE, Group, Role
 from placement.workload import Workload
 
 FORMAT = 1
@@ -43,7 +45,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     threads: int = 1
     """Of each rank, on a CPU: its device is a core."""
     beside: int = 0
-    """Workers alike that computed on the same machine at the same time."""
+    """Workers alike that computed on the same machine while steps were measured beside them."""
     hardware: dict[str, str | int] = {}
     versions: dict[str, str] = {}
 
@@ -51,6 +53,40 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def devices(self) -> int:
         """How many a stage takes."""
         return self.tp * self.threads
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request sees beyond the steps themselves, of workers and a gateway that had little to do: before its first
+    token, and for each token of its prompt; in each step that decodes, and for each sequence in it; where prompts are
+    handed over, in their step, and between first and second token."""
+
+    overhead_ms: float
+    prompt_token_ms: float
+    step_ms: float
+    sequence_ms: float
+    handoff_step_ms: float = 0.0
+    handoff_gap_ms: float = 0.0
+
+
+class Drafting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a drafter did for answers to some prompts, with no more than `budget` draft tokens a step: a sequence got
+    `acceptance_length` tokens in a step for `rows` rows, means both; a step's drafting and verifying took `draft_ms`
+    and `draft_sequence_ms` more for each sequence."""
+
+    drafter: str
+    prompts: str
+    """The file they are from, or random."""
+    budget: int
+    acceptance_length: float
+    rows: float
+    draft_ms: float
+    draft_sequence_ms: float
+
+    @property
+    def speculation(self) -> Speculation:
+        """Rows are whole in the simulator: as many as there were on average, or the next more."""
+        rows = math.ceil(max(self.rows, self.acceptance_length) - 1e-9)
+        return Speculation(self.acceptance_length, rows, self.draft_ms, self.draft_sequence_ms)
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -69,11 +105,48 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     model: ModelFacts
     setting: Setting
     points: tuple[Point, ...]
+    beside_prompts: tuple[Point, ...] = ()
+    beside_decodes: tuple[Point, ...] = ()
+    """The same steps beside `setting.beside` other workers that compute prompts, and such that decode."""
+    serving: Serving | None = None
+    drafting: tuple[Drafting, ...] = ()
     format: int = FORMAT
 
     @property
     def latency(self) -> StepLatency:
         return fit(self.points)
+
+    def drafting_of(self, drafter: str) -> Drafting:
+        """Raises ConfigError if it was not measured."""
+        found = next((one for one in self.drafting if one.drafter == drafter), None)
+        if found is None:
+            raise ConfigError(
+                f"--speculation {drafter}: the profile does not know it; profile with --speculation {drafter}, or give "
+                "--acceptance-length",
+                param="speculation",
+            )
+        return found
+
+    def served(self, role: Role) -> StepLatency:
+        """Of steps in a worker that serves; as they were measured if it is not known what that adds."""
+        latency, around = self.latency, self.serving
+        if around is None:
+            return latency
+        a, b, c = latency.prompt
+        prompt = Coefficients(
+            a + (around.handoff_step_ms if role is Role.PREFILL else 0.0), b + around.prompt_token_ms, c
+        )
+        decode, large = (
+            Coefficients(a + around.step_ms, b, c + around.sequence_ms)
+            for a, b, c in (latency.decode, latency.large_decode)
+        )
+        return replace(latency, prompt=prompt, decode=decode, large_decode=large)
+
+    @property
+    def contention(self) -> Contention:
+        if not self.beside_prompts:
+            return ALONE
+        return fit_contention(self.points, self.beside_prompts, self.beside_decodes, self.setting.beside)
 
     @property
     def range(self) -> Range:
@@ -117,7 +190,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ]
         if self.source == "roofline":
             rows.insert(0, f"a roofline of {self.setting.device}, not measured: expect errors of tens of percent")
-        return "\n".join([*rows, _summary("the fit", self.errors()), _summary("DistServe's form", self._distserve())])
+        rows += [_summary("the fit", self.errors()), _summary("DistServe's form", self._distserve())]
+        if self.beside_prompts:
+            for place, what in enumerate(("prompts", "decodes")):
+                prompt, decode = self.contention.prompt[place], self.contention.decode[place]
+                rows.append(f"beside another's {what} prompts take {prompt:.2f} times as long, decodes {decode:.2f}")
+        return "\n".join(rows)
 
     def _distserve(self) -> list[float]:
         """Errors of DistServe's form, by point that it knows."""
@@ -152,9 +230,12 @@ def read_profile(path: Path) -> Profile:
         found = msgspec.json.decode(path.read_bytes(), type=Profile)
         if found.format != FORMAT:
             raise ConfigError(f"format is {found.format}, not {FORMAT}: profile the model again")
-        if not all(0 < point.ms < float("inf") for point in found.points):
+        beside = (found.beside_prompts, found.beside_decodes)
+        if not all(0 < point.ms < float("inf") for point in found.points + beside[0] + beside[1]):
             raise ConfigError("points: a step took no time, or no end of it")
         fit(found.points)
+        if any(beside) and ({len(some) for some in beside} != {len(found.points)} or not found.setting.beside):
+            raise ConfigError("beside_prompts, beside_decodes: have the steps of points, beside setting.beside others")
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}", param="profile") from error
     except (msgspec.MsgspecError, ConfigError) as error:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from core.errors import ConfigError
 from placement.bounds import Demand
 from placement.candidates import Candidate, Option, Space, candidates
-from placement.goodput import Goal, Interval, attains, goodput, interval, next_rate
+from placement.goodput import Goal, Interval, attains, goodput, goodput_near, interval, next_rate
 from placement.layout import Layout, Role
 from placement.native import serve
 from placement.pools import most_each, sized
@@ -25,7 +25,11 @@ Objective = Literal["per-device", "per-dollar", "total"]
 NUM_RANKED = 5
 """Kinds of layouts, by shapes and chunks, that are told with a confidence interval."""
 LONGER_RUN = 3
-_STEADY = 0.05
+STEADY = 0.05
+MOST_REQUESTS = 90_000
+"""Of a run; a layout whose goodput still falls then is told as not steady."""
+_BUDGETS = 8
+"""Numbers of devices, or prices, for which the layouts of a kind are compared."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Ranked:
-    """`steady`: a run three times as long gives the same goodput within 5 %."""
+    """`goodput` is the mean of the interval: one run alone may be lucky in its requests. `steady`: its runs are so long
+    that one three times as long gives the same goodput within 5 %."""
 
     candidate: Candidate
     goodput: float
@@ -79,7 +84,7 @@ def search(space: Space, workload: Workload, goal: Goal, objective: Objective = 
             best[candidate.kinds] = result.score
     if not any(best.values()):
         raise _unreachable(refused, [candidate for _, _, candidate in bounded], workload, goal)
-    return Found(_ranking(evaluated, workload, goal), evaluated, pruned, refused)
+    return Found(ranking(evaluated, workload, goal, objective), evaluated, pruned, refused)
 
 
 def _last_ranked(best: dict[tuple[object, ...], float]) -> float:
@@ -121,7 +126,8 @@ def _refused(space: Space) -> dict[str, str]:
 def _bounded(
     space: Space, workload: Workload, goal: Goal, objective: Objective, refused: dict[str, str]
 ) -> list[tuple[float, float, Candidate]]:
-    """Score and rate that each candidate cannot pass, highest score first, then fewest devices."""
+    """Score and rate that each candidate cannot pass, highest score first. Of equals the dearest is first, as many
+    groups share their luck, so that it is mostly the best and the others need one look; then the fewest devices."""
     most = _Most(space, workload, goal)
     kv_tokens = Demand.of(workload, space.handoff_min_tokens).kv_tokens * goal.share
     rated = [
@@ -134,7 +140,7 @@ def _bounded(
     if free := [candidate.name for rate, candidate in rated if math.isinf(rate)]:
         raise ConfigError(f"by its latency model {free[0]} serves any rate: profile it", param="latency")
     scored = [(rate / _cost(candidate, objective), rate, candidate) for rate, candidate in rated]
-    return sorted(scored, key=lambda entry: (-entry[0], entry[2].devices))
+    return sorted(scored, key=lambda entry: (-round(entry[0], 9), -_cost(entry[2], objective), entry[2].devices))
 
 
 @dataclass
@@ -186,30 +192,77 @@ def _evaluate(
     return Evaluated(candidate, found, found / cost)
 
 
+def _settled(layout: Layout, workload: Workload, goal: Goal, found: float) -> tuple[float, bool, int]:
+    """Goodput in longer and longer runs, from that of one, until the next agrees: that goodput, whether one did, and
+    the requests of its run."""
+    requests = len(workload)
+    while found > 0.0 and LONGER_RUN * requests <= MOST_REQUESTS:
+        again = goodput_near(layout, workload.of_length(LONGER_RUN * requests), goal, found)
+        if abs(again - found) <= STEADY * found:
+            return found, True, requests
+        found, requests = again, LONGER_RUN * requests
+    return found, False, requests
+
+
 def _cost(candidate: Candidate, objective: Objective) -> float:
     return {"per-device": float(candidate.devices), "per-dollar": candidate.dollars_per_hour, "total": 1.0}[objective]
 
 
-def _ranking(evaluated: list[Evaluated], workload: Workload, goal: Goal) -> list[Ranked]:
-    """The best of each kind, of NUM_RANKED kinds."""
+def ranking(evaluated: list[Evaluated], workload: Workload, goal: Goal, objective: Objective) -> list[Ranked]:
+    """The best of each kind, of NUM_RANKED kinds, by their goodput in longer runs."""
     exact = sorted((result for result in evaluated if result.exact and result.goodput > 0.0), key=_order)
     of_kind: dict[tuple[object, ...], Evaluated] = {}
     for result in exact:
         of_kind.setdefault(result.candidate.kinds, result)
-    return [_ranked(result, workload, goal) for result in [*of_kind.values()][:NUM_RANKED]]
+    best = [_ranked(result, workload, goal, objective) for result in [*of_kind.values()][:NUM_RANKED]]
+    return sorted(best, key=lambda ranked: (-ranked.score, ranked.candidate.devices))
 
 
 def _order(result: Evaluated) -> tuple[float, int]:
     return -result.score, result.candidate.devices
 
 
-def _ranked(result: Evaluated, workload: Workload, goal: Goal) -> Ranked:
-    layout, ceiling, workload = result.candidate.layout, 4 * result.goodput, sized(workload, result.candidate.stages)
-    longer = workload.of_length(LONGER_RUN * len(workload))
-    again = goodput(layout, longer, goal, ceiling=ceiling)
-    steady = abs(again - result.goodput) <= _STEADY * result.goodput
-    spread = interval(layout, workload, goal, ceiling=ceiling)
-    return Ranked(result.candidate, result.goodput, result.score, spread, steady)
+def _ranked(result: Evaluated, workload: Workload, goal: Goal, objective: Objective) -> Ranked:
+    candidate = result.candidate
+    found, steady, requests = _settled(candidate.layout, sized(workload, candidate.stages), goal, result.goodput)
+    spread = interval(candidate.layout, workload.of_length(requests), goal, near=found)
+    mean = spread.mean or found
+    return Ranked(candidate, mean, mean / _cost(candidate, objective), spread, steady)
+
+
+class Swept(NamedTuple):
+    candidate: Candidate
+    goodput: float
+
+
+def sweep(found: Found, workload: Workload, goal: Goal) -> list[Swept]:
+    """Of each ranked kind the layout with the highest score that can be expected, for a few budgets: what there is to
+    choose from besides the best. Goodput of short runs."""
+    swept: list[Swept] = []
+    for ranked in found.ranked:
+        space, kinds = ranked.candidate.space, ranked.candidate.kinds
+        alike = sorted((one for one in candidates(space) if one.kinds == kinds), key=lambda one: one.devices)
+        budgets = {max(1, round(alike[-1].devices * part / _BUDGETS)) for part in range(1, _BUDGETS + 1)}
+        chosen = (_likeliest(alike, budget, ranked.candidate) for budget in sorted(budgets))
+        swept += [_near(one, ranked, workload, goal) for one in {one.name: one for one in chosen if one}.values()]
+    return swept
+
+
+def _likeliest(alike: list[Candidate], budget: int, best: Candidate) -> Candidate | None:
+    """Of layouts of a kind that take no more devices than the budget, the largest that shares them out most as the
+    best one does."""
+    within = [one for one in alike if one.devices <= budget]
+    return min(within, key=lambda one: budget - one.devices + abs(_share(one) - _share(best)) * budget, default=None)
+
+
+def _share(candidate: Candidate) -> float:
+    """Of the groups, that decode."""
+    return candidate.decodes / (candidate.prefills + candidate.decodes)
+
+
+def _near(one: Candidate, ranked: Ranked, workload: Workload, goal: Goal) -> Swept:
+    expected = ranked.goodput * one.devices / ranked.candidate.devices
+    return Swept(one, goodput_near(one.layout, sized(workload, one.stages), goal, expected))
 
 
 def _unreachable(refused: dict[str, str], tried: list[Candidate], workload: Workload, goal: Goal) -> ConfigError:

@@ -10,14 +10,15 @@ it moves once there is room.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
 
-from placement.lanes import DECODES_IT, At, LaneState, Request
-from placement.layout import Layout, Role
+from placement.lanes import DECODES_IT, At, LaneState, Request, StepClock
+from placement.layout import ALONE, Lane, Layout, Role
 from placement.outcome import Outcome
 from placement.workload import Times, Workload
 
@@ -36,7 +37,7 @@ def serve_plainly(layout: Layout, workload: Workload, rate: float) -> Served:
     """The workload at `rate` requests per second. Raises ConfigError for a request that could never be held."""
     layout.check(workload)
     arrivals = workload.arrivals_ms(rate)
-    world = _World(layout, workload)
+    world = World(layout, workload)
     world.run(arrivals)
     outcome = to_outcome(workload, arrivals - layout.overhead_ms, world.first, world.last)
     return Served(outcome, world.preemptions, world.busy_ms(), float(world.last.max()))
@@ -49,11 +50,12 @@ def to_outcome(workload: Workload, since: Times, first: Times, last: Times) -> O
 
 
 _OUTAGE, _ENDING, _STARTING = range(3)
-_FAILS, _REPAIRED, _STEP_ENDS, _KV_ARRIVES, _BEGINS = range(5)
+_FAILS, _REPAIRED, _STEP_ENDS, _KV_ARRIVES, _BEGINS, _CALLED = range(6)
 
 
-class _World:
-    """At one instant requests come first, then what fails, what ends, and what begins; by lane or request."""
+class World:
+    """At one instant requests come first, then what fails, what ends, and what begins; by lane or request. What `call`
+    was given is called before what fails; it may `use` lanes for something else."""
 
     def __init__(self, layout: Layout, workload: Workload) -> None:
         self.layout = layout
@@ -63,12 +65,22 @@ class _World:
         self.stranded: list[Request] = []
         self.link_free = [0.0] * len(layout.links)
         self.first, self.last = np.zeros(len(workload)), np.zeros(len(workload))
+        self.ended: list[Request] = []
         self.preemptions = 0
         self.now = 0.0
+        self._calls: list[Callable[[], None]] = []
         self.events: list[tuple[float, int, int, int, int]] = []
 
     def busy_ms(self) -> Times:
         return np.array([lane.busy_ms for lane in self.lanes])
+
+    def call(self, at_ms: float, what: Callable[[], None]) -> None:
+        self._push(at_ms, _OUTAGE, -1, _CALLED, len(self._calls))
+        self._calls.append(what)
+
+    def use(self, lane: LaneState, spec: Lane, *, is_open: bool = True) -> None:
+        """For requests that come from now on, if it is open to any. It goes on with those it has."""
+        lane.spec, lane.open = spec, is_open
 
     def run(self, arrivals: Times) -> None:
         for outage in self.layout.outages:
@@ -100,15 +112,17 @@ class _World:
         elif kind == _BEGINS:
             self.lanes[index].starting = False
             self._begin(self.lanes[index])
+        elif kind == _CALLED:
+            self._calls[version]()
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
     def _least_live(self) -> LaneState | None:
-        able = [lane for lane in self.lanes if not lane.down and lane.spec.role is not Role.PREFILL]
+        able = [lane for lane in self.lanes if lane.routed and lane.spec.role is not Role.PREFILL]
         return min(able, key=lambda lane: lane.live, default=None)
 
     def _least_pending(self, island: int) -> LaneState | None:
-        prefill = [lane for lane in self.lanes if not lane.down and lane.spec.role is Role.PREFILL]
+        prefill = [lane for lane in self.lanes if lane.routed and lane.spec.role is Role.PREFILL]
         able = [lane for lane in prefill if lane.spec.island == island]
         return min(able, key=lambda lane: lane.pending, default=None)
 
@@ -150,7 +164,31 @@ class _World:
         if chunks or lane.decoding:
             lane.running = chunks
             lane.began_ms = self.now
-            self._push(self.now + self._step_ms(lane, squares), _ENDING, lane.index, _STEP_ENDS, lane.version)
+            lane.step = self._clock(lane, squares)
+            ends = lane.step.slowed(self.now, self._slowdown(lane))
+            self._push(ends, _ENDING, lane.index, _STEP_ENDS, lane.version)
+        self._compute(lane, None if lane.running is None else lane.step.prompts)
+
+    def _slowdown(self, lane: LaneState) -> float:
+        """By the others that compute on its host."""
+        found = 1.0
+        for other in self.lanes:
+            if other.spec.host == lane.spec.host and other.computing is not None and other is not lane:
+                found += lane.spec.contention.more(lane.step.prompts, other.computing)
+        return found
+
+    def _compute(self, lane: LaneState, prompts: float | None) -> None:
+        """It computes a step with this share of prompts from now on, or none, and the steps of the others on its host
+        take longer, or less long."""
+        if lane.computing == prompts:
+            return
+        lane.computing = prompts
+        for other in self.lanes:
+            contends = other.spec.host == lane.spec.host and other.spec.contention != ALONE
+            if contends and other.running is not None and other is not lane:
+                other.version += 1
+                ends = other.step.slowed(self.now, self._slowdown(other))
+                self._push(ends, _ENDING, other.index, _STEP_ENDS, other.version)
 
     def _join(self, lane: LaneState, request: Request) -> None:
         left = request.output - request.emitted
@@ -211,13 +249,15 @@ class _World:
             self._reserve(request)
         return request
 
-    def _step_ms(self, lane: LaneState, squares: float) -> float:
-        sequences, speculation = len(lane.decoding), lane.spec.speculation
+    def _clock(self, lane: LaneState, squares: float) -> StepClock:
+        sequences, speculation, latency = len(lane.decoding), lane.spec.speculation, lane.spec.latency
         tokens = sum(tokens for _, tokens in lane.running or ())
-        took = lane.spec.latency.step_ms(tokens, squares, lane.context, sequences, sequences * speculation.rows)
+        took = latency.step_ms(tokens, squares, lane.context, sequences, sequences * speculation.rows)
         if sequences:
             took += speculation.draft_ms + speculation.draft_sequence_ms * sequences
-        return took + lane.spec.every_step_ms
+        took += lane.spec.every_step_ms
+        prompts = min(1.0, latency.prompt.at(tokens, squares) / took) if tokens else 0.0
+        return StepClock(took, prompts, since_ms=self.now)
 
     def _end(self, lane: LaneState) -> None:
         chunks, lane.running = lane.running or [], None
@@ -240,6 +280,7 @@ class _World:
 
     def _finish(self, request: Request) -> None:
         request.at = At.DONE
+        self.ended.append(request)
         self.last[request.index] = self.now
         self.lanes[request.d].live -= 1
 
@@ -318,8 +359,9 @@ class _World:
         moved = [request for request in live if request.d == lane.index and request not in lost]
         for request in lost:
             self._give_up(request)
+        self._compute(lane, None)
         emptied: dict[str, Any] = vars(LaneState(lane.index, lane.spec))
-        kept = {name: getattr(lane, name) for name in ("busy_ms", "steps", "live", "down", "starting")}
+        kept = {name: getattr(lane, name) for name in ("busy_ms", "steps", "live", "down", "starting", "open")}
         vars(lane).update(emptied | kept | {"version": lane.version + 1})
         for request in moved:
             self._move(request)

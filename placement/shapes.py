@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.errors import ConfigError
@@ -50,18 +50,31 @@ class Limits:
     handoff_min_tokens: int = 0
     overhead_ms: float = 0.0
     speculation: Speculation | None = None
+    drafter: str | None = None
+    """Without `speculation`: drafts of this one, as it was profiled."""
     learner_devices: Mapping[str, int] = field(default_factory=dict)
     devices: int | None = None
 
 
 def shapes(profiles: Iterable[Profile], limits: Limits) -> list[Shape]:
     """Every profile with every number of stages, without speculation and with it. Raises ConfigError for two alike."""
-    drafts = [None] if limits.speculation is None else [None, limits.speculation]
-    found = [Shape(profile, stages, way) for profile in profiles for stages in limits.stages for way in drafts]
+    found = [
+        Shape(profile, stages, way)
+        for profile in profiles
+        for stages in limits.stages
+        for way in [None, *_speculations(profile, limits)]
+    ]
     names = [shape.name for shape in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two profiles are of {', '.join(sorted(twice))}: leave one out", param="profile")
     return found
+
+
+def _speculations(profile: Profile, limits: Limits) -> Iterator[Speculation]:
+    if limits.speculation is not None:
+        yield limits.speculation
+    elif limits.drafter is not None:
+        yield profile.drafting_of(limits.drafter).speculation
 
 
 def space_of(topology: Topology, found: Sequence[Shape], limits: Limits, roles: frozenset[Role]) -> Space:
@@ -83,7 +96,7 @@ def space_of(topology: Topology, found: Sequence[Shape], limits: Limits, roles: 
     return Space(
         options=tuple(options),
         pools=_pools(topology, limits.devices),
-        devices_per_node=topology.devices_per_node,
+        devices_per_node={kind: topology.most_in_a_node(kind) for kind in topology.pools},
         fabric=_fabric(topology, found[0].profile.model.kv_token_bytes),
         chunk_tokens=limits.chunk_tokens,
         handoff_min_tokens=limits.handoff_min_tokens,
@@ -100,16 +113,27 @@ def _option(shape: Shape, topology: Topology, limits: Limits, kv_bytes: int) -> 
     sent = _STEP_TOKENS * profile.model.hidden_size * _ITEM_BYTES
     group = Group(
         role=Role.BOTH,
-        latency=profile.latency,
+        latency=profile.served(Role.BOTH),
         kv_tokens=kv_bytes // profile.model.kv_token_bytes,
         max_sequences=limits.max_sequences,
         stages=shape.stages,
         hop_ms=wire.latency_us / 1e3 + sent / (wire.gb_per_s * 1e6) if wire and shape.stages > 1 else 0.0,
         speculation=shape.speculation,
+        contention=profile.contention,
     )
     price = topology.node_of(setting.device).dollars_per_hour
     devices = setting.devices * shape.stages
-    return Option(shape.name, setting.devices, group, (price or 1.0) * devices, setting.device)
+    around = profile.serving
+    return Option(
+        shape.name,
+        setting.devices,
+        group,
+        (price or 1.0) * devices,
+        setting.device,
+        prefill_latency=profile.served(Role.PREFILL),
+        overhead_ms=around.overhead_ms if around else 0.0,
+        handoff_ms=around.handoff_gap_ms if around else 0.0,
+    )
 
 
 def _kv_bytes(shape: Shape, topology: Topology, limits: Limits) -> int:

@@ -16,6 +16,8 @@ from core.errors import ConfigError
 from placement.devices import device
 from placement.layout import Link
 
+_UNNAMED = "file"
+
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     pass
@@ -50,7 +52,7 @@ class Topology(_Strict, frozen=True):
 
     nodes: tuple[NodeKind, ...]
     links: tuple[Wire, ...] = ()
-    source: str = "file"
+    source: str = _UNNAMED
 
     def __post_init__(self) -> None:
         _check_nodes(self.nodes)
@@ -70,13 +72,8 @@ class Topology(_Strict, frozen=True):
     def priced(self) -> bool:
         return all(node.dollars_per_hour is not None for node in self.nodes)
 
-    @property
-    def devices_per_node(self) -> int:
-        """Of the largest node: groups are laid out as if all nodes were so, but see `most_in_a_node`."""
-        return max(node.devices for node in self.nodes)
-
     def most_in_a_node(self, device: str) -> int:
-        """Devices of a kind that are in one node."""
+        """Devices of a kind in the largest node that has it: groups are laid out as if all of these were so."""
         return max(node.devices for node in self.nodes if node.device == device)
 
     def node_of(self, device: str) -> NodeKind:
@@ -124,11 +121,22 @@ def of_device(kind: str, devices: int) -> Topology:
 def read_topology(path: Path) -> Topology:
     """Raises ConfigError that names the file and the field."""
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=Topology)
+        found = msgspec.yaml.decode(path.read_bytes(), type=Topology)
+        return msgspec.structs.replace(found, source=path.name) if found.source == _UNNAMED else found
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}", param="topology") from error
     except (msgspec.MsgspecError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}", param="topology") from error
+
+
+def to_yaml(topology: Topology) -> str:
+    """As read_topology reads it, without what nobody knows."""
+    builtins = msgspec.to_builtins(topology)
+    lists = {key: [{k: v for k, v in item.items() if v is not None} for item in builtins[key]] for key in _LISTS}
+    return msgspec.yaml.encode({"source": topology.source} | lists).decode()
+
+
+_LISTS = ("nodes", "links")
 
 
 def _check_nodes(nodes: tuple[NodeKind, ...]) -> None:

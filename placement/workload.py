@@ -44,23 +44,40 @@ class Workload:
 
     def of_length(self, requests: int) -> Workload:
         """The first `requests` requests, over and over if there are fewer."""
-        return self._chosen(np.arange(requests) % len(self))
+        return self.chosen(np.arange(requests) % len(self))
+
+    def scaled(self, prompt: float, output: float) -> Workload:
+        """With lengths so many times as long, though none longer than the longest here."""
+        columns = {
+            "prompt_tokens": (self.prompt_tokens, prompt, 1),
+            "output_tokens": (self.output_tokens, output, 1),
+            "cached_tokens": (self.cached_tokens, prompt, 0),
+        }
+        changed = {
+            name: np.clip(np.rint(tokens * times), least, max(least, tokens.max())).astype(np.int32)
+            for name, (tokens, times, least) in columns.items()
+        }
+        return replace(self, **changed)
 
     def no_longer_than(self, tokens: int) -> Workload:
-        """Without the requests of more tokens, prompt and output together. Raises ConfigError if none is left."""
+        """Without the requests of more tokens, prompt and output together. The others come when they came, at as much
+        of the rate as they are of all requests. Raises ConfigError if none is left."""
         lengths = self.prompt_tokens.astype(np.int64) + self.output_tokens
-        return self._chosen(np.flatnonzero(lengths <= tokens))
+        kept = np.flatnonzero(lengths <= tokens)
+        gaps = np.diff(np.cumsum(self.gaps)[kept], prepend=0.0)
+        return self.chosen(kept).with_gaps(gaps * (len(kept) / len(self)))
 
     def resampled(self, requests: int, rng: np.random.Generator, *, block: int = 50) -> Workload:
         """`requests` requests drawn from these in runs of `block`, so that lengths and gaps keep what they have to do
         with their neighbours; the mean gap stays what it is here."""
         starts = rng.integers(len(self), size=-(-requests // block))
         chosen = ((starts[:, None] + np.arange(block)) % len(self)).ravel()[:requests]
-        drawn = self._chosen(chosen)
+        drawn = self.chosen(chosen)
         mean = drawn.gaps.mean()
         return drawn.with_gaps(drawn.gaps * (self.gaps.mean() / mean)) if mean > 0 else drawn
 
-    def _chosen(self, rows: NDArray[np.int64]) -> Workload:
+    def chosen(self, rows: NDArray[np.int64]) -> Workload:
+        """Those at these places."""
         columns = self.prompt_tokens[rows], self.output_tokens[rows]
         return Workload(*columns, self.gaps[rows], self.cached_tokens[rows])
 

@@ -32,9 +32,14 @@ class PrefillWorker:
         self._transfers: dict[str, str] = {}  # request id -> transfer id
         self._opened: dict[str, str] = {}  # transfer id -> request id
 
-    def prefill(self, job: Prefill) -> None:
+    def prefill(self, job: Prefill, *, deferred: bool = False) -> None:
+        """`deferred`: it takes no blocks before `undefer`."""
         self._transfers[job.request.request_id] = job.transfer_id
-        self._engine.add(Sequence(job.request, hold_after_prefill=True))
+        self._engine.add(Sequence(job.request, hold_after_prefill=True, deferred=deferred))
+
+    def undefer(self, request_id: str) -> None:
+        """Unknown ids are ignored."""
+        self._engine.undefer(request_id)
 
     # --- what the engine says ----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from placement.profile import Profile, write_profile
 @click.option("--roofline", help="Measure nothing: reckon it for a device of a table, such as H100.")
 @click.option("--out", default="profile.json", type=click.Path(path_type=Path), show_default=True, help="Written anew.")
 @click.option("--threads", type=click.IntRange(1), help="Cores of each rank. Default: all, shared out evenly.")
-@click.option("--beside", default=0, type=click.IntRange(0), help="Workers that compute at the same time, on a CPU.")
+@click.option("--beside", default=0, type=click.IntRange(0), help="Workers on a CPU: how they slow each other down.")
+@click.option("--serving", is_flag=True, help="And what a server adds: gateway, links, hand-off. CPU only.")
+@click.option("--speculation", "drafter", help="And what this drafter takes and brings.")
+@click.option("--draft-tokens", default=4, type=click.IntRange(1), show_default=True, help="That it may draft a step.")
+@click.option(
+    "--dataset", type=click.Path(path_type=Path), help="Questions that it drafts for. Default: random tokens."
+)
 @click.option("--tensor-parallel-size", default=1, type=click.IntRange(1, 64), show_default=True, help="As for serve.")
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), help="As for serve.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="As for serve.")
@@ -43,7 +50,19 @@ def profile(
     click.echo(f"stored as {out}", err=True)
 
 
-def _measured(model: str, quick: bool, threads: int | None, beside: int, **engine: Any) -> Profile:
+def _measured(
+    model: str,
+    quick: bool,
+    threads: int | None,
+    beside: int,
+    serving: bool,
+    drafter: str | None,
+    draft_tokens: int,
+    dataset: Path | None,
+    **engine: Any,
+) -> Profile:
+    if drafter is None and dataset is not None:
+        raise ConfigError("--dataset: it is what a drafter drafts for; give --speculation too", param="dataset")
     from cluster.config import load
     from cluster.machine import usable_cores
 
@@ -59,4 +78,13 @@ def _measured(model: str, quick: bool, threads: int | None, beside: int, **engin
     with Bars() as progress:
         folder = resolve(model, progress=progress)
         options = Options(model=model, folder=folder, engine=settings, threads=threads, quick=quick, beside=beside)
-        return measure(options, progress)
+        options = replace(options, drafter=drafter, budget=draft_tokens, dataset=dataset)
+        found = measure(options, progress)
+        if not serving:
+            return found
+        if found.setting.device != "cpu":
+            raise ConfigError("--serving: measured on a CPU only; leave it out")
+        from bench.profiling.serving import measure_serving
+
+        around = measure_serving(found, folder, settings.model_dump(exclude_unset=True), cores, progress)
+        return msgspec.structs.replace(found, serving=around)

@@ -4,11 +4,15 @@ median over the runs counts."""
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from bench.engine_speed.roofline import weight_bytes
-from bench.profiling.neighbours import Work, neighbours
+from bench.profiling.drafting import measure_drafting
+from bench.profiling.neighbours import Neighbours, Work, neighbours
 from bench.profiling.steps import Stepper
 from bench.setting import setting_of
 from cluster.config import EngineSection
@@ -23,7 +27,7 @@ from engine.runner import ModelRunner
 from placement.devices import kind_of
 from placement.fit import Point
 from placement.grid import FULL, QUICK, Grid, Shape
-from placement.profile import ModelFacts, Profile, Setting
+from placement.profile import Drafting, ModelFacts, Profile, Setting
 
 RUNS = 3
 """After one that warms up."""
@@ -38,7 +42,13 @@ class Options:
     """Of each rank."""
     quick: bool
     beside: int = 0
-    """Workers that compute at the same time."""
+    """Workers beside which the steps are measured a second time."""
+
+    drafter: str | None = None
+    budget: int = 4
+    """Most draft tokens of a sequence in a step."""
+    dataset: Path | None = None
+    """Questions that it drafts answers to; None: prompts of random tokens."""
 
     @property
     def grid(self) -> Grid:
@@ -54,40 +64,72 @@ def measure(options: Options, progress: Progress) -> Profile:
             raise ConfigError("--beside: workers on GPUs have one each; leave it out, or use --device cpu")
         if isinstance(runner.pool, KVPool):
             runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
+        alone, beside_prompts, beside_decodes = _points(options, runner, progress)
         return Profile(
             source="measured",
             model=_facts(options, runner),
             setting=_setting(options, runner),
-            points=_points(options, runner, progress),
+            points=alone,
+            beside_prompts=beside_prompts,
+            beside_decodes=beside_decodes,
+            drafting=_drafting(options, runner, progress),
         )
     finally:
         runner.shutdown()
         runner.pool.close()
 
 
-def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> tuple[Point, ...]:
+def _drafting(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> tuple[Drafting, ...]:
+    if options.drafter is None:
+        return ()
+    return (measure_drafting(runner, options.folder, options.drafter, options.budget, options.dataset, progress),)
+
+
+def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> list[tuple[Point, ...]]:
+    """Alone, and beside others that compute prompts, and such that decode, if there are any."""
     block = runner.layout.block_size
     spare = Stepper.spare_tokens(max(options.grid.shapes(), key=Stepper.spare_tokens)) + block  # of a part of a block
     longest, room = runner.config.max_position_embeddings, runner.pool.num_blocks * block
     shapes = options.grid.fitting(longest, room, spare)
     engine = options.engine.model_dump(exclude_unset=True)
-    with neighbours(options.beside, Work(str(options.folder), engine, options.threads, shapes)):
-        seconds = _seconds(Stepper(runner), shapes, progress)
+
+    def others(chosen: list[Shape]) -> AbstractContextManager[Neighbours]:
+        return neighbours(options.beside, Work(str(options.folder), engine, options.threads, chosen))
+
+    with ExitStack() as started:
+        prompts, decodes = (
+            started.enter_context(others([shape for shape in shapes if bool(shape.prompts) is kind]))
+            for kind in (True, False)
+        )
+        turns = [None, prompts, decodes] if options.beside else [None]
+        seconds = _seconds(Stepper(runner), shapes, turns, progress)
+    return [_medians(shapes, found) for found in seconds] + [()] * (3 - len(seconds))
+
+
+def _medians(shapes: list[Shape], seconds: list[list[float]]) -> tuple[Point, ...]:
     return tuple(
         Point.of(shape.prompts, shape.sequences, shape.context, shape.rows, statistics.median(found) * 1e3)
         for shape, found in zip(shapes, seconds, strict=True)
     )
 
 
-def _seconds(stepper: Stepper, shapes: list[Shape], progress: Progress) -> list[list[float]]:
-    """Of each step of every shape."""
-    progress.begin("measuring steps", len(shapes) * (1 + RUNS))
-    seconds: list[list[float]] = [[] for _ in shapes]
-    for run in range(1 + RUNS):
+def _seconds(
+    stepper: Stepper, shapes: list[Shape], turns: Sequence[Neighbours | None], progress: Progress
+) -> list[list[list[float]]]:
+    """Of each step of every shape beside each of `turns`, by turns: a machine is not as fast at all times."""
+    total = len(shapes) * (1 + RUNS) * len(turns)
+    progress.begin("measuring steps", total)
+    seconds: list[list[list[float]]] = [[[] for _ in shapes] for _ in turns]
+    done = 0
+    for run, (turn, others) in product(range(1 + RUNS), enumerate(turns)):
+        if others is not None:
+            others.compute(True)
         for number, shape in enumerate(shapes):
             found = stepper.seconds(shape)
-            seconds[number] += found if run else []
-            progress.update(run * len(shapes) + number + 1)
+            seconds[turn][number] += found if run else []
+            progress.update(done := done + 1)
+        if others is not None:
+            others.compute(False)
     return seconds
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,16 +30,29 @@ class Work(msgspec.Struct):
     shapes: list[Shape]
 
 
+class Neighbours:
+    """They stand still until they are told to compute."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+        self._processes = processes
+
+    def compute(self, computing: bool) -> None:
+        for process in self._processes:
+            process.send_signal(signal.SIGCONT if computing else signal.SIGSTOP)
+
+
 @contextmanager
-def neighbours(count: int, work: Work) -> Iterator[None]:
-    """They compute while this is open. Raises ConfigError if one does not come up."""
+def neighbours(count: int, work: Work) -> Iterator[Neighbours]:
+    """They are there while this is open, and stand still. Raises ConfigError if one does not come up."""
     command = [sys.executable, "-m", "bench.profiling.neighbours", msgspec.json.encode(work).decode()]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]  # noqa: S603
     try:
         for process in started:
             if process.stdout is None or process.stdout.readline() != _READY:
                 raise ConfigError("--beside: a worker beside the measured one ended before it was ready; see above")
-        yield
+        found = Neighbours(started)
+        found.compute(False)
+        yield found
     finally:
         for process in started:
             process.kill()

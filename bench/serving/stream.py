@@ -21,6 +21,7 @@ class _Delta(Struct):
 class _Choice(Struct):
     text: str | None = None
     delta: _Delta | None = None
+    token_ids: list[int] | None = None
     finish_reason: str | None = None
 
     def written(self) -> str:
@@ -106,7 +107,7 @@ class CompletionStream:
 
     def _choice(self, choice: _Choice, now: float) -> None:
         timeline = self._timeline
-        if text := choice.written():
+        if (text := choice.written()) or choice.token_ids:
             timeline.chunks.append(now)
             timeline.end = now
             if self._keep_text:

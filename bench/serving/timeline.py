@@ -19,7 +19,7 @@ class Timeline:
     dispatched: float = 0.0
     start: float = 0.0
     chunks: list[float] = field(default_factory=list)
-    """When each chunk with text came."""
+    """When each chunk with text came, or with token ids, for a request that asks for them."""
     end: float = 0.0
     finished: bool = False
     error: str | None = None

@@ -21,7 +21,8 @@ struct Coefficients {
 struct LaneSpec {
     Coefficients prompt, decode, large_decode;
     double large_rows, shared_ms, every_step_ms, draft_ms, draft_sequence_ms, tokens_per_step, rows, kv_tokens;
-    int64_t role, chunk_tokens, max_sequences, island;
+    double prompt_contention[2], decode_contention[2];  // beside prompts, beside decodes
+    int64_t role, chunk_tokens, max_sequences, island, host;
 };
 struct Link {
     double ms_per_token, latency_ms;
@@ -45,6 +46,8 @@ struct Request {
     int64_t joined_at = 0; // count of the lane's decode steps
 };
 
+constexpr double idle = -1.0;
+
 struct Lane {
     const LaneSpec* spec;
     std::deque<int> waiting, incoming;
@@ -52,14 +55,17 @@ struct Lane {
     std::vector<std::pair<int64_t, int>> decoding;  // a heap: (the decode step after which it ends, request), least first
     std::vector<std::pair<int, int>> chunks;        // of the step that runs: (request, tokens)
     double kv_used = 0.0, context = 0.0;
-    double start_ms = 0.0, base_ms = 0.0, slope_ms = 0.0, busy_ms = 0.0;  // of the steps that run
+    double start_ms = 0.0, base_ms = 0.0, slope_ms = 0.0, busy_ms = 0.0;  // of the steps that run, if alone
+    double prompt_share = 0.0, done_ms = 0.0, since_ms = 0.0, slowdown = 1.0;  // as lanes.StepClock
+    double computing = idle;                                                  // as lanes.LaneState
     int64_t steps = 0, planned = 0, pending = 0;
     int seats = 0, live = 0, down = 0, version = 0;
     bool busy = false, starting = false, advances = false;
 
-    double end_ms(int64_t count) const {
-        return start_ms + count * base_ms + slope_ms * (static_cast<double>(count) * (count - 1) / 2);
+    double work_ms(int64_t count) const {
+        return count * base_ms + slope_ms * (static_cast<double>(count) * (count - 1) / 2);
     }
+    double end_ms(int64_t count) const { return since_ms + (work_ms(count) - done_ms) * slowdown; }
     double growth() const { return decoding.size() * spec->tokens_per_step; }
     bool jumping() const { return busy && chunks.empty(); }
     double context_of(const Request& r) const { return r.target + spec->tokens_per_step * (steps - r.joined_at); }
@@ -199,9 +205,60 @@ class Serving {
             send_all(request);
         }
         const double squares = choose_chunks(lane);
-        if (lane.chunks.empty() && lane.decoding.empty()) return;
-        start(lane, squares);
-        push(lane.end_ms(lane.planned), ending, index, step_ends, lane.version);
+        if (!lane.chunks.empty() || !lane.decoding.empty()) {
+            start(index, squares);
+            push(lane.end_ms(lane.planned), ending, index, step_ends, lane.version);
+        }
+        compute(index, lane.busy ? lane.prompt_share : idle);
+    }
+
+    // By the others that compute on its host.
+    double slowdown(int index) const {
+        const Lane& lane = lanes_[index];
+        const LaneSpec& spec = *lane.spec;
+        double found = 1.0;
+        for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
+            const Lane& other = lanes_[i];
+            if (other.spec->host != spec.host || other.computing == idle || i == index) continue;
+            const double prompts = other.computing, decodes = 1.0 - prompts;
+            const double prompt = spec.prompt_contention[0] * prompts + spec.prompt_contention[1] * decodes;
+            const double decode = spec.decode_contention[0] * prompts + spec.decode_contention[1] * decodes;
+            found += prompt * lane.prompt_share + decode * (1.0 - lane.prompt_share) - 1.0;
+        }
+        return found;
+    }
+
+    static bool contends(const LaneSpec& spec) {
+        return std::max({spec.prompt_contention[0], spec.prompt_contention[1], spec.decode_contention[0],
+                         spec.decode_contention[1]}) > 1.0;
+    }
+
+    // It computes a step with this share of prompts from now on, or none, and the steps of the others on its host take
+    // longer, or less long.
+    void compute(int index, double prompts) {
+        if (lanes_[index].computing == prompts) return;
+        lanes_[index].computing = prompts;
+        for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
+            const LaneSpec& other = *lanes_[i].spec;
+            if (i != index && lanes_[i].busy && other.host == lanes_[index].spec->host && contends(other)) rescale(i);
+        }
+    }
+
+    void rescale(int index) {
+        Lane& lane = lanes_[index];
+        if (lane.end_ms(lane.planned) <= now_) return;
+        if (const int64_t done = lane.jumping() ? steps_done(lane) : 0) {  // what is behind has had its time
+            lane.busy_ms += lane.end_ms(done) - lane.start_ms;
+            lane.start_ms = lane.end_ms(done);
+            lane.done_ms -= lane.work_ms(done);
+            lane.base_ms += done * lane.slope_ms;
+            lane.planned -= done;
+            advance(lane, done);
+        }
+        lane.done_ms += (now_ - lane.since_ms) / lane.slowdown;
+        lane.since_ms = now_;
+        lane.slowdown = slowdown(index);
+        push(lane.end_ms(lane.planned), ending, index, step_ends, ++lane.version);
     }
 
     void join(Lane& lane, int index) {
@@ -294,12 +351,14 @@ class Serving {
         return static_cast<double>(tokens) * (2.0 * r.computed + tokens);
     }
 
-    void start(Lane& lane, double squares) {
+    void start(int index, double squares) {
+        Lane& lane = lanes_[index];
         const LaneSpec& spec = *lane.spec;
         const double sequences = lane.decoding.size(), rows = sequences * spec.rows;
-        double tokens = 0.0, took = spec.every_step_ms;
+        double tokens = 0.0;
         for (const auto& [_, chunk] : lane.chunks) tokens += chunk;
-        if (tokens > 0) took += spec.prompt.at(tokens, squares);
+        const double prompt_ms = tokens > 0 ? spec.prompt.at(tokens, squares) : 0.0;
+        double took = spec.every_step_ms + prompt_ms;
         lane.slope_ms = 0.0;
         if (sequences > 0) {
             const Coefficients& c = rows < spec.large_rows ? spec.decode : spec.large_decode;
@@ -309,8 +368,11 @@ class Serving {
         if (tokens > 0 && sequences > 0) took -= spec.shared_ms;
         lane.busy = true;
         lane.advances = sequences > 0;
-        lane.start_ms = now_;
+        lane.start_ms = lane.since_ms = now_;
         lane.base_ms = took;
+        lane.prompt_share = tokens > 0 ? std::min(1.0, prompt_ms / took) : 0.0;
+        lane.done_ms = 0.0;
+        lane.slowdown = slowdown(index);
         lane.planned = lane.chunks.empty() ? undisturbed(lane) : 1;
     }
 
@@ -323,7 +385,7 @@ class Serving {
 
     // The least count of steps that end no earlier than now, at least one.
     int64_t steps_until(const Lane& lane) const {
-        const double passed = now_ - lane.start_ms, half = lane.slope_ms / 2, linear = lane.base_ms - half;
+        const double passed = lane.done_ms + (now_ - lane.since_ms) / lane.slowdown, half = lane.slope_ms / 2, linear = lane.base_ms - half;
         const double root = half > 0 ? (std::sqrt(linear * linear + 4 * half * passed) - linear) / (2 * half)
                                      : passed / lane.base_ms;
         auto count = std::clamp<int64_t>(std::isfinite(root) ? root : 1, 1, lane.planned);
@@ -480,6 +542,7 @@ class Serving {
             else if (r.d == index && !decoded) moved.push_back(i);
         }
         for (int i : lost) give_up(i);
+        compute(index, idle);
         clear(lane);
         for (int i : moved) move(i);
         for (int i : lost) route(i);

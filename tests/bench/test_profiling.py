@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from msgspec.structs import replace
 
+from bench.profiling.drafting import measure_drafting
 from bench.profiling.neighbours import Work, neighbours
 from bench.profiling.steps import DECODES, Stepper
 from cluster.cli import cli
 from cluster.machine import usable_cores
 from core.errors import ConfigError
+from engine.checkpoints import Silent
 from engine.runner import ModelRunner
 from placement.grid import FULL, QUICK, Shape
+from placement.layout import Role
 from placement.profile import read_profile
-from tests.tiny import save_tiny_llama
+from tests.tiny import save_byte_tokenizer, save_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,13 @@ def profiled(*arguments: object):
     if result.exception is not None:
         raise result.exception
     return result
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +131,51 @@ def test_workers_that_compute_beside_the_measured_one_are_started_and_ended(mode
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: started.append(popen(*given, **how)) or started[-1])
     profiled(model, "--quick", "--threads", 1, "--device", "cpu", "--beside", 1, "--out", tmp_path / "stored.json")
-    assert read_profile(tmp_path / "stored.json").setting.beside == 1
-    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    stored = read_profile(tmp_path / "stored.json")
+    assert stored.setting.beside == 1
+    for points in (stored.beside_prompts, stored.beside_decodes):
+        assert [replace(point, ms=1.0) for point in points] == [replace(point, ms=1.0) for point in stored.points]
+    assert min(stored.contention.prompt + stored.contention.decode) >= 1.0
+    beside = [process for process in started if "bench.profiling.neighbours" in process.args]
+    assert [process.returncode for process in beside] == [-signal.SIGKILL] * 2  # with prompts, and with decodes
+
+
+def test_others_stand_still_while_steps_are_measured_alone(model) -> None:
+    with neighbours(1, Work(str(model), {"device": "cpu", "dtype": "float32"}, 1, [*QUICK.shapes()][:12])) as others:
+        (process,) = [p for p in psutil.Process().children() if "bench.profiling.neighbours" in p.cmdline()]
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+        others.compute(True)
+        eventually(lambda: process.status() != psutil.STATUS_STOPPED)
+        others.compute(False)
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+
+
+def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_path) -> None:
+    save_byte_tokenizer(model)
+    flags = ["--quick", "--threads", 1, "--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
+    flags += ["--serving", "--speculation", "prompt_lookup", "--draft-tokens", 3]
+    profiled(model, *flags, "--out", tmp_path / "stored.json")
+    stored = read_profile(tmp_path / "stored.json")
+    assert stored.serving is not None
+    assert stored.serving.overhead_ms > 0
+    assert stored.served(Role.BOTH).decode.a >= stored.latency.decode.a
+    found = stored.drafting_of("prompt_lookup")
+    assert (found.prompts, found.budget) == ("random", 3)
+    assert 1.0 <= found.acceptance_length <= found.rows <= 4.0
+    assert found.speculation.rows in (1, 2, 3, 4)
+
+
+def test_a_drafter_is_measured_with_the_questions_of_a_file(model, tmp_path, runner) -> None:
+    save_byte_tokenizer(model)
+    (tmp_path / "asked.jsonl").write_text('{"turns": ["abcabcabcabcabcabc"]}\n')
+    found = measure_drafting(runner, model, "prompt_lookup", 2, tmp_path / "asked.jsonl", Silent())
+    assert found.prompts == "asked.jsonl"
+    assert found.rows <= 3.0
+
+
+def test_questions_without_a_drafter_are_refused(model, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="--dataset: it is what a drafter drafts for"):
+        profiled(model, "--dataset", tmp_path / "asked.jsonl", "--out", tmp_path / "stored.json")
 
 
 def test_a_worker_beside_that_cannot_start_is_an_error(model) -> None:

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from cluster.cli import cli
-from cluster.cli_plan import measured_elsewhere
 from cluster.config import load
+from cluster.planning import measured_elsewhere
 from core.errors import ConfigError
 from placement.latency import Coefficients, StepLatency
 from placement.profile import Setting, write_profile
@@ -89,6 +89,12 @@ def test_for_a_rate_the_fewest_devices_are_taken_that_attain_the_targets(files) 
     assert low["chosen"]["devices"] == 1 < high["chosen"]["devices"]
     assert (low["rate_rps"], high["rate_rps"]) == (2, 100)
     assert high["predicted"]["attainment"]["mean"] > 0.88
+
+
+def test_bursts_cost_goodput(files) -> None:
+    flags = ("--lengths", "prompt=1500,output=20", "--devices", 1)
+    steady, bursty = (planned("small", *files, *SLO, *flags, "--burstiness", shape) for shape in (4, 0.25))
+    assert bursty["chosen"]["goodput_rps"] < 0.9 * steady["chosen"]["goodput_rps"]
 
 
 def test_no_more_devices_are_taken_than_allowed(files) -> None:
@@ -221,10 +227,14 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_
         ((*SLO, *LENGTHS, "--rate", "10000"), r"no layout on 4 devices attains .* the most is"),
         (SLO, "give a --trace, or --lengths"),
         ((*SLO, *LENGTHS, "--trace", "x.csv"), "give a --trace, or --lengths"),
+        ((*SLO, "--trace", "x.csv", "--burstiness", "0.5"), "--burstiness is for --lengths: a trace has a rhythm"),
         ((*SLO, *LENGTHS, "--device", "H100"), "--device stands for a profile and a topology"),
-        ((*SLO, *LENGTHS, "--speculation", "prompt_lookup"), "--speculation and --acceptance-length go together"),
+        ((*SLO, *LENGTHS, "--speculation", "prompt_lookup"), "the profile does not know it; profile with"),
         ((*SLO, *LENGTHS, "--speculation", "magic", "--acceptance-length", "2"), "no drafter is called 'magic'"),
+        ((*SLO, *LENGTHS, "--speculation", "ngram", "--draft-ms", "3"), "--draft-ms has no meaning without --acc"),
+        ((*SLO, *LENGTHS, "--draft-tokens", "8"), "--draft-tokens has no meaning without --acceptance-length"),
         ((*SLO, *LENGTHS, "--chunk-tokens", "512;x"), "--chunk-tokens: '512;x' is not a list of sizes"),
+        ((*SLO, *LENGTHS, "--chunk-tokens", "51²"), "--chunk-tokens: '51²' is not a list of sizes"),
         ((*SLO, "--lengths", "prompt=5000,output=5"), "the workload is empty"),
     ],
 )

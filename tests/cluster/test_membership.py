@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cluster.membership import MEMBER_TIMEOUT_S, Member, Membership
+from cluster.membership import MEMBER_TIMEOUT_S, Member, Membership, Plan
 from core.errors import LayoutMismatch
 from core.types import Role
 from engine.kv_layout import KVLayout
@@ -18,12 +18,12 @@ def join(membership: Membership, name: str, now: float = 0.0) -> Role:
 
 
 def test_roles_are_given_until_each_has_its_number() -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 2})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 2}))
     assert sorted(join(membership, name) for name in "abc") == [Role.DECODE, Role.DECODE, Role.PREFILL]
 
 
 def test_the_role_of_a_silent_worker_goes_to_its_replacement() -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
     roles = {name: join(membership, name) for name in "ab"}
     prefill = next(name for name, role in roles.items() if role is Role.PREFILL)
     other = next(name for name in roles if name != prefill)
@@ -34,7 +34,7 @@ def test_the_role_of_a_silent_worker_goes_to_its_replacement() -> None:
 
 
 def test_a_restarted_controller_takes_the_workers_word_for_their_roles() -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
     membership.announce(Member(worker_id="a", address="a:1", role=Role.PREFILL, layout=LAYOUT), 0.0)
     assert join(membership, "b") is Role.DECODE
 
@@ -43,7 +43,7 @@ def test_a_restarted_controller_takes_the_workers_word_for_their_roles() -> None
 def test_a_cache_that_cannot_be_joined_is_refused_at_start_up_by_the_field_that_differs(
     field: str, value: object
 ) -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
     join(membership, "a")
     with pytest.raises(LayoutMismatch) as caught:
         membership.admit("b", msgspec.structs.replace(LAYOUT, **{field: value}), 0.0)
@@ -51,13 +51,13 @@ def test_a_cache_that_cannot_be_joined_is_refused_at_start_up_by_the_field_that_
 
 
 def test_block_sizes_may_differ() -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
     join(membership, "a")
     membership.admit("b", msgspec.structs.replace(LAYOUT, block_size=32), 0.0)
 
 
 def test_a_replacement_that_comes_before_the_death_is_noticed_gets_the_right_role_in_the_end() -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 1})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
     roles = {name: join(membership, name) for name in "ab"}
     prefill = next(name for name, role in roles.items() if role is Role.PREFILL)
     roles = {prefill: Role.PREFILL, "c": membership.admit("c", LAYOUT, 1.0)}
@@ -66,15 +66,15 @@ def test_a_replacement_that_comes_before_the_death_is_noticed_gets_the_right_rol
         now += 1.0
         for name, role in roles.items():
             member = Member(worker_id=name, address=f"{name}:1", role=role, layout=LAYOUT)
-            roles[name] = membership.announce(member, now)
+            roles[name] = membership.announce(member, now).role
     assert sorted(roles.values()) == [Role.DECODE, Role.PREFILL]
     assert {m.worker_id: m.role for m in membership.members()} == roles
 
 
 def test_roles_do_not_flap() -> None:
-    membership = Membership({Role.PREFILL: 1, Role.DECODE: 2})
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 2}))
     roles = {name: join(membership, name) for name in "abc"}
     for now in range(1, 10):
         for name, role in roles.items():
             member = Member(worker_id=name, address=f"{name}:1", role=role, layout=LAYOUT)
-            assert membership.announce(member, float(now)) is role
+            assert membership.announce(member, float(now)).role is role

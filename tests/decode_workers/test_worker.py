@@ -57,8 +57,12 @@ class Harness:
     def __init__(self) -> None:
         self.engine, self.taker = Recorder(), Outcomes()
         self.failed: list[tuple[str, str]] = []
+        self.settled: list[str] = []
         self.worker = DecodeWorker(
-            cast("Engine", self.engine), cast("Taker", self.taker), lambda *failure: self.failed.append(failure)
+            cast("Engine", self.engine),
+            cast("Taker", self.taker),
+            lambda *failure: self.failed.append(failure),
+            self.settled.append,
         )
         request = Request(
             request_id="r", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4), deadline=0.0
@@ -96,6 +100,16 @@ async def test_no_blocks_are_claimed_before_the_prefill_side_has_its_own() -> No
     assert h.engine.commands == [("undefer", "r")]
     h.worker.abort("r")
     await h.settle()
+
+
+async def test_a_reservation_is_settled_when_it_has_its_blocks_and_when_it_has_ended() -> None:
+    h = Harness()
+    assert h.settled == []
+    h.grant()
+    assert h.settled == ["r"]
+    h.worker.abort("r")
+    await h.settle()
+    assert h.settled == ["r", "r"]
 
 
 async def test_what_is_left_of_the_time_counts_and_not_what_the_gateways_clock_says() -> None:

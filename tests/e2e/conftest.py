@@ -53,7 +53,7 @@ class Server:
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         title = f"ServeReplica:slipstream:{deployment}"
-        return [p for p in self.tree if title in " ".join(p.cmdline())]
+        return [p for p in self.tree if title in _command(p)]
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         self.process.send_signal(number)
@@ -63,6 +63,14 @@ class Server:
 
     def metrics(self) -> str:
         return httpx.get(f"{self.url}/metrics").text
+
+
+def _command(process: psutil.Process) -> str:
+    """Empty once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:

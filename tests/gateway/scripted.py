@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from core.metrics import GatewayMetrics
+from core.replan_metrics import ReplanStatus
 from core.types import Finish, FinishReason, Request, TokenDelta
 from core.wire import WorkerStatus
 from gateway.app import create_app
@@ -61,6 +62,7 @@ class ScriptedBackend:
     arrivals: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     ready: bool = True
     workers: tuple[WorkerStatus, ...] = ()
+    replanning: ReplanStatus | None = None
 
     async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
@@ -75,7 +77,8 @@ class ScriptedBackend:
                 self.all_closed.set()
 
     def status(self) -> BackendStatus:
-        return BackendStatus(ready=self.ready, reason="" if self.ready else "no worker is alive", workers=self.workers)
+        reason = "" if self.ready else "no worker is alive"
+        return BackendStatus(ready=self.ready, reason=reason, workers=self.workers, replanning=self.replanning)
 
 
 def says(token_ids: list[int], finish: Finish | None = None, *, cached: int = 0, per_delta: int = 1) -> Script:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from placement.latency import Coefficients, Speculation, StepLatency
+from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Outage, Role
 
 STEP = StepLatency(
@@ -35,6 +35,9 @@ _coefficients = st.builds(Coefficients, _irregular(1.0, 30.0), _irregular(1e-4, 
 _speculation = st.none() | st.builds(
     Speculation, _irregular(1.0, 4.0), st.integers(4, 6), _irregular(0.0, 3.0), _irregular(0.0, 0.2)
 )
+_contention = st.just(Contention()) | st.builds(
+    Contention, *[st.tuples(_irregular(1.0, 2.0), _irregular(1.0, 2.0))] * 2
+)
 
 
 @st.composite
@@ -51,6 +54,8 @@ def _groups(draw: st.DrawFn, role: Role) -> Group:
         hop_ms=0.25,
         speculation=draw(_speculation),
         island=draw(st.sampled_from([0, 0, 0, 1])),
+        host=draw(st.integers(0, 1)),
+        contention=draw(_contention),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from placement import native
 from placement.bounds import Demand, most_rate
-from placement.goodput import Goal, attains, goodput, interval, next_rate
+from placement.goodput import Goal, attains, goodput, goodput_near, interval, next_rate
 from placement.latency import Speculation
 from placement.layout import Layout, Link, Role
 from placement.native import Limits, serve, serve_unless_missed
@@ -58,9 +58,9 @@ def test_a_run_whose_queues_still_grow_does_not_count() -> None:
 
 def test_the_interval_is_over_other_draws_of_the_same_requests() -> None:
     layout = Layout((BOTH,))
-    spread = interval(layout, REQUESTS, GOAL, ceiling=20.0)
+    spread = interval(layout, REQUESTS, GOAL, near=5.0)
     assert spread.low < spread.mean < spread.high < 1.5 * spread.mean
-    assert spread == interval(layout, REQUESTS, GOAL, ceiling=20.0)
+    assert spread == interval(layout, REQUESTS, GOAL, near=5.0)
 
 
 def test_resampled_requests_keep_the_mean_gap_and_their_neighbours() -> None:
@@ -124,3 +124,18 @@ def test_prompts_that_are_not_handed_over_cost_prefill_groups_nothing() -> None:
 def test_a_cached_prefix_is_no_work() -> None:
     cached = Workload(REQUESTS.prompt_tokens, REQUESTS.output_tokens, REQUESTS.gaps, REQUESTS.prompt_tokens - 1)
     assert Demand.of(cached, 0).prompt_tokens == 1.0
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5, 0.99, 1.0, 1.01, 3.0])
+def test_goodput_is_the_same_wherever_it_is_looked_for(factor: float) -> None:
+    layout = Layout((BOTH,))
+    found = goodput(layout, REQUESTS, GOAL, ceiling=20.0)
+    assert goodput_near(layout, REQUESTS, GOAL, found * factor) == (
+        found if factor >= 0.25 else pytest.approx(found * 4 * factor, rel=0.03)
+    )
+
+
+def test_a_goal_that_any_rate_attains_ends_the_search_at_a_few_times_the_guess() -> None:
+    lax = Goal(Targets(1e9, 1e9))
+    assert goodput_near(Layout((BOTH,)), REQUESTS, lax, 5.0) == pytest.approx(20.0, rel=0.05)
+    assert goodput_near(Layout((BOTH,)), REQUESTS, Goal(Targets(1.0, 60.0)), 5.0) == 0.0

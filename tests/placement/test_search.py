@@ -15,7 +15,7 @@ from placement.goodput import Goal
 from placement.latency import Coefficients, StepLatency
 from placement.layout import Group, Link, Role
 from placement.outcome import Targets
-from placement.search import Evaluated, Found, cheapest, exhaustive, search
+from placement.search import Evaluated, Found, cheapest, exhaustive, ranking, search
 from tests.placement.pipelines import azure_like
 
 REQUESTS = azure_like(2000)
@@ -39,9 +39,8 @@ def option(tp: int, stages: int = 1, **changes: Any) -> Option:
 def space(devices: int = 4, **changes: Any) -> Space:
     options = tuple(option(tp, stages) for tp, stages in product((1, 2), (1, 2)) if tp * stages <= devices)
     fabric = Fabric(Link(0.003, 0.1), Link(0.03, 0.5))
-    return Space(
-        **({"options": options, "pools": {"default": devices}, "devices_per_node": 4, "fabric": fabric} | changes)
-    )
+    values = {"options": options, "pools": {"default": devices}, "devices_per_node": {"default": 4}, "fabric": fabric}
+    return Space(**(values | changes))
 
 
 @cache
@@ -56,7 +55,7 @@ def searched_exhaustively(goal: Goal = GOAL) -> list[Evaluated]:
 
 @pytest.mark.parametrize("goal", [GOAL, Goal(Targets(3000.0, 25.0))])
 def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
-    best, found = searched_exhaustively(goal)[0], searched(goal)
+    best, found = ranking(searched_exhaustively(goal), REQUESTS, goal, "per-device")[0], searched(goal)
     assert found.ranked[0].candidate == best.candidate
     assert found.ranked[0].score == best.score
     assert found.pruned > 0
@@ -69,7 +68,7 @@ def test_the_ranking_is_of_kinds_with_intervals() -> None:
     assert scores == sorted(scores, reverse=True)
     assert len({ranked.candidate.kinds for ranked in found.ranked}) == len(found.ranked) == 5
     assert all(ranked.interval.low <= ranked.interval.mean <= ranked.interval.high for ranked in found.ranked)
-    assert all(ranked.steady for ranked in found.ranked[:1])
+    assert all(ranked.steady for ranked in found.ranked)
 
 
 def test_total_goodput_takes_all_devices_and_dollars_count() -> None:
@@ -83,7 +82,8 @@ def test_total_goodput_takes_all_devices_and_dollars_count() -> None:
 def test_layouts_stay_within_pools_less_what_the_learner_has() -> None:
     pools = {"default": 4, "other": 2}
     options = (option(1), option(2, pool="other", name="other TP2"))
-    found = list(candidates(space(options=options, pools=pools, learner_devices={"default": 1})))
+    sizes, learner = {"default": 4, "other": 2}, {"default": 1}
+    found = list(candidates(space(options=options, pools=pools, devices_per_node=sizes, learner_devices=learner)))
     assert {candidate.name for candidate in found if candidate.prefill is None} == {
         *(f"{count} x TP1 PP1, chunks of 2048" for count in (1, 2, 3)),
         "1 x other TP2, chunks of 2048",
@@ -91,6 +91,19 @@ def test_layouts_stay_within_pools_less_what_the_learner_has() -> None:
     mixed = [c for c in found if c.prefill and c.prefill.pool != c.decode.pool]
     assert {(c.prefills, c.decodes) for c in mixed if c.decode.pool == "other"} == {(1, 1), (2, 1), (3, 1)}
     assert not any(candidate.near for candidate in mixed)
+
+
+def test_layouts_are_near_within_the_nodes_of_their_own_pool() -> None:
+    """Two nodes of two devices, and one of eight."""
+    options = option(1, pool="small"), option(1, pool="large", name="large TP1")
+    pools, sizes = {"small": 4, "large": 8}, {"small": 2, "large": 8}
+    found = [c for c in candidates(space(options=options, pools=pools, devices_per_node=sizes)) if c.prefill]
+    near = {(c.prefills, c.decodes, c.nodes) for c in found if c.near and c.decode.pool == "small"}
+    assert near == {(1, 1, 1), (1, 1, 2)}
+    assert max(c.devices for c in found if c.near and c.decode.pool == "large") == 8
+    mixed = next(c for c in found if c.prefill is options[0] and c.decode is options[1] and c.prefills == 3)
+    assert [group.host for group in mixed.layout.groups] == [0, 0, 1, 2]
+    assert mixed.num_links == 2
 
 
 def test_what_fits_a_node_stays_in_it_and_is_repeated() -> None:
@@ -149,6 +162,7 @@ def test_the_cheapest_layout_for_a_rate_is_no_larger_than_needed() -> None:
         ({"learner_devices": {"default": 4}}, "the pool default has 4 devices, of which the learner has 4"),
         ({"options": (option(1, pool="gpus"),)}, "the pool gpus has 0 devices"),
         ({"chunk_tokens": ()}, "at least one size"),
+        ({"devices_per_node": {}}, "devices_per_node: that of the pool default is not 1 or more"),
     ],
 )
 def test_a_space_without_room_is_refused(changes: dict, message: str) -> None:

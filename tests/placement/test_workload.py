@@ -76,6 +76,14 @@ def test_mooncake_traces_tell_what_a_prefix_cache_hits(tmp_path: Path) -> None:
     assert read_trace(path, cache_tokens=0).workload.cached_tokens.tolist() == [0, 0, 0]
 
 
+def test_requests_come_when_they_came_where_longer_ones_are_left_out() -> None:
+    asked = workload([10, 90, 90, 10, 10], [1] * 5, [0.5, 1.0, 2.0, 0.5, 1.0])
+    kept = asked.no_longer_than(50)
+    assert kept.arrivals_ms(2.0 * 3 / 5).tolist() == pytest.approx(asked.arrivals_ms(2.0)[[0, 3, 4]].tolist())
+    with pytest.raises(ConfigError, match="the workload is empty"):
+        asked.no_longer_than(5)
+
+
 def test_a_full_cache_forgets_the_ends_of_old_prompts_first() -> None:
     assert prefix_hits(["ab", "cd", "ab", "c"], 10, 30).tolist() == [0, 0, 10, 10]
 
@@ -87,6 +95,7 @@ def test_a_full_cache_forgets_the_ends_of_old_prompts_first() -> None:
         ("t.csv", AZURE, "empty trace"),
         ("t.csv", AZURE + "0,1,1\n1,x,1\n", "line 3"),
         ("t.csv", AZURE + "0,1,1\n1,1\n", "line 3"),
+        ("t.csv", AZURE + "0,1,1\n1," + 2**17 * "1" + "1,1\n", "line 3: field larger"),
         ("t.csv", AZURE + "0,1,1\n1,1,0\n", "line 3: 1 prompt and 0 output"),
         ("t.csv", AZURE + "5,1,1\n1,1,1\n", "line 3: arrives at 1, but"),
         ("t.csv", AZURE + "nan,1,1\n", "line 2: arrives at nan"),

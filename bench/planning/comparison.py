@@ -1,0 +1,110 @@
+"""Predicted beside measured, of every layout at every rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from placement.outcome import Outcome, Targets
+from placement.prediction import statistics_of
+
+
+class Seen(msgspec.Struct):
+    """Milliseconds by statistic (`mean`, `p50`, …), and the share of requests that met both targets."""
+
+    ttft_ms: dict[str, float]
+    tpot_ms: dict[str, float]
+    attainment: float
+
+    @staticmethod
+    def of(outcome: Outcome, targets: Targets) -> Seen:
+        return Seen(statistics_of(outcome.ttft_ms), statistics_of(outcome.tpot_ms), outcome.attainment(targets))
+
+    def errors_of(self, predicted: Seen) -> dict[str, float]:
+        """With this as the truth."""
+        errors = {
+            f"{metric}_{name}": one / other - 1.0 if other > 0.0 else 0.0
+            for metric in ("ttft", "tpot")
+            for name in ("p50", "p90")
+            for one, other in [(getattr(seen, f"{metric}_ms")[name] for seen in (predicted, self))]
+        }
+        return errors | {"attainment": predicted.attainment - self.attainment}
+
+
+class Run(msgspec.Struct):
+    """A layout at a rate. `errors`: (predicted - measured) / measured by `ttft_p50` and so on; of `attainment`, the
+    difference. `others_cores`: what processes of others took of this machine meanwhile; `alone`: how many times as long
+    as predicted requests took that came one at a time, before. `errors_at_pace`: of a prediction with steps that take
+    so many times as long."""
+
+    layout: str
+    rate_rps: float
+    predicted: Seen
+    measured: Seen
+    errors: dict[str, float]
+    others_cores: float
+    alone: float
+    errors_at_pace: dict[str, float]
+
+    @staticmethod
+    def of(
+        layout: str,
+        rate: float,
+        predicted: Outcome,
+        measured: Outcome,
+        targets: Targets,
+        others_cores: float,
+        alone: float,
+        at_pace: Outcome,
+    ) -> Run:
+        ours, theirs = Seen.of(predicted, targets), Seen.of(measured, targets)
+        paced = theirs.errors_of(Seen.of(at_pace, targets))
+        return Run(layout, rate, ours, theirs, theirs.errors_of(ours), others_cores, alone, paced)
+
+
+TOLERANCES = {"ttft_p50": 0.1, "ttft_p90": 0.15, "tpot_p50": 0.1, "tpot_p90": 0.15, "attainment": 0.05}
+"""What an error may be for the prediction to count as true."""
+
+
+class Comparison(msgspec.Struct):
+    """`best_predicted` and `best_measured` have the most goodput at the highest rate. What is within TOLERANCES:
+    `true` of `figures`, and `true_at_pace`."""
+
+    model: str
+    ttft_ms: float
+    tpot_ms: float
+    requests: int
+    chosen: str
+    runs: list[Run]
+    best_predicted: str
+    best_measured: str
+    true: int
+    true_at_pace: int
+    figures: int
+
+    @staticmethod
+    def of(model: str, targets: Targets, requests: int, chosen: str, runs: Sequence[Run]) -> Comparison:
+        last = [run for run in runs if run.rate_rps == max(run.rate_rps for run in runs)]
+        return Comparison(
+            model=model,
+            ttft_ms=targets.ttft_ms,
+            tpot_ms=targets.tpot_ms,
+            requests=requests,
+            chosen=chosen,
+            runs=[*runs],
+            best_predicted=max(last, key=lambda run: _merit(run.predicted)).layout,
+            best_measured=max(last, key=lambda run: _merit(run.measured)).layout,
+            true=sum(_true(run.errors) for run in runs),
+            true_at_pace=sum(_true(run.errors_at_pace) for run in runs),
+            figures=len(runs) * len(TOLERANCES),
+        )
+
+
+def _true(errors: dict[str, float]) -> int:
+    return sum(abs(errors[name]) <= most for name, most in TOLERANCES.items())
+
+
+def _merit(seen: Seen) -> tuple[float, float]:
+    """More requests within both targets; of equals, the sooner."""
+    return seen.attainment, -(seen.ttft_ms["mean"] + seen.tpot_ms["mean"])

@@ -1,0 +1,142 @@
+"""Serves a layout on this machine, every worker and the gateway in a process of its own, and puts the requests of a
+workload to it when they are due, whatever became of those before."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import uvloop
+
+from bench.planning.part import Part
+from bench.serving.client import Client
+from bench.serving.http import HttpClient
+from bench.serving.load import offer
+from bench.serving.timeline import Timeline
+from cluster.config import validated
+from cluster.membership import Member
+from core.errors import ConfigError, Unavailable
+from engine.model_config import ModelConfig
+from placement.outcome import Outcome
+from placement.profile import Setting
+from placement.workload import Workload
+
+_TIMEOUT_S = 600.0
+_END_S = 20.0
+_WARM_UPS = 4
+"""Of each worker, at once and twice over: a first step of a kind takes longer than later ones."""
+
+
+class Server:
+    """A model that is served at `url`."""
+
+    def __init__(self, url: str, model: str, vocabulary: int) -> None:
+        self._url = url
+        self._model = model
+        self._vocabulary = vocabulary
+        self._random = random.Random(0)
+        self._numbers = itertools.count()
+
+    def warm_up(self, workers: int, workload: Workload) -> None:
+        """With requests of its middle size. Raises Unavailable."""
+        middle = [int(np.median(lengths)) for lengths in (workload.prompt_tokens, workload.output_tokens)]
+        lengths = np.full((2, _WARM_UPS * workers), np.array(middle)[:, None], np.int32)
+        for _ in range(2):
+            self.outcome(Workload(lengths[0], lengths[1], np.zeros(_WARM_UPS * workers)), 1.0)
+
+    def outcome(self, workload: Workload, rate: float) -> Outcome:
+        """Raises Unavailable if a request fails."""
+        return outcome_of(self.timelines(workload, rate), workload)
+
+    def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
+        """Of the requests, so many per second. Prompts are of random tokens, so that no two begin alike."""
+        http = HttpClient(f"{self._url}/v1/completions", {})
+        requests = [http.request(body, f"plan-{next(self._numbers)}") for body in self._bodies(workload)]
+        offsets = (workload.arrivals_ms(rate) / 1000.0).tolist()
+        client = Client(http, _TIMEOUT_S, keep_text=False)
+
+        async def run() -> list[Timeline]:
+            try:
+                return (await offer(client, requests, offsets)).timelines
+            finally:
+                http.close()
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run())
+
+    def _bodies(self, workload: Workload) -> Iterator[bytes]:
+        for prompt, output in zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True):
+            body: dict[str, Any] = {
+                "model": self._model,
+                "prompt": self._random.choices(range(self._vocabulary), k=prompt),
+                "max_tokens": output,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "return_token_ids": True,  # so that a token without text of its own is sent when it comes
+            }
+            yield msgspec.json.encode(body)
+
+
+def outcome_of(timelines: list[Timeline], workload: Workload) -> Outcome:
+    """Raises Unavailable for a request that failed, or was answered with fewer tokens than were asked for."""
+    for timeline, wanted in zip(timelines, workload.output_tokens.tolist(), strict=True):
+        if not timeline.completed or timeline.output_tokens != wanted:
+            ended = timeline.error or f"{timeline.output_tokens} of {wanted} tokens came"
+            raise Unavailable(f"request {timeline.index} of the load failed: {ended}")
+    columns = [(t.ttft, t.tpot or 0.0, t.latency) for t in timelines]
+    ttft, tpot, e2e = np.array(columns).T * 1000.0
+    return Outcome(ttft, tpot, e2e)
+
+
+@contextmanager
+def serving(tree: dict[str, Any], folder: Path, setting: Setting, stages: int = 1) -> Iterator[Server]:
+    """The workers of the configuration `tree` and a gateway. Raises ConfigError if one does not come up."""
+    tree = tree | {"gateway": {"port": 0}}
+    config = validated(tree)
+    with ExitStack() as started:
+        members: list[Member] = []
+        for role, count in config.cluster.roles.items():
+            for index in range(count):
+                part = Part(tree, str(folder), f"{role}-{index}", role, setting.threads)
+                devices = None if setting.device == "cpu" else (len(members) * setting.tp * stages, setting.tp * stages)
+                line = started.enter_context(_process(part, devices))
+                members.append(msgspec.json.decode(line, type=Member))
+        url = started.enter_context(_process(Part(tree, str(folder), members=members)))
+        yield Server(url, config.served_name, ModelConfig.from_folder(folder).vocab_size)
+
+
+@contextmanager
+def _process(part: Part, devices: tuple[int, int] | None = None) -> Iterator[str]:
+    """Yields what it prints when it is ready. `devices`: the first of its GPUs, and how many."""
+    command = [sys.executable, "-m", "bench.planning.part", msgspec.json.encode(part).decode()]
+    environment = os.environ | {"OMP_NUM_THREADS": str(part.threads)}
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(devices[0] + index) for index in range(devices[1]))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)  # noqa: S603  our own
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        if not (line := process.stdout.readline().strip()):
+            raise ConfigError(f"{part.worker_id or 'the gateway'} ended before it was ready; see above")
+        yield line
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()

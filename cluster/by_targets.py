@@ -1,0 +1,142 @@
+"""`slipstream serve --slo`: from latency targets to the configuration of the layout that meets them best here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.config import SlipstreamConfig, load, overlaid, read_tree
+from cluster.hardware import topology_here
+from cluster.planning import Searched, planned, workload_of
+from cluster.stored_profiles import Stored, Way, profile_of, ways
+from core.errors import ConfigError
+from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
+from engine.model_config import ModelConfig
+from engine.parallel.split import check_split
+from placement.goodput import Goal
+from placement.plan_table import summary
+from placement.search import Objective
+from placement.shapes import USABLE, Limits
+from placement.slo import parse_slo
+from placement.topology import Topology
+from placement.workload import Workload
+
+LENGTHS = "prompt=512,output=128,cv=1"
+"""Of requests about which nothing is said."""
+_DECIDED = {
+    "engine": ("tensor_parallel_size", "pipeline_parallel_size", "max_num_batched_tokens"),
+    "cluster": ("prefill_replicas", "decode_replicas", "colocated", "cpus_per_worker", "ray_address"),
+}
+_REPLAN = "replan"
+_PROFILED = ("dtype", "device", "quantization", "kv_cache_memory")
+"""Settings of the engine that steps depend on."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `slipstream serve` was told besides its settings. `rate`: requests/s."""
+
+    slo: str
+    trace: Path | None = None
+    lengths: str | None = None
+    rate: float | None = None
+
+
+def config_for(
+    asked: Asked, file: Path | None, flags: Mapping[str, Any], say: Callable[[str], None]
+) -> SlipstreamConfig:
+    """The settings of the file and the flags, with the rest as planned; `say` is told how that came. Raises ConfigError
+    for settings that the targets decide, and for targets that can't be met: then it says what is reachable."""
+    goal = Goal(parse_slo(asked.slo))
+    given = load(file, {name: value for name, value in flags.items() if not name.startswith(_REPLAN)})
+    _check_undecided(given)
+    workload = _workload(asked, say)
+    topology = topology_here(on_cpu=given.engine.device == "cpu")
+    stored = _profiles(given, topology, say)
+    profiles = [replace(one.profile, model=replace(one.profile.model, name=given.model)) for one in stored]
+    limits = _limits(given, topology)
+    objective: Objective = "total" if asked.rate is None else "per-device"
+    found = planned(profiles, topology, limits, workload, goal, objective, asked.rate)
+    if (able := found.settle()) is None:
+        raise ConfigError(f"--slo: {found.why_not(found.made.candidates[0])}", param="slo")
+    shape = found.shapes[able.decode.name].profile
+    if able != found.made.candidates[0]:  # what is foretold is to be what is served
+        found = planned([shape], topology, limits, workload, goal, objective, asked.rate)
+        found.settle()
+    say(summary(found.made.plan))
+    replan = {"replan_slo": asked.slo, "replan_profile": str(stored[profiles.index(shape)].path)}
+    return _merged(found, file, (replan if flags.get(_REPLAN, "off") != "off" else {}) | dict(flags))
+
+
+def _workload(asked: Asked, say: Callable[[str], None]) -> Workload:
+    if asked.trace is None and asked.lengths is None:
+        say(f"no --trace and no --lengths: planning for requests with {LENGTHS}")
+        return workload_of(None, LENGTHS)
+    return workload_of(asked.trace, asked.lengths)
+
+
+def _check_undecided(given: SlipstreamConfig) -> None:
+    for section, names in _DECIDED.items():
+        for name in names:
+            if name in getattr(given, section).model_fields_set:
+                raise ConfigError(
+                    f"--slo decides {name} by itself: leave one of them out; to plan for a cluster, or with layouts of "
+                    "your own, use slipstream plan",
+                    param=name,
+                )
+
+
+def _profiles(given: SlipstreamConfig, topology: Topology, say: Callable[[str], None]) -> list[Stored]:
+    """One of each way to share the machine that the model can be split in."""
+    from engine.checkpoints import resolve
+    from engine.checkpoints.bars import Bars
+    from engine.weights import fingerprint
+
+    with Bars() as progress:
+        folder = resolve(given.model, revision=given.revision, progress=progress, check_config=ModelConfig.from_dict)
+    config, engine = ModelConfig.from_folder(folder), given.engine
+    able = [way for way in ways(topology) if _fits(folder, config, way, topology)]
+    if not able:
+        raise ConfigError(f"the model does not fit: {_weights(folder) / 1e9:.3g} GB of weights; {topology.source}")
+    identity = fingerprint(folder, config, engine.quantization or "")
+    settings = {name: str(getattr(engine, name)) for name in _PROFILED if name in engine.model_fields_set}
+    device = topology.nodes[0].device
+    return [profile_of(folder, identity, way, device, settings, say) for way in able]
+
+
+def _fits(folder: Path, config: ModelConfig, way: Way, topology: Topology) -> bool:
+    """Whether the model can be split so, and all workers that compute at the same time have room for its weights."""
+    (node,) = topology.nodes
+    try:
+        check_split(config, way.tp, 1)
+    except ConfigError:
+        return False
+    devices = way.tp * way.threads
+    return _weights(folder) < USABLE * node.memory_gb * 1e9 * devices
+
+
+def _weights(folder: Path) -> int:
+    """Bytes, as they are stored."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _limits(given: SlipstreamConfig, topology: Topology) -> Limits:
+    on_cpu = "cpu" in topology.pools
+    kv_cache_bytes = given.engine.kv_cache_bytes
+    return Limits(
+        max_sequences=given.engine.sequences,
+        kv_cache_bytes=DEFAULT_KV_CACHE_BYTES if kv_cache_bytes is None and on_cpu else kv_cache_bytes,
+        handoff_min_tokens=given.cluster.handoff_min_tokens or 0,
+    )
+
+
+def _merged(found: Searched, file: Path | None, flags: Mapping[str, Any]) -> SlipstreamConfig:
+    """What was said goes before what was planned."""
+    tree: dict[str, Any] = dict(found.made.plan.serve or {})
+    for name, value in (read_tree(file) if file is not None else {}).items():
+        tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
+    return overlaid(tree, flags, file)

@@ -1,0 +1,179 @@
+"""A plan as what Kubernetes takes: values of the Helm chart in deploy/helm/slipstream, or what that chart makes of
+them, a RayService of KubeRay's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cluster.checks import PROCESS_BYTES, RANK_BYTES
+from cluster.config import validated
+from core.errors import ConfigError
+from placement.candidates import Candidate
+from placement.packing import Seat, packed
+
+if TYPE_CHECKING:
+    from cluster.planning import Searched
+
+NAME = "slipstream"
+HTTP_PORT = 8080
+"""Of the gateway. 8000 is that of Ray Serve's proxies, which KubeRay asks whether a node is well."""
+CACHE_PATH = "/cache"
+_GPU_RESOURCES = {"MI300X": "amd.com/gpu"}
+_CPUS_PER_GPU = 4.0
+_HEAD = {"cpu": "2", "memory": "4Gi"}
+_STORE_BYTES = 100_000_000
+"""For Ray's object store: requests and KV don't pass through it."""
+_ROOM = 1.25
+"""How much more memory a pod gets than its workers are reckoned to take: page cache, and what Ray takes itself."""
+
+
+def write_deployable(found: Searched, layout: Candidate | None, path: Path) -> None:
+    """As the name of the file asks: …rayservice.yaml, …values.yaml, or the configuration of serve. `layout` is that of
+    the plan's configuration. Raises ConfigError if there is none, or the file can't be written."""
+    plan, chosen = found.made.plan, found.made.candidates[0]
+    if plan.serve is None or layout is None:
+        raise ConfigError(f"--out: {found.why_not(chosen)}; give one --profile", param="out")
+    tree = plan.serve
+    if path.stem.endswith(("rayservice", "values")):
+        weight_bytes = found.shapes[layout.decode.name].profile.model.weight_bytes
+        values = helm_values(tree, packed(layout, found.topology), weight_bytes)
+        tree = rayservice(values) if path.stem.endswith("rayservice") else values
+    write_yaml(tree, path)
+
+
+def helm_values(tree: dict[str, Any], seats: Sequence[Seat], weight_bytes: int) -> dict[str, Any]:
+    """Of a configuration as `config_of` makes it. A node of the plan becomes a pod."""
+    gpu = tree["engine"]["device"] == "cuda"
+    ranks = tree["engine"]["tensor_parallel_size"] * tree["engine"]["pipeline_parallel_size"]
+    cluster = dict(tree["cluster"])
+    cpus = cluster.setdefault("cpus_per_worker", ranks * _CPUS_PER_GPU)
+    config = tree | {"cluster": cluster, "gateway": {"host": "0.0.0.0", "port": HTTP_PORT}}  # noqa: S104
+    validated(config)
+    each = _memory(weight_bytes, ranks, 0 if gpu else int(tree["engine"].get("kv_cache_memory", 0)))
+    return {
+        "image": {"repository": NAME, "tag": version("slipstream"), "pullPolicy": "IfNotPresent"},
+        "rayVersion": version("ray"),
+        "config": config,
+        "head": dict(_HEAD),
+        "workerGroups": [_group(number, seat, cpus, each, gpu) for number, seat in enumerate(seats)],
+        "modelCache": {"existingClaim": "", "mountPath": CACHE_PATH},
+    }
+
+
+def _group(number: int, seat: Seat, cpus: float, each: int, gpu: bool) -> dict[str, Any]:
+    group: dict[str, Any] = {
+        "name": f"workers-{number}",
+        "replicas": seat.count,
+        "cpu": str(math.ceil(cpus * seat.workers)),
+        "memory": f"{math.ceil(each * seat.workers * _ROOM / 2**30)}Gi",
+    }
+    if gpu:
+        group["accelerator"] = {
+            "resource": _GPU_RESOURCES.get(seat.device, "nvidia.com/gpu"),
+            "count": seat.devices,
+        }
+    return group
+
+
+def _memory(weight_bytes: int, ranks: int, kv_bytes: int) -> int:
+    """Of a worker; on a GPU, its weights pass through the memory of the host."""
+    return weight_bytes + kv_bytes + PROCESS_BYTES + (RANK_BYTES * ranks if ranks > 1 else 0)
+
+
+def rayservice(values: dict[str, Any]) -> dict[str, Any]:
+    """As templates/rayservice.yaml of the chart has it."""
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": NAME},
+        "spec": {
+            "serveConfigV2": yaml.safe_dump(_serve_config(values["config"]), sort_keys=False),
+            "rayClusterConfig": {
+                "rayVersion": values["rayVersion"],
+                "headGroupSpec": {
+                    "rayStartParams": {"num-cpus": "0", "object-store-memory": str(_STORE_BYTES)},
+                    "template": _pod(values, "ray-head", values["head"], _HEAD_PORTS),
+                },
+                "workerGroupSpecs": [_worker_group(values, group) for group in values["workerGroups"]],
+            },
+        },
+    }
+
+
+_HEAD_PORTS = [
+    {"name": "gcs", "containerPort": 6379},
+    {"name": "dashboard", "containerPort": 8265},
+    {"name": "client", "containerPort": 10001},
+    {"name": "serve", "containerPort": 8000},
+    {"name": "http", "containerPort": HTTP_PORT},
+]
+
+
+def _serve_config(config: dict[str, Any]) -> dict[str, Any]:
+    """With Serve's proxies, though no request goes through them: KubeRay takes for ready whom they answer for.
+    Replanning is a scaler outside of Serve."""
+    application = {"name": NAME, "import_path": "cluster.serve_app:application", "args": config}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000},  # noqa: S104
+        "applications": [application | {"external_scaler_enabled": True}],
+    }
+
+
+def _worker_group(values: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    count = group["replicas"]
+    return {
+        "groupName": group["name"],
+        "replicas": count,
+        "minReplicas": count,
+        "maxReplicas": count,
+        "rayStartParams": {"object-store-memory": str(_STORE_BYTES)},
+        "template": _pod(values, "ray-worker", group, []),
+    }
+
+
+def _pod(values: dict[str, Any], name: str, size: dict[str, Any], ports: list[dict[str, Any]]) -> dict[str, Any]:
+    image, cache = values["image"], values["modelCache"]
+    resources = {"cpu": size["cpu"], "memory": size["memory"]}
+    if (accelerator := size.get("accelerator")) is not None:
+        resources[accelerator["resource"]] = accelerator["count"]
+    claim = cache["existingClaim"]
+    volume = {"persistentVolumeClaim": {"claimName": claim}} if claim else {"emptyDir": {}}
+    container = {
+        "name": name,
+        "image": f"{image['repository']}:{image['tag']}",
+        "imagePullPolicy": image["pullPolicy"],
+        **({"ports": ports} if ports else {}),
+        "env": [{"name": "SLIPSTREAM_CACHE", "value": cache["mountPath"]}],
+        "resources": {"requests": resources, "limits": resources},
+        "volumeMounts": [{"name": "cache", "mountPath": cache["mountPath"]}],
+    }
+    return {"spec": {"containers": [container], "volumes": [{"name": "cache", **volume}]}}
+
+
+class _Plain(yaml.SafeDumper):
+    """Texts of several lines as they are, and nothing by reference."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Plain.add_representer(str, _text)
+
+
+def write_yaml(tree: dict[str, Any], path: Path) -> None:
+    """Raises ConfigError if it can't be written."""
+    try:
+        path.write_text(yaml.dump(tree, Dumper=_Plain, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror}", param="out") from error

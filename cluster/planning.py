@@ -1,0 +1,239 @@
+"""From the flags of `slipstream plan` to a plan, and to what of it `slipstream serve` can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster.machine import cpu_name, usable_cores
+from cluster.planned import config_of, why_not
+from core.errors import ConfigError
+from placement.candidates import Candidate, Space
+from placement.goodput import Goal
+from placement.latency import Speculation
+from placement.layout import Role
+from placement.plan import Made, make_plan
+from placement.profile import Profile, read_profile
+from placement.search import Objective
+from placement.shapes import Limits, Shape, shapes, space_of
+from placement.slo import parse_slo
+from placement.topology import Topology, read_topology
+from placement.traces import read_trace
+from placement.workload import Workload
+
+_WAYS = (1, 2, 4, 8)
+"""Tensor parallel sizes of which a roofline is made."""
+_DRAFT_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A plan, and what it was made of. `shapes`: by name."""
+
+    made: Made
+    space: Callable[[frozenset[Role]], Space]
+    shapes: dict[str, Shape]
+    topology: Topology
+    limits: Limits
+    drafter: str | None
+    workload: Workload
+    goal: Goal
+
+    def settle(self) -> Candidate | None:
+        """Give the plan the configuration of the best of its layouts that can be served. Returns that layout; None if
+        there is none."""
+        plan, chosen = self.made.plan, self.made.candidates[0]
+        able = next((one for one in self.made.candidates if self.why_not(one) is None), None)
+        if able is not None:
+            plan.serve = config_of(able, self.shapes, self.limits, self.topology, self.drafter)
+        if able is not chosen:
+            instead = "" if able is None else f"; serve gets {able.name}"
+            plan.warnings.append(f"{self.why_not(chosen)}{instead}")
+        return able
+
+    def why_not(self, candidate: Candidate) -> str | None:
+        """Why a layout can't be served; None if it can."""
+        return why_not(candidate, self.shapes, self.topology)
+
+
+def searched(
+    model: str,
+    slo: str,
+    share: float,
+    profiles: tuple[Path, ...],
+    kind: str | None,
+    topology_file: Path | None,
+    devices: int | None,
+    rate: float | None,
+    objective: Any,
+    trace: Path | None,
+    lengths: str | None,
+    burstiness: float | None,
+    drafter: str | None,
+    ray_address: str | None = None,
+    **given: Any,
+) -> Searched:
+    """By the flags of `slipstream plan`. Raises ConfigError."""
+    goal, workload = Goal(parse_slo(slo), share), workload_of(trace, lengths, burstiness)
+    topology = topology_of(kind, topology_file, devices, profiles, ray_address)
+    limits = limits_of(topology, devices=devices, drafter=drafter, **given)
+    known = _profiles(model, profiles, topology)
+    found = planned(known, topology, limits, workload, goal, objective, rate, drafter)
+    if kind is None and topology_file is None and ray_address is None:
+        found.made.plan.warnings += [warning for profile in known for warning in measured_elsewhere(profile)]
+    return found
+
+
+def planned(
+    known: Sequence[Profile],
+    topology: Topology,
+    limits: Limits,
+    workload: Workload,
+    goal: Goal,
+    objective: Objective,
+    rate: float | None,
+    drafter: str | None = None,
+) -> Searched:
+    """With shapes of workers as they were profiled. Raises ConfigError."""
+    ways = shapes(known, limits)
+    space = partial(space_of, topology, ways, limits)
+    made = make_plan(space, ways, topology, workload, goal, objective, rate)
+    return Searched(made, space, {shape.name: shape for shape in ways}, topology, limits, drafter, workload, goal)
+
+
+def measured_elsewhere(profile: Profile) -> list[str]:
+    """How this machine and its software differ from those of a profile, a sentence each."""
+    if profile.source != "measured":
+        return []
+    here = {name: version(name) for name in ("slipstream", "torch")}
+    if profile.setting.device == "cpu":
+        here |= {"device": cpu_name(), "cores": str(usable_cores())}
+    known = profile.setting.versions | profile.setting.hardware
+    return [
+        f"profiled with {name} {known[name]}, and here it is {value}: profile again"
+        for name, value in here.items()
+        if name in known and str(known[name]) != value
+    ]
+
+
+def workload_of(trace: Path | None, lengths: str | None, burstiness: float | None = None) -> Workload:
+    """Of --trace or --lengths, which --burstiness is for. Raises ConfigError unless it is one of them."""
+    if (trace is None) == (lengths is None):
+        raise ConfigError("give a --trace, or --lengths such as prompt=512,output=128", param="trace")
+    if trace is not None:
+        if burstiness is not None:
+            raise ConfigError("--burstiness is for --lengths: a trace has a rhythm", param="burstiness")
+        return read_trace(trace).workload
+    from placement.lengths import parse_lengths
+
+    return parse_lengths(lengths or "", burstiness=burstiness or 1.0)
+
+
+def topology_of(
+    kind: str | None,
+    file: Path | None,
+    devices: int | None,
+    profiles: tuple[Path, ...],
+    ray_address: str | None = None,
+) -> Topology:
+    """Of --device, --topology, --ray-address, or this machine. Raises ConfigError."""
+    if ray_address is not None:
+        if kind is not None or file is not None:
+            raise ConfigError("--ray-address says what the topology is: give it, or the other", param="ray_address")
+        from cluster.cli_topology import of_cluster
+
+        return of_cluster(ray_address, measure=False)
+    if kind is not None:
+        if file is not None or profiles:
+            raise ConfigError("--device stands for a profile and a topology: give it, or them", param="device")
+        if devices is None:
+            raise ConfigError("--device: give --devices too, how many there are", param="devices")
+        from placement.topology import of_device
+
+        return of_device(kind, devices)
+    if file is not None:
+        return read_topology(file)
+    from cluster.hardware import topology_here
+
+    return topology_here()
+
+
+def limits_of(
+    topology: Topology,
+    *,
+    devices: int | None,
+    chunk_tokens: tuple[int, ...],
+    pipeline_parallel_size: tuple[int, ...],
+    max_num_seqs: int,
+    kv_cache_memory: str | None,
+    handoff_min_tokens: int,
+    overhead_ms: float,
+    drafter: str | None,
+    acceptance_length: float | None,
+    draft_tokens: int | None,
+    draft_ms: float | None,
+    learner_devices: int,
+) -> Limits:
+    """Of the flags of these names. Raises ConfigError."""
+    if drafter is None and acceptance_length is not None:
+        raise ConfigError("--acceptance-length: it is of a drafter; give --speculation too", param="speculation")
+    for name, value in {"draft-tokens": draft_tokens, "draft-ms": draft_ms}.items():
+        if value is not None and acceptance_length is None:
+            raise ConfigError(f"--{name} has no meaning without --acceptance-length; leave it out", param=name)
+    from cluster.config import load
+    from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
+
+    settings = {"kv_cache_memory": kv_cache_memory, "speculation": drafter}
+    kv_cache_bytes = load(None, {name: value for name, value in settings.items() if value}).engine.kv_cache_bytes
+    if kv_cache_bytes is None and "cpu" in topology.pools:
+        kv_cache_bytes = DEFAULT_KV_CACHE_BYTES
+    speculation = None
+    if acceptance_length is not None:
+        speculation = Speculation(acceptance_length, 1 + (draft_tokens or _DRAFT_TOKENS), draft_ms or 0.0)
+    return Limits(
+        stages=pipeline_parallel_size,
+        chunk_tokens=chunk_tokens,
+        max_sequences=max_num_seqs,
+        kv_cache_bytes=kv_cache_bytes,
+        handoff_min_tokens=handoff_min_tokens,
+        overhead_ms=overhead_ms,
+        speculation=speculation,
+        drafter=drafter,
+        learner_devices={next(iter(topology.pools)): learner_devices} if learner_devices else {},
+        devices=devices,
+    )
+
+
+def _profiles(model: str, files: tuple[Path, ...], topology: Topology) -> list[Profile]:
+    """Those of the files, and rooflines for the devices of the topology that have none."""
+    measured = [read_profile(path) for path in files]
+    for profile in measured:
+        if profile.model.name != model:
+            raise ConfigError(f"--profile: it is of {profile.model.name}, not of {model}", param="profile")
+        for name in ("fingerprint", "dtype", "quantization"):
+            ours, theirs = getattr(measured[0].model, name), getattr(profile.model, name)
+            if ours != theirs:
+                raise ConfigError(f"--profile: two differ in {name}: {ours} and {theirs}", param="profile")
+    missing = [kind for kind in topology.pools if kind not in {profile.setting.device for profile in measured}]
+    return measured + [found for kind in missing for found in _rooflines(model, kind, topology)]
+
+
+def _rooflines(model: str, kind: str, topology: Topology) -> list[Profile]:
+    """One for each way to split the model over devices of a node."""
+    from cluster.model_size import roofline_of
+
+    inside = topology.inside()
+    link = inside.gb_per_s if inside else None
+    found = [roofline_of(model, kind, 1, link)]
+    for tp in _WAYS[1:]:
+        if tp > topology.most_in_a_node(kind):
+            break
+        try:
+            found.append(roofline_of(model, kind, tp, link))
+        except ConfigError:
+            continue  # heads that can't be shared out over so many
+    return found

@@ -1,0 +1,205 @@
+"""Replanning of a running cluster: what gateways report goes to the replanner, and what it decides is carried out.
+
+Knows nothing of Ray: the controller deployment and cluster.local each bring their membership and their way to have more
+or fewer workers. Roles and steps follow from the membership's plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from cluster.membership import Membership, Plan
+from cluster.recorder import Report
+from core.errors import Unavailable
+from core.replan_metrics import Decided, ReplanStatus
+from core.types import Role
+from core.wire import WorkerStatus
+from placement.arrangement import Arrangement
+from placement.load import Load, RoleLoad
+from placement.replanner import Change, Replanner
+
+logger = logging.getLogger(__name__)
+
+LOOK_PERIOD_S = 1.0
+REPORT_TIMEOUT_S = 5.0
+"""A gateway that has not reported for so long is gone."""
+NUM_REMEMBERED = 20
+"""Decisions that are shown."""
+NICE = 10
+"""Simulating may use cores that serving leaves."""
+
+Mode = Literal["advise", "on"]
+Replan = tuple[Replanner, Mode]
+
+Scale = Callable[[int], Awaitable[None]]
+"""Have so many workers from now on; one that is too many drains before it goes. Raises Unavailable."""
+
+
+class Replanning:
+    """`await start()` looks every second; `await stop()` ends it. With `advise`, nothing is changed."""
+
+    def __init__(self, replanner: Replanner, mode: Mode, membership: Membership, scale: Scale) -> None:
+        self._replanner = replanner
+        self._mode = mode
+        self._membership = membership
+        self._scale = scale
+        self._configured = replanner.arrangement
+        self._followed = membership.plan
+        self._reports: dict[str, tuple[float, Report]] = {}
+        self._decided: Counter[str] = Counter()
+        self._decisions: deque[Decided] = deque(maxlen=NUM_REMEMBERED)
+        self._advised: Arrangement | None = None
+        self._thread = ThreadPoolExecutor(1, "replanner", _be_nice)
+        self._looking: asyncio.Task[None] | None = None
+        self._news: list[Report] = []
+        self._attainment: float | None = None
+        self._goodput_rps = 0.0
+
+    async def start(self) -> None:
+        self._looking = asyncio.create_task(self._go_on())
+
+    async def stop(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def check_health(self) -> None:
+        """Raises what ended it, if something has."""
+        if self._looking is not None and self._looking.done() and not self._looking.cancelled():
+            self._looking.result()
+
+    def report(self, report: Report, now: float) -> ReplanStatus:
+        """What a gateway says, at a monotonic `now`."""
+        self._reports[report.gateway_id] = now, report
+        self._news.append(report)
+        return self.status
+
+    async def _go_on(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            await self.look(time.monotonic())
+
+    async def look(self, now: float) -> None:
+        """Decide what is to be decided at a monotonic `now`, and carry it out."""
+        if self._membership.plan != self._followed:  # this controller is new, and has learnt of it from the workers
+            self._follow(self._membership.plan, now)
+        news, self._news = self._news, []
+        reports = self._fresh(now)
+        load = load_of((worker for report in reports for worker in report.workers), sum(r.in_flight for r in reports))
+        loop = asyncio.get_running_loop()
+        change = await loop.run_in_executor(self._thread, self._decide, news, load, now)
+        if change is not None:
+            await self._take(change, now)
+
+    def _decide(self, news: list[Report], load: Load, now: float) -> Change | None:
+        """On the replanner's thread: it may simulate for seconds."""
+        replanner = self._replanner
+        for report in news:
+            replanner.record(report.served)
+        change = replanner.decide(now, load)
+        met = replanner.traffic.met(now)
+        self._attainment = met.attainment if met.judged else None
+        self._goodput_rps = (met.judged - met.missed) / replanner.settings.recent_s
+        return change
+
+    async def _take(self, change: Change, now: float) -> None:
+        on = self._mode == "on"
+        if not on and change.to == self._advised:
+            return
+        self._advised = change.to
+        self._decided[change.by] += 1
+        self._decisions.append(
+            Decided(
+                at_s=time.time(),
+                by=change.by,
+                to=str(change.to),
+                why=change.why,
+                before=change.before,
+                after=change.after,
+                gain=change.gain,
+                cost=change.cost,
+                carried_out=on,
+            )
+        )
+        logger.warning("%s to %s: %s", "changing" if on else "would change", change.to, change.why)
+        if on:
+            await self._carry_out(change.to, now)
+
+    async def _carry_out(self, to: Arrangement, now: float) -> None:
+        plan = plan_of(to, self._membership.plan, self._configured)
+        more_or_fewer = plan.workers != self._membership.plan.workers
+        self._membership.plan = plan
+        self._follow(plan, now)
+        if more_or_fewer:
+            try:
+                await self._scale(plan.workers)
+            except Unavailable as error:
+                logger.error("the number of workers stays as it is: %s", error.message)
+
+    def _follow(self, plan: Plan, now: float) -> None:
+        self._followed = plan
+        self._replanner.adopt(arrangement_of(plan, self._configured), now)
+
+    def _fresh(self, now: float) -> list[Report]:
+        self._reports = {
+            gateway: (at, report) for gateway, (at, report) in self._reports.items() if now - at <= REPORT_TIMEOUT_S
+        }
+        return [report for _, report in self._reports.values()]
+
+    @property
+    def status(self) -> ReplanStatus:
+        plan = self._membership.plan
+        return ReplanStatus(
+            mode=self._mode,
+            plan_id=plan.plan_id,
+            wanted={role.value: count for role, count in plan.wanted.items()},
+            decided=dict(self._decided),
+            attainment=self._attainment,
+            goodput_rps=self._goodput_rps,
+            decisions=list(self._decisions),
+        )
+
+
+def load_of(workers: Iterable[WorkerStatus], in_flight: int) -> Load:
+    """What workers say, by role; those that leave are not counted. Of a worker that several gateways tell of, the last
+    is taken."""
+    roles: dict[Role, RoleLoad] = {}
+    for worker in {worker.worker_id: worker for worker in workers if not worker.leaving}.values():
+        before = roles.get(worker.role, RoleLoad())
+        roles[worker.role] = RoleLoad(
+            workers=before.workers + 1,
+            waiting_requests=before.waiting_requests + worker.num_waiting,
+            waiting_prompt_tokens=before.waiting_prompt_tokens + worker.num_waiting_tokens,
+            running=before.running + worker.num_running,
+            free_kv_tokens=before.free_kv_tokens + worker.num_free_blocks * worker.block_size,
+        )
+    return Load(roles=roles, in_flight=in_flight)
+
+
+def plan_of(to: Arrangement, before: Plan, configured: Arrangement) -> Plan:
+    """The plan that comes after `before`. Steps stay as configured, by role, until an arrangement has others."""
+    as_before = before.step_tokens is None and to.chunk_tokens == configured.chunk_tokens
+    return Plan(
+        plan_id=before.plan_id + 1,
+        wanted={role: to.of(role) for role in Role if to.of(role)},
+        step_tokens=None if as_before else to.chunk_tokens,
+    )
+
+
+def arrangement_of(plan: Plan, configured: Arrangement) -> Arrangement:
+    counts = {role.value: plan.wanted.get(role, 0) for role in Role}
+    return Arrangement(**counts, chunk_tokens=plan.step_tokens or configured.chunk_tokens)
+
+
+def _be_nice() -> None:
+    """Of the thread that calls it; Linux has a priority for each."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

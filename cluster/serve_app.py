@@ -1,0 +1,44 @@
+"""What a Serve configuration names to have Slipstream deployed by others, such as KubeRay:
+
+    applications:
+      - {name: slipstream, import_path: "cluster.serve_app:application", args: {model: demo, …}}
+
+`args` is the tree of the YAML file of `slipstream serve --config`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.app import build
+from cluster.checks import check_kv_transport
+from cluster.config import SlipstreamConfig, overlaid
+from cluster.ray_nodes import nodes_of
+from cluster.resources import Share, share_on
+from core.errors import ConfigError
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """The gateway runs on the head node, where its port can be found. With `cpus_per_worker` and `device` given,
+    Serve waits for nodes that are still to come; else what workers get is shared out among those that are there. Raises
+    ConfigError, ModelError."""
+    from engine.checkpoints import Silent, resolve
+    from engine.model_config import ModelConfig
+
+    if (args.get("cluster") or {}).get("ray_address"):
+        raise ConfigError(
+            "cluster.ray_address has no meaning in a Serve configuration: it is the cluster that reads it"
+        )
+    config = overlaid(args, {"ray_address": "auto"})
+    check_kv_transport(config)
+    folder = resolve(config.model, revision=config.revision, progress=Silent(), check_config=ModelConfig.from_dict)
+    return build(config, str(folder), _share(config), gateway_on_head=True)
+
+
+def _share(config: SlipstreamConfig) -> Share:
+    if config.cluster.cpus_per_worker is None or config.engine.device == "auto":
+        return share_on(config, nodes_of(ray.nodes()))
+    return Share(config.cluster.cpus_per_worker, config.engine.ranks if config.engine.device == "cuda" else 0)

@@ -1,0 +1,90 @@
+"""Profiles of this machine, kept in the cache: measured when first asked for, and again when model, hardware or
+software have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from cluster.machine import cpu_name, usable_cores
+from core.compiler import cache_root
+from core.errors import ConfigError
+from placement.profile import Profile, read_profile
+from placement.topology import Topology
+
+_WORKERS = (1, 2, 4)
+"""Among so many the cores of a machine are shared out; each way is profiled by itself."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How workers share a machine: ranks of `threads` cores, and `beside` others at the same time."""
+
+    tp: int
+    threads: int = 1
+    beside: int = 0
+
+    def __str__(self) -> str:
+        if self.tp > 1 or not self.beside:
+            return f"a worker on {self.tp} devices" if self.tp > 1 else f"a worker of {self.threads} cores"
+        return f"{self.beside + 1} workers of {self.threads} core{'s' * (self.threads > 1)}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    profile: Profile
+    path: Path
+
+
+def ways(topology: Topology) -> list[Way]:
+    """Those that are worth a look on one machine."""
+    (node,) = topology.nodes
+    if node.device == "cpu":
+        return [Way(1, node.devices // count, count - 1) for count in _WORKERS if count <= node.devices]
+    return [Way(tp) for tp in (1, 2, 4, 8) if tp <= node.devices]
+
+
+def profile_of(
+    folder: Path, fingerprint: str, way: Way, device: str, engine: Mapping[str, str], say: Callable[[str], None]
+) -> Stored:
+    """From the cache, or measured quickly and kept there. `engine`: settings of serve that it depends on; `device`: as
+    the topology names it. Raises ConfigError if it can't be measured."""
+    path = cache_root() / "profiles" / f"{_key(fingerprint, way, device, engine)}.json"
+    if path.is_file():
+        try:
+            return Stored(read_profile(path), path)
+        except ConfigError as error:  # cut off, or of another version of ours
+            say(f"the stored profile is of no use: {error.message}")
+    say(f"measuring {way}, once; it takes seconds for a small model")
+    _measure(folder, way, engine, path)
+    return Stored(read_profile(path), path)
+
+
+def _key(fingerprint: str, way: Way, device: str, engine: Mapping[str, str]) -> str:
+    hardware = f"{cpu_name()} {usable_cores()}" if device == "cpu" else device
+    versions = [f"{name} {version(name)}" for name in ("slipstream", "torch")]
+    told = msgspec.json.encode([fingerprint, way, hardware, versions, sorted(engine.items())])
+    return hashlib.blake2b(told, digest_size=12).hexdigest()
+
+
+def _measure(folder: Path, way: Way, engine: Mapping[str, str], path: Path) -> None:
+    """In a process of its own, whose progress is seen here and whose memory is gone when workers start."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "cluster", "profile", str(folder), "--quick", "--out", str(path)]
+    flags = {"threads": way.threads, "beside": way.beside, "tensor-parallel-size": way.tp}
+    named = {name.replace("_", "-"): value for name, value in engine.items()}
+    command += [part for name, value in (flags | named).items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
+    if done.returncode:
+        raise ConfigError(
+            f"--slo: {way} could not be profiled, for the reason above; or measure with slipstream profile by hand, "
+            "and give that to slipstream plan",
+            param="slo",
+        )

@@ -1,0 +1,65 @@
+"""Where replanning stands, as the controller tells the gateways, and its series."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from msgspec import Struct
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+
+class Decided(Struct, frozen=True, kw_only=True):
+    """A change of the plan. `before` and `after`: attainment that was predicted without it and with it. `gain` and
+    `cost`: requests that meet their targets for it, and that miss them while it is carried out."""
+
+    at_s: float
+    """Unix time."""
+    by: str
+    to: str
+    why: str
+    before: float
+    after: float
+    gain: float
+    cost: float
+    carried_out: bool
+
+
+class ReplanStatus(Struct, frozen=True, kw_only=True):
+    mode: Literal["advise", "on"]
+    plan_id: int
+    """How many plans there have been since the cluster's configuration, which is 0."""
+    wanted: dict[str, int]
+    """Workers by role, of the plan that is carried out."""
+    decided: dict[str, int]
+    """Changes that were decided, by `reactive` and `predictive`."""
+    attainment: float | None
+    """Share of the requests lately that met both targets; None if none was to be judged."""
+    goodput_rps: float
+    """Requests per second lately that met both."""
+    decisions: list[Decided] = []
+    """The last of them, the latest last."""
+
+
+def replan_series(status: ReplanStatus, label_names: Sequence[str], labels: Sequence[str]) -> Iterator[Metric]:
+    def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, text, labels=label_names)
+        family.add_metric(labels, value)
+        return family
+
+    yield gauge("slipstream:plan_id", "Plan that is carried out; 0 is the configuration.", status.plan_id)
+    workers = GaugeMetricFamily(
+        "slipstream:planned_workers", "Workers of the plan, by role.", labels=(*label_names, "planned_role")
+    )
+    for role, count in status.wanted.items():
+        workers.add_metric([*labels, role], count)
+    yield workers
+    decided = CounterMetricFamily(
+        "slipstream:replans", "Changes of the plan that were decided.", labels=(*label_names, "by", "mode")
+    )
+    for by, count in status.decided.items():
+        decided.add_metric([*labels, by, status.mode], count)
+    yield decided
+    if status.attainment is not None:
+        yield gauge("slipstream:slo_attainment", "Share of requests lately that met the targets.", status.attainment)
+    yield gauge("slipstream:goodput_rps", "Requests per second lately that met the targets.", status.goodput_rps)

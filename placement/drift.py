@@ -1,0 +1,121 @@
+"""Whether traffic has changed since a plan was made for it.
+
+The rate is watched by Page's CUSUM (1954), which notices a lasting change soonest of all tests that are wrong as rarely
+(Lorden, 1971). The lengths of prompts and outputs together are compared by their energy distance (Székely and Rizzo,
+2004), which is zero for equal laws only, with a permutation test: it is wrong exactly as often as asked for, whatever
+the law.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.workload import Workload
+
+MOST_COMPARED = 200
+"""Requests of either sample: distances are between all pairs."""
+LEAST_COMPARED = 20
+SLIGHT = 0.03
+"""About as far as lengths are apart that vary as much as their mean, and of which one is half as long again."""
+_AT_ONCE = 20
+"""Permutations that are tried together."""
+
+
+@dataclass
+class _Sum:
+    """Page's, and for how long it has been above zero: since the change, if there was one."""
+
+    value: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, value: float, seconds: float) -> None:
+        self.value += value
+        self.seconds += seconds
+        if self.value <= 0.0:
+            self.value = self.seconds = 0.0
+
+
+class RateWatch:
+    """Two CUSUMs of log-likelihood ratios: that the rate is `factor` times what it was, and that it is as many times
+    less. On a steady Poisson process a false alarm comes once in `mean_requests` at the most often: with a threshold h,
+    exp(h) requests pass on average before one (Lorden), and here are two sums. Burstier arrivals, by the shape of their
+    gamma gaps, count for as much less. A rate that was learnt from some requests is known within a range, of two
+    standard errors; the sums start from its ends."""
+
+    def __init__(self, burstiness: float = 1.0, *, factor: float = 1.5, mean_requests: float = 1e5) -> None:
+        self._weight, self._factor = min(1.0, burstiness), factor
+        self._threshold = math.log(2 * mean_requests)
+        self._more, self._less = _Sum(), _Sum()
+
+    def expect(self, rate: float, requests: float = math.inf) -> None:
+        """From now on; known from so many requests."""
+        self.rate, self._off = rate, min(0.9, 2 / math.sqrt(requests * self._weight))
+
+    def tell(self, arrived: int, seconds: float) -> float | None:
+        """How many requests came in the next `seconds`. If the rate has changed, for how many seconds it has."""
+        expected, each = self.rate * seconds, math.log(self._factor)
+        most, least = expected * (1 + self._off), expected * (1 - self._off)
+        self._more.add(self._weight * (each * arrived - (self._factor - 1) * most), seconds)
+        self._less.add(self._weight * ((1 - 1 / self._factor) * least - each * arrived), seconds)
+        surest = max(self._more, self._less, key=lambda side: side.value)
+        return surest.seconds if surest.value > self._threshold else None
+
+
+def lengths_differ(
+    before: Workload, now: Workload, *, rng: np.random.Generator, false_alarms: float = 0.001, slight: float = SLIGHT
+) -> bool:
+    """Whether prompt and output lengths follow another law now. If they do not, the answer is True in no more than the
+    share `false_alarms` of the calls; nor is it if they do and the laws are no more than `slight` apart, of 1 for such
+    as have nothing in common. False with fewer than LEAST_COMPARED requests on a side."""
+    if min(len(before), len(now)) < LEAST_COMPARED:
+        return False
+    one, other = _sample(before, rng), _sample(now, rng)
+    points = np.concatenate([one, other])
+    distances = np.linalg.norm(points[:, None] - points[None, :], axis=2)  # [points, points]
+    sides = np.concatenate([np.full(len(one), 1 / len(one)), np.full(len(other), -1 / len(other))])
+    found = _energy(sides[None], distances)[0]
+    by_chance = (1 / len(one) + 1 / len(other)) / 2
+    if found < (slight + by_chance) * 2 * distances[: len(one), len(one) :].mean():
+        return False
+    left = math.ceil(1 / false_alarms) - 1
+    while left > 0:  # one that is as far apart by chance suffices, and mostly comes soon
+        tried = min(left, _AT_ONCE)
+        shuffled = rng.permuted(np.broadcast_to(sides, (tried, len(sides))), axis=1)
+        if (_energy(shuffled, distances) >= found - 1e-12).any():
+            return False
+        left -= tried
+    return True
+
+
+def changed_at(workload: Workload) -> int:
+    """Place of the first request after a change of lengths, if there was one: where the logarithms before and after are
+    most apart, by the sum of squares between the two (Vostrikova, 1981)."""
+    points = _logarithms(workload)
+    count, sums = len(points), np.cumsum(points, axis=0)
+    before = np.arange(1, count)[:, None]
+    apart = sums[:-1] / before - (sums[-1] - sums[:-1]) / (count - before)  # [splits, 2]
+    between = (before * (count - before))[:, 0] * (apart**2).sum(axis=1)
+    return int(between.argmax()) + 1
+
+
+def _energy(sides: NDArray[np.float64], distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| for each way to take sides, which are 1/n for the n of the first sample and
+    -1/m for the m of the second. # [ways]"""
+    energies: NDArray[np.float64] = -((sides @ distances) * sides).sum(axis=1)
+    return energies
+
+
+def _sample(workload: Workload, rng: np.random.Generator) -> NDArray[np.float64]:
+    """# [requests, 2]"""
+    count = min(len(workload), MOST_COMPARED)
+    chosen = rng.choice(len(workload), count, replace=False)
+    return _logarithms(workload)[chosen]
+
+
+def _logarithms(workload: Workload) -> NDArray[np.float64]:
+    """That a prompt is twice as long counts the same for short and long ones. # [requests, 2]"""
+    return np.log(np.stack([workload.prompt_tokens, workload.output_tokens], axis=1))

@@ -1,0 +1,158 @@
+"""The requests of the last while: what they were, how many came, and how many met their targets.
+
+A request is told of when it ends. How many arrive is known sooner, by counting: those that have ended since, and by how
+many more are under way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.served import Served
+from core.types import FinishReason
+from placement.outcome import Targets
+
+MOST_REQUESTS = 10_000
+MOST_TICKS = 10_000
+_GROUP, _LEAST_GROUPS = 10, 5
+"""Requests in a time whose count is compared, on average, and how many such times there must be."""
+_MOST_EVEN = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What came in the `seconds` before `at_s`."""
+
+    at_s: float
+    seconds: float
+    arrived: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that was told of at `told_s`, and so came at `came_s`: hosts' clocks may differ, so the hour of which a
+    gateway tells is not asked."""
+
+    told_s: float
+    came_s: float
+    served: Served
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """Of `judged` requests, how many missed a target, and how many of these that for TTFT (`late`) or TPOT (`slow`)."""
+
+    judged: int
+    missed: int
+    late: int
+    slow: int
+
+    @property
+    def attainment(self) -> float:
+        """1 if none was judged."""
+        return 1 - self.missed / self.judged if self.judged else 1.0
+
+
+class LiveLog:
+    """What it was told in the last `keep_s` seconds: MOST_REQUESTS and MOST_TICKS of it at the most."""
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._served: deque[Ended] = deque(maxlen=MOST_REQUESTS)
+        self._ticks: deque[Tick] = deque(maxlen=MOST_TICKS)
+        self._since: tuple[float, int] | None = None
+        self._ended = 0
+
+    def tell(self, now_s: float, ended: Iterable[Served], in_flight: int) -> Tick | None:
+        """What has ended since the last call, and how many requests are under way now. Returns what has come meanwhile;
+        None the first time, which tells only who was there before, and if no time has passed."""
+        told = [Ended(now_s, now_s - one.took_s, one) for one in ended]
+        self._served.extend(told)
+        self._ended += len(told)
+        self._forget(now_s)
+        if self._since is not None and now_s <= self._since[0]:
+            return None
+        since, self._since = self._since, (now_s, in_flight)
+        ended_now, self._ended = self._ended, 0
+        if since is None:
+            return None
+        tick = Tick(now_s, now_s - since[0], max(0, ended_now + in_flight - since[1]))
+        self._ticks.append(tick)
+        return tick
+
+    def rate(self, since_s: float) -> float | None:
+        """Requests/s that came after `since_s`; None if nothing is known of that time."""
+        ticks = [tick for tick in self._ticks if tick.at_s > since_s]
+        return sum(tick.arrived for tick in ticks) / sum(tick.seconds for tick in ticks) if ticks else None
+
+    def met(self, targets: Targets, since_s: float, came_s: float = -math.inf) -> Met:
+        """Of the requests that have ended after `since_s`, and came at `came_s` or later."""
+        ended = (one for one in self._served if one.told_s > since_s and one.came_s >= came_s)
+        verdicts = [_verdict(one.served, targets) for one in ended]
+        judged = [verdict for verdict in verdicts if verdict is not None]
+        return Met(
+            judged=len(judged),
+            missed=sum(late or slow for late, slow in judged),
+            late=sum(late for late, _ in judged),
+            slow=sum(slow for _, slow in judged),
+        )
+
+    def ended(self, since_s: float) -> list[Ended]:
+        """Requests that have ended after `since_s` with a token or more, in the order in which they came."""
+        with_token = (one for one in self._served if one.told_s > since_s and one.served.output_tokens > 0)
+        return sorted(with_token, key=lambda one: one.came_s)
+
+    def came(self, since_s: float, until_s: float) -> list[Ended]:
+        """Those of them that came at `since_s` or later, and before `until_s`. Of those that came lately only the short
+        have ended, so lengths are known up to `known_until` only."""
+        return [one for one in self.ended(-math.inf) if since_s <= one.came_s < until_s]
+
+    def known_until(self, now_s: float, since_s: float) -> float:
+        """Of what came before this, 19 in 20 have ended by `now_s`, if requests take as long as those that have ended
+        after `since_s`, or at all."""
+        took = [one.told_s - one.came_s for one in self._served if one.told_s > since_s]
+        took = took or [one.told_s - one.came_s for one in self._served]
+        return now_s - float(np.quantile(took, 0.95)) if took else now_s
+
+    def burstiness(self, since_s: float) -> float:
+        """Shape of the gamma law of gaps by which the counts of what came after `since_s` vary as they do: their
+        variance over their mean is one over it, in times that are long against the gaps (Cox and Lewis, 1966). 1 with
+        too few to tell. That of the requests' own gaps would miss those that have not ended."""
+        rate = self.rate(since_s)
+        if not rate:
+            return 1.0
+        counts = _together((tick for tick in self._ticks if tick.at_s > since_s), _GROUP / rate)
+        if len(counts) < _LEAST_GROUPS:
+            return 1.0
+        excess = sum((arrived - rate * seconds) ** 2 / (rate * seconds) for arrived, seconds in counts)
+        return min(_MOST_EVEN, (len(counts) - 1) / excess) if excess > 0 else _MOST_EVEN
+
+    def _forget(self, now_s: float) -> None:
+        while self._served and self._served[0].told_s <= now_s - self._keep_s:
+            self._served.popleft()
+        while self._ticks and self._ticks[0].at_s <= now_s - self._keep_s:
+            self._ticks.popleft()
+
+
+def _together(ticks: Iterable[Tick], least_s: float) -> list[tuple[int, float]]:
+    """Requests and seconds of ticks in a row, of `least_s` or more together."""
+    found, arrived, seconds = [], 0, 0.0
+    for tick in ticks:
+        arrived, seconds = arrived + tick.arrived, seconds + tick.seconds
+        if seconds >= least_s:
+            found.append((arrived, seconds))
+            arrived, seconds = 0, 0.0
+    return found
+
+
+def _verdict(served: Served, targets: Targets) -> tuple[bool, bool] | None:
+    """Whether it was late, and slow. A request without a token that failed was late; of one that its client gave up
+    nothing is known, so it isn't judged."""
+    if served.ttft_ms is None:
+        return None if served.ended is FinishReason.ABORT else (True, False)
+    return served.ttft_ms > targets.ttft_ms, served.tpot_ms is not None and served.tpot_ms > targets.tpot_ms

@@ -1,0 +1,32 @@
+"""What the workers of a cluster have to do at a moment, as replanning is told."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from core.types import Role
+
+
+class RoleLoad(Struct, frozen=True, kw_only=True):
+    """Of all workers in a role, together."""
+
+    workers: int = 0
+    waiting_requests: int = 0
+    waiting_prompt_tokens: int = 0
+    """Of those that wait, and what is left of those begun."""
+    running: int = 0
+    """Sequences in its steps."""
+    free_kv_tokens: int = 0
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    roles: dict[Role, RoleLoad]
+    in_flight: int
+    """Requests that gateways have accepted and that have not ended."""
+
+    @property
+    def waiting_requests(self) -> int:
+        return sum(load.waiting_requests for load in self.roles.values())
+
+    def of(self, role: Role) -> RoleLoad:
+        return self.roles.get(role, RoleLoad())

@@ -1,0 +1,151 @@
+"""Replanning: when to look at what, and when to leave a cluster alone. A pure decider: times and loads come in, changes
+go out.
+
+Two loops share the traffic's log. The fast one (reactive.py) looks every few seconds at queues and attainment; the slow
+one (predictive.py) simulates what is expected, at its pace or as soon as traffic has changed (drift.py). After a change
+nothing is decided until it has settled, nor while workers are missing, so neither loop acts on what it has caused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
+
+from core.errors import ConfigError
+from core.served import Served
+from core.types import Role
+from placement.arranged import Predictor
+from placement.arrangement import Arrangement
+from placement.change import Change
+from placement.forecast import Constant, Maker
+from placement.live_log import MOST_REQUESTS
+from placement.load import Load, RoleLoad
+from placement.predictive import Outlook, better, leaner
+from placement.reactive import Look
+from placement.replan_settings import ReplanSettings
+from placement.traffic import Period, Traffic
+
+__all__ = ["Arrangement", "Change", "Load", "ReplanSettings", "Replanner", "RoleLoad"]
+
+PATIENCE = 2
+"""Looks in a row that have to agree before one step is taken, or a worker given up."""
+
+
+class Replanner:
+    """`arrangement` is what the workers are to be used as. Tell it what has ended by `record`, whenever; ask `decide`
+    every `reactive_s` or sooner. A Change is a proposal: once it is being carried out say so by `adopt`. One that
+    is not, as in advisory mode, is proposed again after `settle_s` if it still holds."""
+
+    def __init__(
+        self,
+        settings: ReplanSettings,
+        predictor: Predictor,
+        arrangement: Arrangement,
+        forecast: Maker = Constant,
+        before: Iterable[Period] = (),
+    ) -> None:
+        """`before`: what has come earlier, for the forecast to begin with. Raises ConfigError for an arrangement that
+        can't be."""
+        if (why := predictor.why_not(arrangement)) is not None:
+            raise ConfigError(f"replan: {arrangement}: {why}", param="arrangement")
+        self.settings, self.predictor, self.arrangement = settings, predictor, arrangement
+        self.traffic = Traffic(settings, forecast, before)
+        self._ended: deque[Served] = deque(maxlen=MOST_REQUESTS)
+        self._changed: str | None = None
+        """What has changed in traffic and was not planned for yet."""
+        self._settled_s = self._reactive_s = self._predictive_s = -math.inf
+        """When each may be looked at next."""
+        self._adopted_s = -math.inf
+        self._missing_s: float | None = None
+        """Since when workers are."""
+        self._step, self._spare = _InARow(), _InARow()
+
+    def record(self, served: Sequence[Served]) -> None:
+        """Requests that have ended."""
+        self._ended.extend(served)
+
+    def adopt(self, arrangement: Arrangement, now_s: float) -> None:
+        """The workers are being used so from now on, by a Change or by hand."""
+        self.arrangement, self._adopted_s = arrangement, now_s
+        self._settle(now_s)
+
+    def decide(self, now_s: float, load: Load) -> Change | None:
+        """Raises nothing: without enough requests to tell it decides nothing."""
+        if math.isinf(self._predictive_s):  # what came in a moment tells no rate
+            self._predictive_s = now_s + self.settings.predictive_s
+        self._changed = self.traffic.tell(now_s, self._ended, load.in_flight) or self._changed
+        self._ended.clear()
+        if now_s < self._settled_s or self._missing(now_s, load):
+            return None
+        change = self._predict(now_s, load) or self._react(now_s, load)
+        if change is not None:
+            self._settle(now_s)
+        return change
+
+    def _settle(self, now_s: float) -> None:
+        self._settled_s = now_s + self.settings.settle_s
+        self._step, self._spare = _InARow(), _InARow()
+
+    def _missing(self, now_s: float, load: Load) -> bool:
+        """Whether workers are under way to their roles, or to replace one that died. When they should have come and
+        have not, those that are there are what there is."""
+        counts = {role.value: load.of(role).workers for role in Role}
+        there = replace(self.arrangement, **counts)
+        if there == self.arrangement:
+            self._missing_s = None
+            return False
+        self._missing_s = now_s if self._missing_s is None else self._missing_s
+        if not there.workers or now_s - self._missing_s <= self.settings.startup_s:
+            return True
+        self.arrangement, self._missing_s = there, None
+        return False
+
+    def _predict(self, now_s: float, load: Load) -> Change | None:
+        if self._changed is None and now_s < self._predictive_s:
+            return None
+        if (expected := self.traffic.expected(now_s)) is None:
+            return None
+        outlook = Outlook(self.settings, self.predictor, expected, load.waiting_requests)
+        change = better(outlook, self.arrangement, load)
+        if self._changed is not None:
+            self._spare = _InARow()
+        elif change is None:
+            fewer = leaner(outlook, self.arrangement, load)
+            change = fewer if self._spare.often(None if fewer is None else fewer.to) else None
+        self.traffic.planned(now_s, expected, anew=change is not None)
+        changed, self._changed = self._changed, None
+        self._predictive_s = now_s + self.settings.predictive_s
+        return change if change is None or changed is None else replace(change, why=f"{changed}; {change.why}")
+
+    def _react(self, now_s: float, load: Load) -> Change | None:
+        if now_s < self._reactive_s:
+            return None
+        self._reactive_s = now_s + self.settings.reactive_s
+        look = Look(self.settings, self.predictor, self.arrangement, load, self.traffic.met(now_s, self._adopted_s))
+        to, why = look.step() or (None, "")
+        recent = self.traffic.recent(now_s)
+        if not self._step.often(to) or to is None or recent is None or self.predictor.why_not(to) is not None:
+            return None
+        outlook = Outlook(self.settings, self.predictor, recent, load.waiting_requests)
+        before, after = outlook.attainment(self.arrangement), outlook.attainment(to)
+        if after < before:
+            return None
+        change = outlook.change(self.arrangement, to, load, before, after)
+        return replace(change, by="reactive", why=f"{why}; {change.why}")
+
+
+class _InARow:
+    """Whether looks agree."""
+
+    def __init__(self) -> None:
+        self._last: Arrangement | None = None
+        self._times = 0
+
+    def often(self, wanted: Arrangement | None) -> bool:
+        """Whether something was wanted, and the same PATIENCE times in a row."""
+        self._times = self._times + 1 if wanted == self._last else 1
+        self._last = wanted
+        return wanted is not None and self._times >= PATIENCE

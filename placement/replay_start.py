@@ -1,0 +1,71 @@
+"""What the workers of a replay are used as before anything is replanned."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from core.errors import ConfigError
+from placement.arranged import Simulated
+from placement.arrangement import Arrangement
+from placement.native import serve
+from placement.predictive import Outlook
+from placement.replan_settings import ReplanSettings
+from placement.traffic import Expected
+from placement.workload import Workload
+
+FIRST_REQUESTS = 200
+_NO_LOAD = 1e-3
+_EXAMPLE = "write --start prefill=1,decode=1, or both=2"
+
+
+def start_of(
+    text: str | None, workers: int, settings: ReplanSettings, predictor: Simulated, workload: Workload, rate: float
+) -> Arrangement:
+    """The roles that the text says, or the best for the first requests; steps are always the best for these. Raises
+    ConfigError for roles that are not of so many workers, and for targets that no arrangement attains at any rate; then
+    it says what is reachable."""
+    first = workload.of_length(min(len(workload), FIRST_REQUESTS))
+    outlook = Outlook(settings, predictor, Expected(first, rate))
+    found = [*outlook.within_reach(workers)]
+    if not found:
+        raise ConfigError(_why_none(workers, settings, predictor))
+    if text is not None:
+        found = _as_asked(text, workers, found)
+    _check_reachable(found, settings, predictor, first)
+    return max(found, key=lambda one: (outlook.attainment(one), outlook.attainment(one, settings.spare)))
+
+
+def _why_none(workers: int, settings: ReplanSettings, predictor: Simulated) -> str:
+    if workers < settings.least_workers:
+        return f"--workers {workers}: too few for --floor {settings.least_workers}"
+    largest = Arrangement(0, 0, workers, settings.chunk_tokens[-1])
+    return f"--workers {workers}: none of --chunk-tokens can be used: {predictor.why_not(largest)}"
+
+
+def _as_asked(text: str, workers: int, found: list[Arrangement]) -> list[Arrangement]:
+    counts = dict.fromkeys(("prefill", "decode", "both"), 0)
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in counts or not number.isdecimal():
+            raise ConfigError(f"--start: {part.strip()!r} is no role and number: {_EXAMPLE}", param="start")
+        counts[name] = int(number)
+    if sum(counts.values()) != workers:
+        raise ConfigError(f"--start: {text} is {sum(counts.values())} in all, and --workers {workers}", param="start")
+    asked = [one for one in found if all(getattr(one, name) == count for name, count in counts.items())]
+    if not asked:
+        raise ConfigError(f"--start: {text} is not either both, or prefill and decode: {_EXAMPLE}", param="start")
+    return asked
+
+
+def _check_reachable(found: list[Arrangement], settings: ReplanSettings, predictor: Simulated, first: Workload) -> None:
+    targets, share = settings.goal.targets, settings.goal.share
+    alone = [serve(predictor.layout(one), first, _NO_LOAD).outcome for one in found]
+    best = max(alone, key=lambda outcome: outcome.attainment(targets))
+    if best.attainment(targets) >= share:
+        return
+    raise ConfigError(
+        f"ttft={targets.ttft_ms:g} ms and tpot={targets.tpot_ms:g} ms are out of reach for {share:.0%} of the first "
+        f"{len(first)} requests: without load {best.attainment(targets):.0%} attain them, and 9 in 10 have TTFT "
+        f"{np.percentile(best.ttft_ms, 90):.3g} ms and TPOT {np.percentile(best.tpot_ms, 90):.3g} ms",
+        param="slo",
+    )

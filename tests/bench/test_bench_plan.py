@@ -1,0 +1,163 @@
+"""`slipstream bench plan`: what is run, and how predicted and measured are set side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from bench.planning.choice import rates_of
+from bench.planning.comparison import Comparison, Run
+from bench.planning.load import outcome_of, serving
+from bench.planning.others import Others
+from bench.planning.report import table
+from bench.serving.timeline import Timeline
+from cluster.cli import cli
+from cluster.machine import usable_cores
+from core.errors import ConfigError, Unavailable
+from placement.outcome import Outcome, Targets
+from placement.profile import Setting, write_profile
+from tests.placement.pipelines import workload
+from tests.placement.profiles import profile
+from tests.tiny import save_byte_tokenizer, save_tiny_llama
+
+TARGETS = Targets(ttft_ms=100.0, tpot_ms=20.0)
+
+
+def outcome(ttft: list[float], tpot: list[float]) -> Outcome:
+    return Outcome(np.array(ttft), np.array(tpot), np.array(ttft))
+
+
+def run(layout: str, rate: float, predicted: Outcome, measured: Outcome, others: float = 0.0) -> Run:
+    return Run.of(layout, rate, predicted, measured, TARGETS, others, alone=1.07, at_pace=measured)
+
+
+def test_errors_are_relative_to_what_was_measured_and_attainment_is_in_points() -> None:
+    found = run("a", 1.0, outcome([90.0, 90.0], [11.0, 11.0]), outcome([100.0, 120.0], [10.0, 10.0]))
+    assert found.errors["ttft_p50"] == pytest.approx(90 / 110 - 1)
+    assert found.errors["tpot_p90"] == pytest.approx(0.1)
+    assert found.errors["attainment"] == pytest.approx(0.5)
+
+
+def test_the_best_is_the_one_with_most_within_the_targets_at_the_highest_rate() -> None:
+    good, late = outcome([50.0], [10.0]), outcome([500.0], [10.0])
+    slower = outcome([60.0], [10.0])
+    runs = [run("a", 1.0, late, good), run("a", 2.0, good, late), run("b", 2.0, slower, slower)]
+    found = Comparison.of("m", TARGETS, 1, "a", runs)
+    assert (found.best_predicted, found.best_measured) == ("a", "b")
+    assert "which was not predicted" in table(found)
+
+
+def test_the_table_marks_figures_that_are_not_true_and_counts_those_that_are() -> None:
+    found = Comparison.of(
+        "m", TARGETS, 1, "a", [run("a", 1.5, outcome([50.0], [10.0]), outcome([52.0], [14.0]), others=0.4)]
+    )
+    assert (found.true, found.figures) == (3, 5)
+    text = table(found)
+    assert text.count("!") == 2
+    assert "-3.8%" in text
+    assert "other processes took 0.40 cores" in text
+    assert "alone, requests take 1.07 times as long as predicted" in text
+    assert "3 of 5 figures are true" in text
+    assert "\n5 are if steps take as much longer" in text
+
+
+@pytest.mark.parametrize("rates", ["a", "1,,2", "0,1", "1,inf"])
+def test_rates_are_numbers_above_zero(rates: str) -> None:
+    with pytest.raises(ConfigError, match="--rates"):
+        rates_of(rates, 1.0)
+
+
+def test_rates_are_shares_of_the_goodput_unless_they_are_given() -> None:
+    assert rates_of(None, 10.0) == pytest.approx([3.0, 6.0, 8.5])
+    assert rates_of("2,1", 10.0) == [1.0, 2.0]
+
+
+def test_a_request_that_failed_or_got_too_little_ends_the_measurement() -> None:
+    asked = workload([4], [3], [0.0])
+    answered = Timeline(index=0, start=1.0, chunks=[1.5, 1.6], end=2.5, finished=True, completion_tokens=3)
+    found = outcome_of([answered], asked)
+    assert (found.ttft_ms[0], found.tpot_ms[0]) == pytest.approx((500.0, 500.0))
+    answered.completion_tokens = 2
+    with pytest.raises(Unavailable, match="2 of 3 tokens came"):
+        outcome_of([answered], asked)
+    answered.error = "HTTP 503: no"
+    with pytest.raises(Unavailable, match="request 0 of the load failed: HTTP 503"):
+        outcome_of([answered], asked)
+
+
+def test_what_this_process_takes_is_not_others(monkeypatch) -> None:
+    """Nor is a machine that stands still."""
+    times = psutil.cpu_times()
+    monkeypatch.setattr(psutil, "cpu_times", lambda: times)
+    others = Others()
+    sum(range(10**6))
+    assert others.cores() == 0.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+TREE = {"engine": {"device": "cpu", "dtype": "float32", "kv_cache_memory": "16MiB"}}
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs a core for each worker")
+def test_workers_and_gateway_are_processes_that_hand_over_and_end(model) -> None:
+    tree = TREE | {
+        "model": str(model),
+        "cluster": {"prefill_replicas": 1, "decode_replicas": 1, "handoff_min_tokens": 0},
+    }
+    with serving(tree, model, Setting(device="cpu")) as server:
+        parts = [child for child in psutil.Process().children() if "bench.planning.part" in child.cmdline()]
+        assert len(parts) == 3
+        found = server.timelines(workload([20, 30, 5], [4, 1, 9], [0.0, 0.01, 0.01]), 1.0)
+    assert [len(timeline.chunks) for timeline in found] == [4, 1, 9]
+    assert [timeline.prompt_tokens for timeline in found] == [20, 30, 5]
+    assert not any(part.is_running() for part in parts)
+
+
+def test_a_part_that_does_not_come_up_is_an_error(model) -> None:
+    tree = TREE | {"model": str(model), "cluster": {"colocated": True, "decode_replicas": 1}}
+    with (
+        pytest.raises(ConfigError, match="both-0 ended before it was ready"),
+        serving(tree, model / "none", Setting(device="cpu")),
+    ):
+        pytest.fail("it can't have been ready")
+
+
+def planned(model: Path, folder: Path, *flags: str):
+    facts = replace(profile().model, name=str(model), dtype="float32", max_tokens=256, weight_bytes=10**6)
+    write_profile(replace(profile(), model=facts), folder / "profile.json")
+    fixed = ["--slo", "ttft=5000,tpot=500", "--lengths", "prompt=20,output=6", "--kv-cache-memory", "1GiB"]
+    return CliRunner().invoke(
+        cli, ["bench", "plan", str(model), "--profile", str(folder / "profile.json"), *fixed, *flags]
+    )
+
+
+def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_path) -> None:
+    flags = ["--layout", "1 x cpu TP1, chunks of 512", "--rates", "20", "--requests", "5", "--json"]
+    result = planned(model, tmp_path, *flags)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (told,) = found["runs"]
+    assert (told["layout"], told["rate_rps"]) == ("1 x cpu TP1, chunks of 512", 20.0)
+    assert found["best_measured"] == told["layout"]
+    assert 0 < told["measured"]["ttft_ms"]["p50"] < 5000
+    assert told["predicted"]["ttft_ms"]["p50"] > 14
+
+
+def test_a_layout_that_is_not_in_the_plan_is_refused_with_those_that_are(model, tmp_path) -> None:
+    result = planned(model, tmp_path, "--layout", "3 x TPU")
+    assert result.exit_code == 2
+    assert "there is no '3 x TPU'" in result.stderr
+    assert "1 x cpu TP1, chunks of 2048" in result.stderr

@@ -1,0 +1,173 @@
+"""`slipstream serve --slo`: a layout for this machine from targets, and what it says on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from cluster import by_targets, stored_profiles
+from cluster.by_targets import Asked, config_for
+from cluster.cli import cli
+from cluster.config import SlipstreamConfig
+from cluster.hardware import of_cores
+from cluster.stored_profiles import Way, profile_of, ways
+from core.errors import ConfigError
+from placement.native import load
+from placement.profile import Setting, write_profile
+from placement.topology import NodeKind, Topology, Wire
+from tests.placement.profiles import profile
+from tests.tiny import save_byte_tokenizer, save_tiny_llama
+
+SLO = "ttft=500,tpot=60"
+LENGTHS = "prompt=100,output=20,cv=0.3"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    save_tiny_llama(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Way]:
+    """A machine of two cores with a cache of its own, whose steps take what a latency model says. The ways that were
+    measured, in order."""
+    found: list[Way] = []
+
+    def measure(folder: Path, way: Way, engine: dict[str, str], path: Path) -> None:
+        found.append(way)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = profile(setting=Setting(device="cpu", threads=way.threads, beside=way.beside))
+        write_profile(replace(known, model=replace(known.model, name=str(folder), weight_bytes=10**6)), path)
+
+    load()  # the simulator is compiled once for a machine, and stays where it is
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stored_profiles, "_measure", measure)
+    monkeypatch.setattr(by_targets, "topology_here", lambda on_cpu=False: of_cores(2, 8 * 10**9, 10.0))
+    return found
+
+
+def config(
+    folder: Path, asked: Asked | None = None, file: Path | None = None, **flags: Any
+) -> tuple[SlipstreamConfig, str]:
+    """And what was said."""
+    said: list[str] = []
+    found = config_for(asked or Asked(SLO, lengths=LENGTHS), file, {"model": str(folder)} | flags, said.append)
+    return found, "\n".join(said)
+
+
+def test_the_layout_is_planned_predicted_and_fits_the_machine(folder: Path, measured: list[Way]) -> None:
+    found, said = config(folder)
+    assert found.model == str(folder)
+    assert found.cluster.num_workers * (found.cluster.cpus_per_worker or 0) == 2
+    assert "disaggregate or not: " in said
+    assert "attainment " in said
+    assert measured == [Way(1, 2, 0), Way(1, 1, 1)]
+
+
+def test_what_was_measured_once_is_kept_until_something_changes(folder: Path, measured: list[Way], tmp_path) -> None:
+    first, _ = config(folder)
+    again, said = config(folder)
+    assert first == again
+    assert "measuring" not in said
+    assert len(measured) == 2
+    config(folder, dtype="float32")
+    assert len(measured) == 4
+    for file in (tmp_path / "cache" / "profiles").iterdir():
+        file.write_text("{")
+    _, said = config(folder)
+    assert said.count("the stored profile is of no use: ") == 2
+    assert len(measured) == 6
+
+
+def test_another_model_or_version_has_a_profile_of_its_own(measured: list[Way], tmp_path: Path, monkeypatch) -> None:
+    def ask(fingerprint: str) -> Path:
+        return profile_of(tmp_path, fingerprint, Way(1), "cpu", {}, lambda _: None).path
+
+    paths = [ask("f00"), ask("f00"), ask("f01")]
+    monkeypatch.setattr(stored_profiles, "version", lambda name: "99.0")
+    paths.append(ask("f00"))
+    assert (len(set(paths)), len(measured)) == (3, 3)
+
+
+def test_a_rate_is_served_as_cheaply_as_it_can_be(folder: Path, measured: list[Way]) -> None:
+    found, said = config(folder, Asked(SLO, lengths=LENGTHS, rate=1.0))
+    assert "it is the cheapest that attains the targets at 1 requests/s" in said
+    assert found.cluster.num_workers == 1
+
+
+def test_without_a_workload_it_says_what_it_plans_for(folder: Path, measured: list[Way]) -> None:
+    _, said = config(folder, Asked("ttft=5000,tpot=500"))
+    assert "no --trace and no --lengths: planning for requests with prompt=512,output=128,cv=1" in said
+
+
+def test_what_is_said_otherwise_stays_as_it_was_said(folder: Path, measured: list[Way], tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("engine: {max_num_seqs: 32}\ngateway: {port: 1234}")
+    found, _ = config(folder, file=tmp_path / "more.yaml", dtype="float32", seed=7)
+    assert (found.engine.max_num_seqs, found.gateway.port, found.gateway.seed) == (32, 1234, 7)
+    assert found.engine.dtype == "float32"
+
+
+def test_replanning_goes_by_the_same_targets_and_profile(folder: Path, measured: list[Way]) -> None:
+    found, _ = config(folder, replan="advise")
+    assert found.replan.slo == SLO
+    assert found.replan.profile is not None
+    assert Path(found.replan.profile).is_file()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"prefill_replicas": 1},
+        {"colocated": True},
+        {"tensor_parallel_size": 1},
+        {"max_num_batched_tokens": 512},
+        {"ray_address": "auto"},
+    ],
+)
+def test_what_the_targets_decide_cannot_be_given_too(folder: Path, measured: list[Way], flags: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"--slo decides {next(iter(flags))} by itself"):
+        config(folder, **flags)
+    assert measured == []
+
+
+def test_a_file_that_decides_is_refused_alike(folder: Path, measured: list[Way], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("cluster: {decode_replicas: 3}")
+    with pytest.raises(ConfigError, match="--slo decides decode_replicas by itself"):
+        config(folder, file=tmp_path / "c.yaml")
+
+
+def test_targets_out_of_reach_are_answered_with_what_is_reachable(folder: Path, measured: list[Way]) -> None:
+    with pytest.raises(ConfigError, match=r"ttft=1 ms and tpot=1 ms .* without load the best is TTFT [\d.]+ ms"):
+        config(folder, Asked("ttft=1,tpot=1", lengths=LENGTHS))
+    with pytest.raises(ConfigError, match="at 100000 requests/s: the most is "):
+        config(folder, Asked(SLO, lengths=LENGTHS, rate=1e5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rate", "2"), "--rate has no meaning without --slo"),
+        (("--lengths", LENGTHS), "--lengths has no meaning without --slo"),
+        (("--slo", SLO, "--plan", "p.json"), "--plan: it is a configuration too; give it, or --config, or --slo"),
+        (("--slo", "ttft=1"), "--slo: 'ttft=1' has no tpot"),
+        (("--slo", SLO, "--lengths", LENGTHS, "--trace", "t.csv"), "give a --trace, or --lengths"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_by_name(arguments, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(cli, ["serve", "demo", *arguments], catch_exceptions=False)
+
+
+def test_cores_are_shared_out_among_few_workers_and_gpus_among_ranks() -> None:
+    assert ways(of_cores(2, 10**9, 1.0)) == [Way(1, 2, 0), Way(1, 1, 1)]
+    assert ways(of_cores(12, 10**9, 1.0)) == [Way(1, 12, 0), Way(1, 6, 1), Way(1, 3, 3)]
+    node = NodeKind(name="here", device="H100", devices=4, memory_gb=80)
+    gpus = Topology(nodes=(node,), links=(Wire(within="here", gb_per_s=450),))
+    assert ways(gpus) == [Way(1), Way(2), Way(4)]

@@ -1,0 +1,153 @@
+"""A plan for Kubernetes: what KubeRay accepts, and what the Helm chart takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from cluster.cli import cli
+from cluster.config import validated
+from cluster.deployable import helm_values, rayservice
+from core.errors import ConfigError
+from placement.packing import Seat
+from placement.profile import write_profile
+from tests.placement.profiles import profile
+
+CHART = Path(__file__).parents[2] / "deploy" / "helm" / "slipstream"
+SPEC = json.loads((Path(__file__).parent / "kuberay" / "rayservice_spec.json").read_text())
+"""Names and types of the fields of KubeRay's RayService (v1) that a plan may write."""
+TREE: dict[str, Any] = {
+    "model": "demo",
+    "engine": {"device": "cuda", "dtype": "bfloat16", "tensor_parallel_size": 2, "pipeline_parallel_size": 1},
+    "cluster": {"prefill_replicas": 4, "decode_replicas": 2},
+}
+SEATS = [Seat("fast", "H100", 2, 6, prefill=2, decode=1)]
+GB = 10**9
+
+
+def planned(tmp_path: Path, name: str, *flags: str) -> dict[str, Any]:
+    """What `slipstream plan --out` writes for two nodes of four cores."""
+    write_profile(profile(), tmp_path / "profile.json")
+    node = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8, count: 2}]"
+    links = "links: [{within: here, gb_per_s: 10}, {between: [here, here], gb_per_s: 1}]"
+    (tmp_path / "cluster.yaml").write_text(f"{node}\n{links}")
+    known = ["--profile", str(tmp_path / "profile.json"), "--topology", str(tmp_path / "cluster.yaml")]
+    asked = ["--slo", "ttft=400,tpot=60", "--lengths", "prompt=200,output=20,cv=0.3"]
+    CliRunner().invoke(
+        cli, ["plan", "small", *known, *asked, *flags, "--out", str(tmp_path / name)], catch_exceptions=False
+    )
+    found: dict[str, Any] = yaml.safe_load((tmp_path / name).read_text())
+    return found
+
+
+def test_the_name_of_the_file_says_what_is_written(tmp_path: Path) -> None:
+    config = planned(tmp_path, "serve.yaml")
+    service = planned(tmp_path, "my-rayservice.yaml")
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    jsonschema.validate(service["spec"], SPEC)
+    assert yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]["engine"] == config["engine"]
+    values = planned(tmp_path, "values.yaml")
+    jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+    assert service == rayservice(values)
+
+
+def test_pods_have_what_the_workers_on_them_take() -> None:
+    values = helm_values(TREE, SEATS, weight_bytes=16 * GB)
+    jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+    (group,) = rayservice(values)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert (group["replicas"], limits["nvidia.com/gpu"], limits["cpu"]) == (2, 6, "24")
+    assert 3 * 16 * GB < int(limits["memory"].removesuffix("Gi")) * 2**30 < 3 * 16 * GB * 2
+    assert values["config"]["cluster"]["cpus_per_worker"] * 3 == float(limits["cpu"])
+    jsonschema.validate(rayservice(values)["spec"], SPEC)
+
+
+def test_devices_of_another_maker_have_their_own_resource() -> None:
+    values = helm_values(TREE, [Seat("a", "MI300X", 1, 2, both=1)], GB)
+    assert values["workerGroups"][0]["accelerator"] == {"resource": "amd.com/gpu", "count": 2}
+
+
+def test_what_serve_is_told_is_a_configuration_of_ours() -> None:
+    config = helm_values(TREE, SEATS, GB)["config"]
+    assert validated(config).gateway.host == "0.0.0.0"
+    assert TREE["cluster"] == {"prefill_replicas": 4, "decode_replicas": 2}, "what was given stays as it was"
+
+
+def test_models_are_kept_on_a_claim_if_there_is_one() -> None:
+    values = helm_values(TREE, SEATS, GB)
+    values["modelCache"]["existingClaim"] = "models"
+    service = rayservice(values)
+    jsonschema.validate(service["spec"], SPEC)
+    pods = [service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]]
+    pods += [group["template"]["spec"] for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]]
+    assert [pod["volumes"][0]["persistentVolumeClaim"]["claimName"] for pod in pods] == ["models", "models"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("workerGroups",), []),
+        (("workerGroups", 0, "replicas"), 0),
+        (("config", "gateway", "port"), 8000),
+        (("config", "cluster", "ray_address"), "auto"),
+        (("image", "pullPolicy"), "Sometimes"),
+        (("head", "memory"), "much"),
+        (("modelCache", "mountPath"), "cache"),
+    ],
+)
+def test_the_chart_refuses_values_that_mean_nothing(path: tuple[Any, ...], value: object) -> None:
+    values: Any = helm_values(TREE, SEATS, GB)
+    *there, last = path
+    at = values
+    for step in there:
+        at = at[step]
+    at[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+
+
+def test_the_values_that_the_chart_comes_with_fit_it() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+    validated(values["config"])
+    jsonschema.validate(rayservice(values)["spec"], SPEC)
+
+
+def test_the_templates_ask_for_values_that_there_are() -> None:
+    values: dict[str, Any] = helm_values(TREE, SEATS, GB)
+    text = "".join(file.read_text() for file in (CHART / "templates").iterdir())
+    asked = set(re.findall(r"(?:\.Values|\$values)((?:\.\w+)+)", text))
+    assert len(asked) > 5
+    for path in asked:
+        at: Any = values
+        for name in path.strip(".").split("."):
+            assert name in at, f"templates ask for {path}"
+            at = at[name]
+    assert text.count("{{") == text.count("}}")
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
+def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path) -> None:
+    values = helm_values(TREE, SEATS, GB)
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    command = ["helm", "template", "slipstream", str(CHART), "--values", str(tmp_path / "values.yaml")]
+    made = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    ours = rayservice(values)
+    for service in (made, ours):
+        service["spec"]["serveConfigV2"] = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert made["spec"] == ours["spec"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no-such-folder/values\.yaml can't be written: No such file"):
+        planned(tmp_path, "no-such-folder/values.yaml")

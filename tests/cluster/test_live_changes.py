@@ -1,0 +1,216 @@
+"""Roles, numbers and steps of workers change under load: every request ends once, with the tokens it should have."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from cluster.config import SlipstreamConfig, load
+from cluster.local import LocalCluster, local_cluster
+from cluster.membership import Plan
+from core.errors import Unavailable
+from core.types import FinishReason, Request, Role, SamplingParams, TokenDelta
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+
+TIMEOUT_S = 60.0
+P, D, B = Role.PREFILL, Role.DECODE, Role.BOTH
+
+
+def config(**settings: object) -> SlipstreamConfig:
+    given = {"dtype": "float32", "kv_cache_memory": "512KiB", "handoff_min_tokens": 0, "drain_timeout_s": TIMEOUT_S}
+    return load(None, given | settings)
+
+
+def job(number: int) -> Request:
+    rng = random.Random(number)
+    return Request(
+        request_id=f"r{number}",
+        prompt_token_ids=rng.choices(range(3, 128), k=rng.randrange(10, 100)),
+        sampling=SamplingParams(max_tokens=rng.randrange(2, 60), temperature=0.0),
+        deadline=time.time() + TIMEOUT_S,
+    )
+
+
+def expected(model: LlamaForCausalLM, request: Request) -> list[int]:
+    model.generation_config.eos_token_id = None
+    prompt = request.prompt_token_ids
+    with torch.inference_mode():
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=request.sampling.max_tokens, do_sample=False)
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+async def collect(deltas: AsyncIterator[TokenDelta]) -> list[int]:
+    tokens: list[int] = []
+    ended = 0
+    async for delta in deltas:
+        assert ended == 0, "something came after the end"
+        assert delta.index == len(tokens), "tokens came twice, or not at all"
+        tokens += delta.token_ids
+        ended += delta.finish is not None
+        if delta.finish is not None:
+            assert delta.finish.reason is FinishReason.LENGTH, delta.finish
+    assert ended == 1
+    return tokens
+
+
+class Load:
+    """So many requests at once, over and over, until it is told to stop."""
+
+    def __init__(self, cluster: LocalCluster, at_once: int = 6) -> None:
+        self.cluster = cluster
+        self.answers: dict[int, list[int]] = {}
+        self.stopped = False
+        self.tasks = [asyncio.create_task(self.ask(first, at_once)) for first in range(at_once)]
+
+    async def ask(self, number: int, step: int) -> None:
+        while not self.stopped:
+            self.answers[number] = await collect(self.cluster.backend.generate(job(number)))
+            number += step
+
+    async def more(self, count: int = 6) -> None:
+        """Until so many more have ended."""
+        target = len(self.answers) + count
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(self.answers) < target:
+                await asyncio.wait(self.tasks, timeout=0.02, return_when=asyncio.FIRST_EXCEPTION)
+                for task in self.tasks:
+                    if task.done():
+                        task.result()
+
+    async def stop(self) -> dict[int, list[int]]:
+        self.stopped = True
+        await asyncio.wait_for(asyncio.gather(*self.tasks), TIMEOUT_S)
+        return self.answers
+
+
+def roles(cluster: LocalCluster) -> Counter[Role]:
+    """As the gateway sees them."""
+    return Counter(w.role for w in cluster.backend.status().workers if not w.leaving)
+
+
+async def arranged(cluster: LocalCluster, wanted: dict[Role, int]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while roles(cluster) != Counter(wanted):
+            await asyncio.sleep(0.02)
+
+
+def replan(cluster: LocalCluster, wanted: dict[Role, int], step_tokens: int | None = None) -> None:
+    before = cluster.membership.plan
+    cluster.membership.plan = Plan(plan_id=before.plan_id + 1, wanted=wanted, step_tokens=step_tokens)
+
+
+async def all_free(cluster: LocalCluster) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while any(n.status().num_free_blocks != n.status().num_blocks or n.num_owned for n in cluster.nodes.values()):
+            await asyncio.sleep(0.02)
+
+
+async def test_no_request_is_lost_or_doubled_while_roles_numbers_and_steps_change(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    model, folder = tiny
+    async with local_cluster(config(max_num_seqs=8), folder) as cluster:
+        load = Load(cluster)
+        await load.more()
+        for wanted, step_tokens in (
+            ({P: 1, D: 2}, None),
+            ({P: 2, D: 1}, 16),
+            ({P: 1, D: 2}, 64),
+            ({B: 3}, 32),
+            ({P: 1, D: 1}, None),
+            ({P: 2, D: 1}, None),
+        ):
+            replan(cluster, wanted, step_tokens)
+            await cluster.scale(sum(wanted.values()))
+            await arranged(cluster, wanted)
+            await load.more()
+        answers = await load.stop()
+        await all_free(cluster)
+    assert answers == {number: expected(model, job(number)) for number in answers}
+
+
+async def test_two_workers_that_swap_their_roles_under_load_keep_nobody_waiting(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    model, folder = tiny
+    settings = config(kv_cache_memory="192KiB", max_num_seqs=8)  # room for two prompts or three
+    async with local_cluster(settings, folder) as cluster:
+        load = Load(cluster, at_once=8)
+        a, b = cluster.nodes.values()
+        for _ in range(6):
+            await load.more(3)
+            first, second = (P, D) if a.role is D else (D, P)
+            await asyncio.gather(a.set_role(first, 256), b.set_role(second, 256))
+        answers = await load.stop()
+        await all_free(cluster)
+    assert answers == {number: expected(model, job(number)) for number in answers}
+
+
+async def test_a_worker_that_leaves_ends_what_it_has_and_gets_nothing_more(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    model, folder = tiny
+    async with local_cluster(config(colocated=True, decode_replicas=2), folder) as cluster:
+        long = Request(
+            request_id="long",
+            prompt_token_ids=[3, 4, 5],
+            sampling=SamplingParams(max_tokens=200, temperature=0.0),
+            deadline=time.time() + TIMEOUT_S,
+        )
+        stream = cluster.backend.generate(long)
+        tokens = list((await anext(stream)).token_ids)
+        (busy,) = [name for name, node in cluster.nodes.items() if node.num_owned]
+        leaving = asyncio.create_task(cluster.retire_worker(busy))
+        async with asyncio.timeout(TIMEOUT_S):
+            while not any(w.leaving for w in cluster.backend.status().workers):
+                await asyncio.sleep(0.005)
+        other = await collect(cluster.backend.generate(job(1)))
+        assert cluster.nodes[busy].num_owned == 1, "the long request is still there, and nothing else"
+        async for delta in stream:
+            tokens += delta.token_ids
+        await asyncio.wait_for(leaving, TIMEOUT_S)
+        assert busy not in cluster.nodes
+        routes = cluster.backend.status().routes
+    assert tokens == expected(model, long)
+    assert other == expected(model, job(1))
+    assert sum(routes.values()) == 2, "nothing was tried twice"
+
+
+async def test_what_a_leaving_worker_does_not_end_in_its_time_goes_on_elsewhere(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    model, folder = tiny
+    async with local_cluster(config(drain_timeout_s=0.0, lease_s=1.0), folder) as cluster:
+        load = Load(cluster)
+        await load.more()
+        await cluster.retire_worker("decode-0")
+        await load.more()
+        answers = await load.stop()
+    assert answers == {number: expected(model, job(number)) for number in answers}
+
+
+async def test_the_last_worker_is_asked_even_as_it_leaves(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    async with local_cluster(config(colocated=True), tiny[1]) as cluster:
+        stream = cluster.backend.generate(job(1))
+        await anext(stream)
+        leaving = asyncio.create_task(cluster.retire_worker("both-0"))
+        async with asyncio.timeout(TIMEOUT_S):
+            while not cluster.backend.status().workers[0].leaving:
+                await asyncio.sleep(0.005)
+        second = asyncio.create_task(collect(cluster.backend.generate(job(2))))
+        async for _ in stream:
+            pass
+        await second
+        await leaving
+        with pytest.raises(Unavailable):
+            await collect(cluster.backend.generate(job(3)))

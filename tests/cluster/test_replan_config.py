@@ -1,0 +1,131 @@
+"""What may be asked of replanning, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import SlipstreamConfig, load
+from cluster.hardware import of_cores
+from cluster.replan_setup import Grounds, arrangement_as_configured, grounds_of, replanner_of
+from cluster.resources import share_out
+from core.errors import ConfigError
+from core.types import Role
+from placement.arrangement import Arrangement
+from placement.outcome import Targets
+from placement.profile import write_profile
+from tests.placement.profiles import profile
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.json"
+    write_profile(profile(), path)
+    return path
+
+
+def config(path: Path, **settings: Any) -> SlipstreamConfig:
+    given = {
+        "model": "small",
+        "device": "cpu",
+        "replan": "on",
+        "replan_profile": path,
+        "replan_slo": "ttft=900,tpot=40",
+    }
+    return load(None, given | settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"replan": "on"}, "replan on needs a replan slo: give one, such as ttft=200,tpot=50"),
+        ({"replan": "advise", "replan_slo": "ttft=1,tpot=1"}, "replan advise needs a replan profile"),
+        ({"replan_interval": 3.0}, "interval has no meaning while replan is off"),
+        ({"replan": "off", "replan_slo": "ttft=1,tpot=1"}, "slo has no meaning while replan is off"),
+        ({"replan": "on", "replan_slo": "ttft=1", "replan_profile": "p.json"}, "has no tpot"),
+        ({"replan": "on", "replan_slo": "ttft=1,tpot=1", "replan_profile": "p", "replan_chunk_tokens": "a"}, "'a' is"),
+        (
+            {"replan": "on", "replan_slo": "ttft=1,tpot=1", "replan_profile": "p", "replan_max_workers": 1},
+            "replan.max_workers 1 is below the 2 workers to begin with",
+        ),
+    ],
+)
+def test_what_is_missing_or_has_no_meaning_is_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, given)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(("word", "mode"), [("off", "off"), ("'off'", "off"), ("advise", "advise"), ("on", "on")])
+def test_a_file_may_have_on_and_off_without_quotes(tmp_path: Path, word: str, mode: str) -> None:
+    path = tmp_path / "serve.yaml"
+    rest = "" if mode == "off" else ', slo: "ttft=1,tpot=1", profile: p.json'
+    path.write_text(f"replan: {{mode: {word}{rest}}}")
+    assert load(path, {}).replan.mode == mode
+
+
+def test_files_are_found_from_wherever_a_process_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = config(Path("p.json"), traffic_log="log.jsonl", replan_warm_start="old.jsonl")
+    assert found.replan.profile == tmp_path / "p.json"
+    assert (found.gateway.traffic_log, found.replan.warm_start) == (tmp_path / "log.jsonl", tmp_path / "old.jsonl")
+
+
+def test_cores_are_shared_out_among_all_workers_that_there_may_come_to_be(made: Path) -> None:
+    assert share_out(config(made), 4.0, 0.0).cpus == 2.0
+    assert share_out(config(made, replan_max_workers=4), 4.0, 0.0).cpus == 1.0
+    with pytest.raises(ConfigError, match=r"4 workers of 2 CPUs each do not fit on 4"):
+        share_out(config(made, replan_max_workers=4, cpus_per_worker=2.0), 4.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads", "message"),
+    [
+        ({"model": "large"}, 1, "has model small, and the workers have large"),
+        ({"tensor_parallel_size": 2}, 1, "has tensor_parallel_size 1, and the workers have 2"),
+        ({"quantization": "int8"}, 1, "has quantization None, and the workers have int8"),
+        ({}, 2, "has threads 1, and the workers have 2"),
+        ({"device": "cuda"}, 1, "it is of cpu, and the workers compute on cuda"),
+    ],
+)
+def test_a_profile_of_other_workers_is_refused(
+    made: Path, settings: dict[str, Any], threads: int, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        grounds_of(config(made, **settings), threads)
+    assert message in caught.value.message
+
+
+def test_nothing_is_read_while_nobody_replans() -> None:
+    assert grounds_of(load(None, {}), 1) is None
+
+
+def test_the_replanner_begins_with_the_workers_as_configured_and_is_paced_by_the_interval(made: Path) -> None:
+    settings = {"prefill_replicas": 2, "replan_interval": 2.0, "replan_chunk_tokens": "512", "replan_max_workers": 5}
+    found = config(made, **settings)
+    replanner = replanner_of(found, Grounds(profile(), of_cores(4, 32 * 10**9, 10.0), ()))
+    assert replanner.arrangement == Arrangement(2, 1, 0, 2048)
+    assert replanner.settings.goal.targets == Targets(900.0, 40.0)
+    assert (replanner.settings.reactive_s, replanner.settings.predictive_s) == (2.0, 12.0)
+    assert (replanner.settings.chunk_tokens, replanner.settings.most_workers) == ((512, 2048), 5)
+
+
+def test_steps_are_those_of_whoever_computes_prompts(made: Path) -> None:
+    both = config(made, colocated=True, decode_replicas=3)
+    assert arrangement_as_configured(both) == Arrangement(0, 0, 3, 512)
+
+
+def test_steps_that_a_plan_has_changed_have_room_for_a_token_of_every_sequence() -> None:
+    engine = load(None, {"max_num_seqs": 32}).engine
+    assert engine.batched_tokens(Role.PREFILL) == 2048
+    assert engine.batched_tokens(Role.PREFILL, 256) == 256
+    assert engine.batched_tokens(Role.DECODE, 8) == 32
+
+
+def test_a_warm_start_that_is_no_trace_is_refused(made: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "old.jsonl"
+    trace.write_text("")
+    with pytest.raises(ConfigError, match="empty trace"):
+        grounds_of(config(made, replan_warm_start=trace), 1)

@@ -1,0 +1,74 @@
+"""Deploys workers on a Ray cluster of several nodes, all on this machine, and prints as JSON where they are: the names
+of the nodes of placement groups, the roles of workers by node, and the topology with measured links.
+
+    python -m tests.e2e.placed_on_nodes FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+from cluster.app import APP_NAME, build
+from cluster.config import load
+from cluster.ray_nodes import nodes_of
+from cluster.ray_topology import between, inside, topology_of
+from cluster.resources import share_on
+from placement.topology import to_yaml
+
+SETTINGS = {
+    "dtype": "float32",
+    "device": "cpu",
+    "kv_cache_memory": "16MiB",
+    "prefill_replicas": 2,
+    "decode_replicas": 2,
+    "cpus_per_worker": 1.0,
+    "workers_per_node": 2,
+    "handoff_within_node": True,
+    "node_labels": {"pool": "fast"},
+    "port": 0,
+    "ray_address": "auto",
+}
+START_S = 120.0
+
+
+def main(folder: str) -> None:
+    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    for name, pool in (("a", "fast"), ("b", "fast"), ("c", "slow")):
+        cluster.add_node(
+            num_cpus=4, labels={"pool": pool, "name": name}, object_store_memory=small["object_store_memory"]
+        )
+    ray.init(address=cluster.address, namespace="slipstream", log_to_driver=False, logging_level=logging.ERROR)
+    serve.start(proxy_location="Disabled")
+    config = load(None, SETTINGS | {"model": folder})
+    share = share_on(config, nodes_of(ray.nodes()))
+    serve.run(build(config, folder, share), name=APP_NAME, route_prefix=None)
+    names = {node.node_id: node.labels.get("name", "head") for node in nodes_of(ray.nodes())}
+    controller = serve.get_deployment_handle("controller", APP_NAME)
+    deadline = time.monotonic() + START_S
+    while len(members := controller.members.remote().result()) < config.cluster.num_workers:
+        assert time.monotonic() < deadline, "the workers did not come"
+        time.sleep(0.2)
+    groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    found = {
+        "groups": sorted(names[place] for group in groups for place in group["bundles_to_node_id"].values()),
+        "strategies": sorted({group["strategy"] for group in groups}),
+        "roles": sorted([names[member.node], member.role.value] for member in members),
+        "topology": to_yaml(topology_of(nodes_of(ray.nodes()), inside, between)),
+    }
+    print(json.dumps(found), flush=True)
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

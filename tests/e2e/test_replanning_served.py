@@ -1,0 +1,136 @@
+"""`slipstream serve --replan on`: workers are added and given up while requests run, and none of these is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from msgspec.structs import replace
+
+from placement.latency import Coefficients, StepLatency
+from placement.profile import write_profile
+from tests.e2e.conftest import Server, start
+from tests.placement.profiles import profile
+
+pytestmark = pytest.mark.e2e
+
+SLOW = StepLatency(Coefficients(10.0, 0.1, 0.0), Coefficients(20.0, 0.0, 4.0), Coefficients(200.0, 0.0, 4.0), 100)
+"""A worker decodes no more than eight sequences in steps of 52 ms. The tiny model is faster, so nobody misses a target:
+what happens is what the forecast asks for."""
+OUTPUT = 20
+MANY, FEW = 16.0, 2.5
+"""Requests per second: more than one such worker decodes, and less."""
+PATIENCE_S = 180.0
+
+
+class Load:
+    """Requests at a rate that can be changed."""
+
+    def __init__(self, url: str) -> None:
+        self.rate = MANY
+        self.statuses: Counter[int | str] = Counter()
+        self._client = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=100))
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._number = 0
+
+    async def go_on(self) -> None:
+        while True:
+            task = asyncio.create_task(self._ask())
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+            await asyncio.sleep(1 / self.rate)
+
+    async def _ask(self) -> None:
+        self._number += 1
+        body = {"model": "tiny", "prompt": f"request {self._number}", "max_tokens": OUTPUT, "ignore_eos": True}
+        try:
+            answer = await self._client.post("/v1/completions", json=body)
+        except httpx.HTTPError as error:
+            self.statuses[type(error).__name__] += 1
+            return
+        usage = answer.json().get("usage", {})
+        complete = answer.status_code == 200 and usage.get("completion_tokens") == OUTPUT
+        self.statuses[200 if complete else f"{answer.status_code} {answer.text}"] += 1
+
+    async def end(self) -> None:
+        await asyncio.gather(*self._under_way)
+        await self._client.aclose()
+
+
+@asynccontextmanager
+async def under_load(url: str) -> AsyncIterator[Load]:
+    load = Load(url)
+    going_on = asyncio.create_task(load.go_on())
+    try:
+        yield load
+    finally:
+        going_on.cancel()
+        await load.end()
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, f"{what} did not happen in time"
+        await asyncio.sleep(0.2)
+
+
+def shown(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server.url}/replanning").json()
+    return found
+
+
+def alive(server: Server) -> int:
+    return sum(line.startswith("vllm:num_requests_running{") for line in server.metrics().splitlines())
+
+
+@pytest.fixture
+def made(folder: Path, tmp_path: Path) -> Path:
+    """A profile of workers that decode slowly."""
+    found = profile(SLOW)
+    facts = replace(found.model, name=str(folder), dtype="float32", weight_bytes=10**6, kv_token_bytes=768)
+    path = tmp_path / "profile.json"
+    write_profile(replace(found, model=facts), path)
+    return path
+
+
+async def test_workers_are_added_and_given_up_as_traffic_grows_and_falls_and_no_request_is_lost(
+    folder: Path, made: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "traffic.jsonl"
+    flags = {
+        "replan": "on",
+        "replan-profile": made,
+        "replan-slo": "ttft=2000,tpot=60",
+        "replan-max-workers": 3,
+        "replan-interval": 0.5,
+        "replan-horizon": 600,
+        "cpus-per-worker": 0.5,
+        "traffic-log": log,
+    }
+    server = start(folder, *(f"--{name}={value}" for name, value in flags.items()))
+    try:
+        async with under_load(server.url) as load:
+            await until(lambda: alive(server) == 3, "a third worker")
+            assert len(server.replicas("worker")) == 3
+            load.rate = FEW
+            await until(lambda: alive(server) == 2, "doing with two workers")
+            await until(lambda: len(server.replicas("worker")) == 2, "the end of the third")
+            status = shown(server)
+        assert set(load.statuses) == {200}, load.statuses
+        assert status["mode"] == "on"
+        assert status["plan_id"] == len(status["decisions"]) >= 2
+        assert all(decided["carried_out"] for decided in status["decisions"])
+        assert f'slipstream:plan_id{{model_name="tiny",replica="0",role="gateway"}} {status["plan_id"]}' in (
+            server.metrics()
+        )
+        assert len(log.read_bytes().splitlines()) >= load.statuses[200] - 20  # the last second is still to be told of
+    finally:
+        assert server.stop() == 0

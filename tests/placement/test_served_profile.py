@@ -1,0 +1,77 @@
+"""What a profile knows beyond the steps, and what a plan makes of it."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from core.errors import ConfigError
+from placement.candidates import candidates
+from placement.layout import Role
+from placement.profile import Drafting, Serving, Setting
+from placement.shapes import Limits, shapes, space_of
+from placement.topology import NodeKind, Topology, Wire
+from tests.placement.layouts import STEP
+from tests.placement.profiles import points, profile
+
+AROUND = Serving(
+    overhead_ms=5.0, prompt_token_ms=0.01, step_ms=1.0, sequence_ms=0.5, handoff_step_ms=8.0, handoff_gap_ms=2.0
+)
+DRAFTS = Drafting(
+    drafter="hybrid",
+    prompts="random",
+    budget=6,
+    acceptance_length=2.2,
+    rows=3.4,
+    draft_ms=1.5,
+    draft_sequence_ms=0.1,
+)
+HERE = Topology(
+    nodes=(NodeKind(name="here", device="cpu", devices=2, memory_gb=64),),
+    links=(Wire(within="here", gb_per_s=10, latency_us=200),),
+)
+
+
+def layouts(found):
+    limits = Limits(overhead_ms=1.0)
+    space = space_of(HERE, shapes([found], limits), limits, frozenset(Role))
+    return {candidate.name: candidate.layout for candidate in candidates(space)}
+
+
+def test_steps_of_a_server_take_what_serving_adds() -> None:
+    plain, around = profile(), profile(serving=AROUND)
+    assert around.latency == plain.latency
+    alone, served = plain.latency, around.served(Role.BOTH)
+    assert served.step_ms(0, 0, 100, 4, 4) == pytest.approx(alone.step_ms(0, 0, 100, 4, 4) + 1.0 + 4 * 0.5)
+    assert served.step_ms(100, 0, 0, 0, 0) == pytest.approx(alone.step_ms(100, 0, 0, 0, 0) + 1.0)
+    handing = around.served(Role.PREFILL)
+    assert handing.step_ms(100, 0, 0, 0, 0) == pytest.approx(alone.step_ms(100, 0, 0, 0, 0) + 1.0 + 8.0)
+    assert plain.served(Role.PREFILL) == alone
+
+
+def test_layouts_are_planned_with_what_was_measured_around_the_steps() -> None:
+    found = layouts(profile(serving=AROUND))
+    apart = found["1 prefill cpu TP1 + 1 decode cpu TP1, together on a node, chunks of 2048"]
+    assert [layout.overhead_ms for layout in found.values()] == [6.0] * len(found)
+    assert apart.links[0].latency_ms == pytest.approx(0.2 + 2.0)
+    prefill, decode = apart.groups
+    assert prefill.latency.prompt.a == pytest.approx(decode.latency.prompt.a + 8.0)
+
+
+def test_groups_on_one_machine_contend_as_they_were_measured_to() -> None:
+    beside = tuple(replace(point, ms=1.2 * point.ms) for point in points(STEP))
+    measured = {"beside_prompts": points(STEP), "beside_decodes": beside}
+    found = layouts(profile(**measured, setting=Setting(device="cpu", beside=1)))
+    for layout in found.values():
+        assert {group.host for group in layout.groups} == {0}
+        assert [group.contention.decode for group in layout.groups] == [pytest.approx((1.0, 1.2))] * len(layout.groups)
+
+
+def test_a_drafter_is_planned_with_as_it_was_profiled() -> None:
+    found = shapes([profile(drafting=(DRAFTS,))], Limits(drafter="hybrid"))
+    plain, drafting = (shape.speculation for shape in found)
+    assert plain is None
+    assert drafting is not None
+    assert (drafting.acceptance_length, drafting.rows, drafting.draft_ms) == (2.2, 4, 1.5)
+    with pytest.raises(ConfigError, match="profile with --speculation hybrid, or give --acceptance-length"):
+        shapes([profile()], Limits(drafter="hybrid"))
