@@ -157,7 +157,7 @@ def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_p
     profiled(model, *flags, "--out", tmp_path / "stored.json")
     stored = read_profile(tmp_path / "stored.json")
     assert stored.serving is not None
-    assert stored.serving.overhead_ms > 0
+    assert stored.serving.handoff_gap_ms > 0  # two processes and the way between them: more than any hiccup hides
     assert stored.served(Role.BOTH).decode.a >= stored.latency.decode.a
     found = stored.drafting_of("prompt_lookup")
     assert (found.prompts, found.budget) == ("random", 3)
