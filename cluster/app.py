@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from cluster.at_hand import at_hand
 from cluster.attendance import Attendance
 from cluster.client import ClusterBackend
 from cluster.config import SlipstreamConfig, on_device
+from cluster.groups import Group, groups_of
 from cluster.membership import Member, Membership, Orders, Plan
 from cluster.recorder import Report
 from cluster.replan_setup import Grounds, grounds_of, replanner_of
@@ -58,15 +59,15 @@ class Controller:
 
     async def __init__(self, config: SlipstreamConfig, grounds: Grounds | None) -> None:  # type: ignore[misc]
         self._membership = Membership(Plan(wanted=config.cluster.roles))
-        self._workers = config.engine.group_name
+        self._workers = groups_of(config)[0].name  # of those that are replanned there is one
         self._replanning: Replanning | None = None
         if grounds is not None and config.replan.mode != "off":
             replanner = replanner_of(config, grounds)
             self._replanning = Replanning(replanner, config.replan.mode, self._membership, self._scale)
             await self._replanning.start()
 
-    async def admit(self, worker_id: str, layout: KVLayout, node: str) -> Role:
-        return self._membership.admit(worker_id, layout, time.monotonic(), node)
+    async def admit(self, worker_id: str, layout: KVLayout, node: str, able: tuple[Role, ...]) -> Role:
+        return self._membership.admit(worker_id, layout, time.monotonic(), node, able)
 
     async def announce(self, member: Member) -> Orders:
         return self._membership.announce(member, time.monotonic())
@@ -98,21 +99,23 @@ class Worker:
     """One group of devices with one model on it. With more than one device, the replica leads a process for each."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: SlipstreamConfig, folder: str, threads: int, controller: DeploymentHandle
+        self, group: Group, folder: str, threads: int, controller: DeploymentHandle
     ) -> None:
         from cluster.worker import drafter_bytes, load_runner, make_node  # torch is not needed to deploy
 
-        self._config = config
+        self._config = config = group.config
         self._controller = controller
         worker_id = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # the process, for who looks at a metric's label
         path = await asyncio.to_thread(at_hand, config, folder)
         runner = await asyncio.to_thread(load_runner, path, config.engine, threads, drafter_bytes(config))
         _trace(config, "slipstream-worker", worker_id)
         node = ray.get_runtime_context().get_node_id()
-        role = await controller.admit.remote(worker_id, runner.layout, node)
+        role = await controller.admit.remote(worker_id, runner.layout, node, group.roles)
         self._node = make_node(worker_id, role, runner, config, path)
         address = await self._node.start(_host(config))
-        member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout, node=node)
+        member = Member(
+            worker_id=worker_id, address=address, role=role, layout=runner.layout, node=node, roles=group.roles
+        )
         self._attendance = Attendance(self._node, member, config.engine, self._announce)
         await self._attendance.start()
 
@@ -147,7 +150,7 @@ class Gateway:
     """The HTTP API on a port of its own, and the sessions to the workers."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: SlipstreamConfig, folder: str, controller: DeploymentHandle, _workers: DeploymentHandle
+        self, config: SlipstreamConfig, folder: str, controller: DeploymentHandle, *_workers: DeploymentHandle
     ) -> None:
         from cluster.front import Front
 
@@ -224,43 +227,57 @@ def _host(config: SlipstreamConfig) -> str:
     return ray.util.get_node_ip_address() if config.cluster.ray_address else "127.0.0.1"
 
 
-def build(config: SlipstreamConfig, folder: str, share: Share, *, gateway_on_head: bool = False) -> serve.Application:
-    """The application for a model that is in `folder`, or is fetched by nodes that don't have it. `share` is what each
-    worker gets."""
-    config = on_device(config, "cuda" if share.gpus else "cpu")
-    threads = max(1, int(share.cpus / config.engine.ranks))
-    grounds = grounds_of(config, threads)
+def build(
+    config: SlipstreamConfig, folder: str, shares: Sequence[Share], *, gateway_on_head: bool = False
+) -> serve.Application:
+    """The application for a model that is in `folder`, or is fetched by nodes that don't have it. `shares` is what each
+    worker gets, by group."""
+    config = on_device(config, "cuda" if shares[0].gpus else "cpu")
+    groups = groups_of(config)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-    drain_s = config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S
     common: dict[str, Any] = {**HEALTH, "logging_config": quiet}
+    drained: dict[str, Any] = {
+        "max_constructor_retry_count": 2,
+        "graceful_shutdown_timeout_s": config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        **common,
+    }
     controller = serve.deployment(
         Controller, name="controller", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common
-    ).bind(config, grounds)
-    workers = serve.deployment(
-        Worker,
-        name=config.engine.group_name,
-        num_replicas=config.cluster.num_workers,
-        ray_actor_options={
-            "num_cpus": share.cpus,
-            "num_gpus": share.gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        },
-        placement_group_bundles=[share.bundle],
-        placement_group_strategy="STRICT_PACK",
-        placement_group_bundle_label_selector=[config.cluster.node_labels] if config.cluster.node_labels else None,
-        max_constructor_retry_count=2,
-        graceful_shutdown_timeout_s=drain_s,
-        graceful_shutdown_wait_loop_s=0.1,
-        **common,
-    ).bind(config, folder, threads, controller)
+    ).bind(config, grounds_of(config, _threads(groups[0], shares[0])))
+    workers = [
+        serve.deployment(Worker, **_placed(group, share), **drained).bind(
+            group, folder, _threads(group, share), controller
+        )
+        for group, share in zip(groups, shares, strict=True)
+    ]
     gateway = serve.deployment(
         Gateway,
         name="gateway",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0} | ({"resources": ON_HEAD} if gateway_on_head else {}),
-        max_constructor_retry_count=2,
-        graceful_shutdown_timeout_s=drain_s,
-        graceful_shutdown_wait_loop_s=0.1,
-        **common,
+        **drained,
     )
-    return gateway.bind(config, folder, controller, workers)
+    return gateway.bind(config, folder, controller, *workers)
+
+
+def _placed(group: Group, share: Share) -> dict[str, Any]:
+    """How many workers of the group there are, each in a placement group of its own."""
+    labels = group.config.cluster.node_labels
+    return {
+        "name": group.name,
+        "num_replicas": group.workers,
+        "ray_actor_options": {
+            "num_cpus": share.cpus,
+            "num_gpus": share.gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(_threads(group, share))}},
+        },
+        "placement_group_bundles": [share.bundle],
+        "placement_group_strategy": "STRICT_PACK",
+        "placement_group_bundle_label_selector": [labels] if labels else None,
+    }
+
+
+def _threads(group: Group, share: Share) -> int:
+    """Of each process of a worker."""
+    return max(1, int(share.cpus / group.config.engine.ranks))

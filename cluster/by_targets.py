@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.config import SlipstreamConfig, load, overlaid, read_tree
+from cluster.config import PREFILL_SHAPE, SlipstreamConfig, load, overlaid, read_tree
 from cluster.hardware import topology_here
 from cluster.planning import Searched, planned, workload_of
 from cluster.stored_profiles import Stored, Way, profile_of, ways
@@ -29,7 +29,7 @@ LENGTHS = "prompt=512,output=128,cv=1"
 """Of requests about which nothing is said."""
 _DECIDED = {
     "engine": ("tensor_parallel_size", "pipeline_parallel_size", "max_num_batched_tokens"),
-    "cluster": ("prefill_replicas", "decode_replicas", "colocated", "cpus_per_worker", "ray_address"),
+    "cluster": ("prefill_replicas", "decode_replicas", "colocated", "cpus_per_worker", *PREFILL_SHAPE, "ray_address"),
 }
 _REPLAN = "replan"
 _PROFILED = ("dtype", "device", "quantization", "kv_cache_memory")
@@ -60,7 +60,8 @@ def config_for(
     profiles = [replace(one.profile, model=replace(one.profile.model, name=given.model)) for one in stored]
     limits = _limits(given, topology)
     objective: Objective = "total" if asked.rate is None else "per-device"
-    found = planned(profiles, topology, limits, workload, goal, objective, asked.rate)
+    replanning = flags.get(_REPLAN, "off") != "off"
+    found = planned(profiles, topology, limits, workload, goal, objective, asked.rate, any_role=replanning)
     if (able := found.settle()) is None:
         raise ConfigError(f"--slo: {found.why_not(found.made.candidates[0])}", param="slo")
     shape = found.shapes[able.decode.name].profile
@@ -69,7 +70,7 @@ def config_for(
         found.settle()
     say(summary(found.made.plan))
     replan = {"replan_slo": asked.slo, "replan_profile": str(stored[profiles.index(shape)].path)}
-    return _merged(found, file, (replan if flags.get(_REPLAN, "off") != "off" else {}) | dict(flags))
+    return _merged(found, file, (replan if replanning else {}) | dict(flags))
 
 
 def _workload(asked: Asked, say: Callable[[str], None]) -> Workload:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.config import SlipstreamConfig
+from cluster.groups import groups_of
 from cluster.machine import available_memory
 from core.errors import ConfigError
 from core.types import Role
@@ -64,9 +65,9 @@ def check_kv_transport(config: SlipstreamConfig) -> None:
 def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     """Raises ConfigError when the workers would not fit; returns what they need, for the checklist."""
     adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.adapters.values())
-    each = _weight_bytes(config, folder) + adapters + _cache_bytes(config) + PROCESS_BYTES
-    each += RANK_BYTES * config.engine.ranks if config.engine.ranks > 1 else 0
-    needed = each * config.most_workers + _drafter_bytes(config) + RAY_BYTES
+    each = _weight_bytes(config, folder) + adapters + _cache_bytes(config)
+    processes = sum(group.most * process_bytes(group.config.engine.ranks) for group in groups_of(config))
+    needed = each * config.most_workers + processes + _drafter_bytes(config) + RAY_BYTES
     available = available_memory()
     if needed > available:
         raise ConfigError(
@@ -74,6 +75,11 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
             "lower --kv-cache-memory, use fewer replicas, or --colocated"
         )
     return f"{_gib(needed)} of {_gib(available)} free memory"
+
+
+def process_bytes(ranks: int) -> int:
+    """Of one worker with so many, without weights and KV cache."""
+    return PROCESS_BYTES + (RANK_BYTES * ranks if ranks > 1 else 0)
 
 
 def _cache_bytes(config: SlipstreamConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import click
@@ -9,6 +10,8 @@ import click
 from cluster.hardware import topology_here
 from core.errors import ConfigError
 from placement.topology import Topology, to_yaml
+
+_CONNECT_S = 5.0
 
 
 @click.command()
@@ -39,6 +42,7 @@ def of_cluster(address: str, measure: bool) -> Topology:
     from cluster.ray_nodes import nodes_of
     from cluster.ray_topology import between, inside, topology_of
 
+    _check_there(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -50,3 +54,14 @@ def of_cluster(address: str, measure: bool) -> Topology:
         raise ConfigError(f"the Ray cluster could not be measured: {str(error).splitlines()[-1]}") from error
     finally:
         ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Raises ConfigError where nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--ray-address {address}: nobody answers there: {error}", param="ray_address") from error

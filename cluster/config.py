@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_SEQUENCES = 64
 DEFAULT_DRAFTER = "none"
+PREFILL_SHAPE = ("prefill_tensor_parallel_size", "prefill_pipeline_parallel_size", "prefill_cpus_per_worker")
+"""Settings of the cluster by which prefill workers may differ from decode workers."""
 
 
 class Section(BaseModel):
@@ -168,11 +170,6 @@ class EngineSection(Section):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
-    def group_name(self) -> str:
-        """Of the deployment: one for each shape of group."""
-        return f"worker-tp{self.tensor_parallel_size}-pp{self.pipeline_parallel_size}"
-
-    @property
     def sequences(self) -> int:
         """How many sequences a step takes; never more than its tokens."""
         if self.max_num_seqs is not None:
@@ -194,6 +191,15 @@ class ClusterSection(Section):
     colocated: bool = Field(False, description="Prefill and decode in the same worker; --decode-replicas of them")
     cpus_per_worker: float | None = Field(
         None, gt=0, description="Cores of one worker; default: the machine's cores shared out evenly"
+    )
+    prefill_tensor_parallel_size: int | None = Field(
+        None, ge=1, le=64, description="tensor_parallel_size of prefill workers; default: that of decode workers"
+    )
+    prefill_pipeline_parallel_size: int | None = Field(
+        None, ge=1, le=64, description="pipeline_parallel_size of prefill workers; default: that of decode workers"
+    )
+    prefill_cpus_per_worker: float | None = Field(
+        None, gt=0, description="cpus_per_worker of prefill workers; default: that of decode workers"
     )
     ray_address: str | None = Field(None, description="A running Ray cluster to join; default: start one here")
     workers_per_node: int | None = Field(
@@ -251,6 +257,17 @@ class ClusterSection(Section):
                 f"prefill_replicas {self.prefill_replicas} has no meaning with colocated, where "
                 "decode_replicas workers do both; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prefill_workers_differ(self) -> ClusterSection:
+        given = [name for name in PREFILL_SHAPE if getattr(self, name) is not None]
+        if self.colocated and given:
+            raise ValueError(
+                f"{given[0]} has no meaning with colocated, where all workers do both and are alike; leave it out"
+            )
+        if self.prefill_cpus_per_worker is not None and self.cpus_per_worker is None:
+            raise ValueError("prefill_cpus_per_worker needs cpus_per_worker: how many cores the other workers have")
         return self
 
     @model_validator(mode="after")
@@ -433,6 +450,41 @@ class SlipstreamConfig(Section):
     def most_workers(self) -> int:
         """That there may come to be."""
         return self.replan.max_workers or self.cluster.num_workers
+
+    def for_role(self, role: Role) -> SlipstreamConfig:
+        """As workers of that role have it."""
+        if role is not Role.PREFILL:
+            return self
+        cluster = self.cluster
+        split = {
+            "tensor_parallel_size": cluster.prefill_tensor_parallel_size or self.engine.tensor_parallel_size,
+            "pipeline_parallel_size": cluster.prefill_pipeline_parallel_size or self.engine.pipeline_parallel_size,
+        }
+        cpus = {"cpus_per_worker": cluster.prefill_cpus_per_worker or cluster.cpus_per_worker}
+        return self.model_copy(
+            update={"engine": self.engine.model_copy(update=split), "cluster": cluster.model_copy(update=cpus)}
+        )
+
+    @property
+    def one_shape(self) -> bool:
+        """Whether all workers are alike, and any can take the role of another."""
+        return self._shape == self.for_role(Role.PREFILL)._shape
+
+    @property
+    def _shape(self) -> tuple[object, ...]:
+        engine = self.engine
+        return engine.tensor_parallel_size, engine.pipeline_parallel_size, self.cluster.cpus_per_worker
+
+    @model_validator(mode="after")
+    def _shapes_have_their_place(self) -> SlipstreamConfig:
+        if self.one_shape:
+            return self
+        differs = f"prefill and decode workers differ in shape ({', '.join(PREFILL_SHAPE)})"
+        if self.replan.mode != "off":
+            raise ValueError(f"replan {self.replan.mode} changes roles, and {differs}; leave out the one or the other")
+        if self.cluster.workers_per_node is not None:
+            raise ValueError(f"workers_per_node is of workers that are alike, and {differs}; leave out one of them")
+        return self
 
     @model_validator(mode="after")
     def _replanning_has_room(self) -> SlipstreamConfig:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cluster.checks import PROCESS_BYTES, RANK_BYTES
-from cluster.config import validated
+from cluster.checks import process_bytes
+from cluster.config import SlipstreamConfig, validated
 from core.errors import ConfigError
+from core.types import Role
 from placement.candidates import Candidate
 from placement.packing import Seat, packed
 
@@ -49,31 +50,34 @@ def write_deployable(found: Searched, layout: Candidate | None, path: Path) -> N
 
 def helm_values(tree: dict[str, Any], seats: Sequence[Seat], weight_bytes: int) -> dict[str, Any]:
     """Of a configuration as `config_of` makes it. A node of the plan becomes a pod."""
-    gpu = tree["engine"]["device"] == "cuda"
-    ranks = tree["engine"]["tensor_parallel_size"] * tree["engine"]["pipeline_parallel_size"]
-    cluster = dict(tree["cluster"])
-    cpus = cluster.setdefault("cpus_per_worker", ranks * _CPUS_PER_GPU)
+    given, cluster = validated(tree), dict(tree["cluster"])
+    if given.cluster.cpus_per_worker is None:
+        cluster["cpus_per_worker"] = given.engine.ranks * _CPUS_PER_GPU
+        if not given.one_shape:
+            cluster["prefill_cpus_per_worker"] = given.for_role(Role.PREFILL).engine.ranks * _CPUS_PER_GPU
     config = tree | {"cluster": cluster, "gateway": {"host": "0.0.0.0", "port": HTTP_PORT}}  # noqa: S104
-    validated(config)
-    each = _memory(weight_bytes, ranks, 0 if gpu else int(tree["engine"].get("kv_cache_memory", 0)))
+    full = validated(config)
     return {
         "image": {"repository": NAME, "tag": version("slipstream"), "pullPolicy": "IfNotPresent"},
         "rayVersion": version("ray"),
         "config": config,
         "head": dict(_HEAD),
-        "workerGroups": [_group(number, seat, cpus, each, gpu) for number, seat in enumerate(seats)],
+        "workerGroups": [_group(number, seat, full, weight_bytes) for number, seat in enumerate(seats)],
         "modelCache": {"existingClaim": "", "mountPath": CACHE_PATH},
     }
 
 
-def _group(number: int, seat: Seat, cpus: float, each: int, gpu: bool) -> dict[str, Any]:
+def _group(number: int, seat: Seat, config: SlipstreamConfig, weight_bytes: int) -> dict[str, Any]:
+    workers = [(config.for_role(role), getattr(seat, role.value)) for role in Role]
+    cpus = sum(count * (own.cluster.cpus_per_worker or 0.0) for own, count in workers)
+    memory = sum(count * _memory(weight_bytes, own) for own, count in workers)
     group: dict[str, Any] = {
         "name": f"workers-{number}",
         "replicas": seat.count,
-        "cpu": str(math.ceil(cpus * seat.workers)),
-        "memory": f"{math.ceil(each * seat.workers * _ROOM / 2**30)}Gi",
+        "cpu": str(math.ceil(cpus)),
+        "memory": f"{math.ceil(memory * _ROOM / 2**30)}Gi",
     }
-    if gpu:
+    if config.engine.device == "cuda":
         group["accelerator"] = {
             "resource": _GPU_RESOURCES.get(seat.device, "nvidia.com/gpu"),
             "count": seat.devices,
@@ -81,9 +85,10 @@ def _group(number: int, seat: Seat, cpus: float, each: int, gpu: bool) -> dict[s
     return group
 
 
-def _memory(weight_bytes: int, ranks: int, kv_bytes: int) -> int:
+def _memory(weight_bytes: int, config: SlipstreamConfig) -> int:
     """Of a worker; on a GPU, its weights pass through the memory of the host."""
-    return weight_bytes + kv_bytes + PROCESS_BYTES + (RANK_BYTES * ranks if ranks > 1 else 0)
+    kv_bytes = 0 if config.engine.device == "cuda" else config.engine.kv_cache_bytes or 0
+    return weight_bytes + kv_bytes + process_bytes(config.engine.ranks)
 
 
 def rayservice(values: dict[str, Any]) -> dict[str, Any]:

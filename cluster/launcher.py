@@ -16,6 +16,7 @@ from rich.console import Console
 from cluster.checklist import Checklist
 from cluster.checks import check_kv_transport, check_memory, hold_port
 from cluster.config import SlipstreamConfig, on_device
+from cluster.groups import groups_of
 from cluster.machine import has_gpu, usable_cores
 from cluster.ray_nodes import nodes_of
 from cluster.resources import Share, share_on
@@ -64,8 +65,8 @@ def _serve_held(
     """With the port of the gateway kept for it."""
     folder = _prepare(config, checklist)
     with (
-        _ray(config, stop, checklist, say) as share,
-        _application(config, folder, share, stop, checklist, say) as handle,
+        _ray(config, stop, checklist, say) as shares,
+        _application(config, folder, shares, stop, checklist, say) as handle,
     ):
         url = _wait_ready(config, handle, stop, checklist)
         _print_urls(config, url, checklist, console)
@@ -90,7 +91,9 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
         folder = resolve(config.model, revision=config.revision, progress=progress, check_config=ModelConfig.from_dict)
     with checklist.step("model") as line:
         model = ModelConfig.from_folder(folder)  # an unsupported model is refused before any process starts
-        check_split(model, config.engine.tensor_parallel_size, config.engine.pipeline_parallel_size)
+        for group in groups_of(config):
+            engine, flags = group.config.engine, "--prefill-" if group.prefills_only else "--"
+            check_split(model, engine.tensor_parallel_size, engine.pipeline_parallel_size, flags)
         check_weights(folder, model)
         adapters = read_adapters(config.engine.adapters, folder, config.engine.max_lora_rank)
         line.note = f"{model.architecture}, up to {max_model_len(model, config.engine)} tokens, {folder}"
@@ -104,8 +107,11 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
 
 
 @contextmanager
-def _ray(config: SlipstreamConfig, stop: Stop, checklist: Checklist, say: Callable[[str], None]) -> Iterator[Share]:
-    """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields what each worker gets."""
+def _ray(
+    config: SlipstreamConfig, stop: Stop, checklist: Checklist, say: Callable[[str], None]
+) -> Iterator[list[Share]]:
+    """A Ray cluster: the one at ray_address, or one of our own that goes when we do. Yields what each worker gets, by
+    group."""
     own = nullcontext() if config.cluster.ray_address else session_folder(say)
     with own as folder:
         if folder is not None:
@@ -120,9 +126,9 @@ def _ray(config: SlipstreamConfig, stop: Stop, checklist: Checklist, say: Callab
         try:
             with checklist.step("ray") as line:
                 _init_ray(config, folder, stop)
-                share = share_on(config, nodes_of(ray.nodes()))
-                line.note = str(share)
-            yield share
+                shares = share_on(config, nodes_of(ray.nodes()))
+                line.note = "; ".join(map(str, shares))
+            yield shares
         except (RayError, RayServeException) as error:
             raise ConfigError(f"the Ray cluster does not answer: {_last_line(str(error))}") from error
         finally:
@@ -160,7 +166,7 @@ def _init_ray(config: SlipstreamConfig, folder: Path | None, stop: Stop) -> None
 def _application(
     config: SlipstreamConfig,
     folder: Path,
-    share: Share,
+    shares: list[Share],
     stop: Stop,
     checklist: Checklist,
     say: Callable[[str], None],
@@ -181,7 +187,7 @@ def _application(
                 f"the Ray cluster at {config.cluster.ray_address} runs an application {APP_NAME} already; stop that "
                 "one first, or use another cluster"
             )
-        application = build(config, str(folder), share)
+        application = build(config, str(folder), shares)
     ended = False
     try:
         target = ray_serve.RunTarget(
@@ -214,7 +220,7 @@ def _wait_ready(config: SlipstreamConfig, handle: Any, stop: Stop, checklist: Ch
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    for name in ("controller", config.engine.group_name, "gateway"):
+    for name in ("controller", *(group.name for group in groups_of(config)), "gateway"):
         with checklist.step(name) as line:
             _wait_healthy(name, stop)
             line.note = "running"

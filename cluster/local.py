@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.attendance import Attendance
 from cluster.client import ClusterBackend
 from cluster.config import SlipstreamConfig
+from cluster.groups import group_of
 from cluster.membership import Member, Membership, Orders, Plan
 from cluster.node import WorkerNode
 from cluster.recorder import Report
@@ -60,13 +61,14 @@ class LocalCluster:
             await self.replanning.start()
 
     async def add_worker(self, worker_id: str, role: Role) -> WorkerNode:
-        """Its role may soon be another: the plan has the last word."""
-        engine = self._config.engine
+        """Of the shape for that role, which may soon be another that the shape is for: the plan has the last word."""
+        group = group_of(self._config, role)
+        engine = group.config.engine
         runner = await asyncio.to_thread(load_runner, self._folder, engine, self._threads, drafter_bytes(self._config))
         node = make_node(worker_id, role, runner, self._config, self._folder)
         address = await node.start("127.0.0.1")
         self.nodes[worker_id] = node
-        member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout)
+        member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout, roles=group.roles)
         self._attendances[worker_id] = Attendance(node, member, engine, self._announce)
         await self._attendances[worker_id].start()
         return node

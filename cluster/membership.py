@@ -15,6 +15,7 @@ from msgspec import Struct
 from core.types import Role
 from engine.kv_layout import KVLayout
 
+ANY = tuple(Role)
 ANNOUNCE_PERIOD_S = 1.0
 MEMBER_TIMEOUT_S = 5.0
 
@@ -49,26 +50,29 @@ class Member(Struct, frozen=True, kw_only=True):
     """By which it works; None before its first orders."""
     node: str = ""
     """Of the cluster; empty: nobody knows."""
+    roles: tuple[Role, ...] = ANY
+    """That its shape is for."""
 
 
 @dataclass(slots=True)
 class Membership:
     """`plan` may be replaced at any time by one with a higher id. Workers follow at their next announcement, one after
     the other, from roles with too many to roles with too few: so no two of them swap, and once there are as many as
-    planned they have the roles of the plan after one announcement each, and keep them."""
+    planned they have the roles of the plan after one announcement each, and keep them. A worker gets only roles that
+    its shape is for, whatever the plan says."""
 
     plan: Plan
     _roles: dict[str, tuple[Role, KVLayout, float]] = field(default_factory=dict)
     _members: dict[str, Member] = field(default_factory=dict)
     _nodes: dict[str, str] = field(default_factory=dict)
 
-    def admit(self, worker_id: str, layout: KVLayout, now: float, node: str = "") -> Role:
+    def admit(self, worker_id: str, layout: KVLayout, now: float, node: str = "", able: tuple[Role, ...] = ANY) -> Role:
         """Give a starting worker its role. Raises LayoutMismatch when its KV cache can't be joined with that of a
         worker already here: better at start-up than at the first hand-off."""
         self.expire(now)
         for _, other, _ in self._roles.values():
             other.check_same_cache(layout)
-        role = self.most_wanted(node)
+        role = self.most_wanted(node, able)
         self._roles[worker_id] = (role, layout, now)
         self._nodes[worker_id] = node
         return role
@@ -84,7 +88,7 @@ class Membership:
         self._roles[member.worker_id] = (member.role, member.layout, now)
         self._nodes[member.worker_id] = member.node
         role = member.role
-        if self._missing(role) < 0 and self._missing(scarce := self.most_wanted(member.node)) > 0:
+        if self._missing(role) < 0 and self._missing(scarce := self.most_wanted(member.node, member.roles)) > 0:
             role = scarce
         self._roles[member.worker_id] = (role, member.layout, now)
         self._members[member.worker_id] = msgspec.structs.replace(member, role=role)
@@ -103,10 +107,13 @@ class Membership:
     def members(self) -> list[Member]:
         return list(self._members.values())
 
-    def most_wanted(self, node: str = "") -> Role:
-        """What the next worker is for. Of the roles that lack some, one that `node` has least of for its share in the
-        plan, so that prefill and decode workers meet on every node; then the one that lacks most."""
-        roles = [role for role, count in self.plan.wanted.items() if count]
+    def most_wanted(self, node: str = "", able: tuple[Role, ...] = ANY) -> Role:
+        """What the next worker is for, of the roles that it is `able` to have. Of those that lack some, one that `node`
+        has least of for its share in the plan, so that prefill and decode workers meet on every node; then the one that
+        lacks most."""
+        roles = [role for role, count in self.plan.wanted.items() if count and role in able]
+        if not roles:
+            return able[0]
         lacking = [role for role in roles if self._missing(role) > 0] or roles
         return min(lacking, key=lambda role: (self._on(node, role) / self.plan.wanted[role], -self._missing(role)))
 

@@ -20,17 +20,37 @@ class _Planned(msgspec.Struct):
 
 
 def why_not(candidate: Candidate, shapes: dict[str, Shape], topology: Topology) -> str | None:
-    """Why `slipstream serve` can't run the layout; None if it can: all its workers have one shape, and each is on one
-    node."""
+    """Why `slipstream serve` can't run the layout; None if it can: each worker is on one node, and if prefill and
+    decode workers have unlike shapes, it does not matter on which one of several."""
     if candidate.prefill is not None:
         prefill, decode = shapes[candidate.prefill.name], shapes[candidate.decode.name]
-        if (prefill.profile.setting, prefill.stages) != (decode.profile.setting, decode.stages):
-            return f"serve runs one shape of worker, not {prefill.name} for prefill and {decode.name} for decode"
+        unlike = f"{prefill.name} for prefill and {decode.name} for decode"
+        if prefill.profile.setting.device != decode.profile.setting.device:
+            return f"serve gives all workers one kind of device, not {unlike}"
+        if _split(prefill) != _split(decode) and candidate.near and _several(topology):
+            return f"serve keeps only workers of one shape together on each of several nodes, not {unlike}"
     try:
         packed(candidate, topology)
     except ConfigError as error:
         return f"serve runs a worker on one node: {error.message}"
     return None
+
+
+def one_shape(candidate: Candidate, shapes: dict[str, Shape]) -> bool:
+    """Whether the layout's workers are alike, as they have to be to change their roles."""
+    prefill = candidate.prefill or candidate.decode
+    return _split(shapes[prefill.name]) == _split(shapes[candidate.decode.name])
+
+
+def _split(shape: Shape) -> dict[str, Any]:
+    """What makes the shape of a worker, as settings."""
+    setting = shape.profile.setting
+    split: dict[str, Any] = {"tensor_parallel_size": setting.tp, "pipeline_parallel_size": shape.stages}
+    return split | ({"cpus_per_worker": float(setting.devices * shape.stages)} if setting.device == "cpu" else {})
+
+
+def _several(topology: Topology) -> bool:
+    return sum(node.count for node in topology.nodes) > 1
 
 
 def config_of(
@@ -40,12 +60,12 @@ def config_of(
     if (why := why_not(candidate, shapes, topology)) is not None:
         raise ConfigError(why)
     shape = shapes[candidate.decode.name]
-    profile, setting = shape.profile, shape.profile.setting
+    profile, split = shape.profile, _split(shape)
     engine: dict[str, Any] = {
         "dtype": profile.model.dtype,
-        "device": "cpu" if setting.device == "cpu" else "cuda",
-        "tensor_parallel_size": setting.tp,
-        "pipeline_parallel_size": shape.stages,
+        "device": "cpu" if profile.setting.device == "cpu" else "cuda",
+        "tensor_parallel_size": split["tensor_parallel_size"],
+        "pipeline_parallel_size": split["pipeline_parallel_size"],
         "max_num_seqs": limits.max_sequences,
         "max_num_batched_tokens": candidate.chunk_tokens,
     }
@@ -56,7 +76,7 @@ def config_of(
     tree: dict[str, Any] = {
         "model": profile.model.name,
         "engine": engine,
-        "cluster": _cluster(candidate, shape, limits, sum(node.count for node in topology.nodes) > 1),
+        "cluster": _cluster(candidate, shapes, limits, _several(topology)),
     }
     if shape.speculation is not None:
         budget = shape.speculation.rows - 1
@@ -67,7 +87,8 @@ def config_of(
     return tree
 
 
-def _cluster(candidate: Candidate, shape: Shape, limits: Limits, several_nodes: bool) -> dict[str, Any]:
+def _cluster(candidate: Candidate, shapes: dict[str, Shape], limits: Limits, several_nodes: bool) -> dict[str, Any]:
+    split = _split(shapes[candidate.decode.name])
     if candidate.prefill is None:
         cluster: dict[str, Any] = {"colocated": True, "decode_replicas": candidate.decodes}
     else:
@@ -78,9 +99,10 @@ def _cluster(candidate: Candidate, shape: Shape, limits: Limits, several_nodes: 
         }
         if candidate.near and several_nodes:
             cluster |= {"workers_per_node": candidate.prefills + candidate.decodes, "handoff_within_node": True}
-    setting = shape.profile.setting
-    if setting.device == "cpu":
-        cluster["cpus_per_worker"] = float(setting.devices * shape.stages)
+        own = _split(shapes[candidate.prefill.name])
+        cluster |= {f"prefill_{name}": value for name, value in own.items() if value != split[name]}
+    if "cpus_per_worker" in split:
+        cluster["cpus_per_worker"] = split["cpus_per_worker"]
     return cluster
 
 
@@ -93,7 +115,5 @@ def planned_tree(path: Path) -> dict[str, Any]:
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} is no plan: {error}; make one with slipstream plan --json", param="plan") from error
     if tree is None:
-        raise ConfigError(
-            f"{path}: none of the plan's layouts can be served: their workers differ in shape", param="plan"
-        )
+        raise ConfigError(f"{path}: none of the plan's layouts can be served; its warnings say why", param="plan")
     return tree

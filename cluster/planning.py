@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.machine import cpu_name, usable_cores
-from cluster.planned import config_of, why_not
+from cluster.planned import config_of, one_shape, why_not
 from core.errors import ConfigError
 from placement.candidates import Candidate, Space
 from placement.goodput import Goal
@@ -42,6 +42,8 @@ class Searched:
     drafter: str | None
     workload: Workload
     goal: Goal
+    any_role: bool = False
+    """Workers are to be alike, so that each can take any role."""
 
     def settle(self) -> Candidate | None:
         """Give the plan the configuration of the best of its layouts that can be served. Returns that layout; None if
@@ -57,6 +59,8 @@ class Searched:
 
     def why_not(self, candidate: Candidate) -> str | None:
         """Why a layout can't be served; None if it can."""
+        if self.any_role and not one_shape(candidate, self.shapes):
+            return f"replanning changes roles, and the workers of {candidate.name} are of two shapes"
         return why_not(candidate, self.shapes, self.topology)
 
 
@@ -97,12 +101,15 @@ def planned(
     objective: Objective,
     rate: float | None,
     drafter: str | None = None,
+    *,
+    any_role: bool = False,
 ) -> Searched:
     """With shapes of workers as they were profiled. Raises ConfigError."""
     ways = shapes(known, limits)
     space = partial(space_of, topology, ways, limits)
     made = make_plan(space, ways, topology, workload, goal, objective, rate)
-    return Searched(made, space, {shape.name: shape for shape in ways}, topology, limits, drafter, workload, goal)
+    by_name = {shape.name: shape for shape in ways}
+    return Searched(made, space, by_name, topology, limits, drafter, workload, goal, any_role)
 
 
 def measured_elsewhere(profile: Profile) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import SlipstreamConfig
+from cluster.groups import Group, groups_of
 from cluster.ray_nodes import RayNode
 from core.errors import ConfigError
 from engine.quantization.methods import check_method
@@ -31,9 +32,9 @@ class Share:
         return f"{self.cpus:g} cores per worker" + (f", {self.gpus} GPU{'s' * (self.gpus > 1)}" if self.gpus else "")
 
 
-def share_on(config: SlipstreamConfig, nodes: Sequence[RayNode]) -> Share:
-    """The share of each worker on the nodes of a cluster. Raises ConfigError as share_out, and when the nodes don't
-    hold the workers as the configuration wants them."""
+def share_on(config: SlipstreamConfig, nodes: Sequence[RayNode]) -> list[Share]:
+    """The share of each worker on the nodes of a cluster, by group. Raises ConfigError as share_out, and when the nodes
+    don't hold the workers as the configuration wants them."""
     labels, most = config.cluster.node_labels, config.cluster.workers_per_node
     there = [node for node in nodes if node.has(labels)]
     if labels and not there:
@@ -43,8 +44,10 @@ def share_on(config: SlipstreamConfig, nodes: Sequence[RayNode]) -> Share:
         cpus = _even_share(min((node.cpus for node in there if node.cpus), default=1.0), most)
         cluster = config.cluster.model_copy(update={"cpus_per_worker": cpus})
         config = config.model_copy(update={"cluster": cluster})
-    share = share_out(config, sum(node.cpus for node in there), sum(node.gpus for node in there))
-    return share if most is None else replace(share, reserved=_reserved(config, share, there, most))
+    shares = share_out(config, sum(node.cpus for node in there), sum(node.gpus for node in there))
+    if most is None:
+        return shares
+    return [replace(share, reserved=_reserved(config, share, there, most)) for share in shares]
 
 
 def _reserved(config: SlipstreamConfig, share: Share, nodes: Sequence[RayNode], most: int) -> float:
@@ -66,31 +69,44 @@ def _reserved(config: SlipstreamConfig, share: Share, nodes: Sequence[RayNode], 
     return each
 
 
-def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> Share:
-    """The share of each worker on a cluster with this many. Raises ConfigError when they don't go round: Ray would
-    wait for resources that never come."""
-    workers = config.most_workers
-    cpus = config.cluster.cpus_per_worker or _even_share(cores, workers)
-    if cpus * workers > cores:
+def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> list[Share]:
+    """The share of each worker, by group, on a cluster with this many. Raises ConfigError when they don't go round: Ray
+    would wait for resources that never come."""
+    groups = groups_of(config)
+    cpus = _cpus(groups, cores)
+    if sum(each * group.most for each, group in zip(cpus, groups, strict=True)) > cores:
+        asked = [f"{group.most} workers of {each:g} CPUs each" for each, group in zip(cpus, groups, strict=True)]
         raise ConfigError(
-            f"{workers} workers of {cpus:g} CPUs each do not fit on {cores:g}; "
-            "lower --cpus-per-worker or the number of replicas"
+            f"{' and '.join(asked)} do not fit on {cores:g}; lower --cpus-per-worker or the number of replicas"
         )
     wanted = config.engine.device == "cuda" or (config.engine.device == "auto" and gpus >= 1)
     if wanted and gpus < 1:
         raise ConfigError("--device cuda: there is no GPU here; use --device cpu or auto")
-    ranks = config.engine.ranks
-    if wanted and gpus < workers * ranks:
-        each = "a GPU" if ranks == 1 else f"{ranks} GPUs"
+    ranks = [group.config.engine.ranks for group in groups]
+    if wanted and gpus < _all_ranks(groups):
+        asked = [
+            f"{group.most} workers need {'a GPU' if each == 1 else f'{each} GPUs'} each"
+            for each, group in zip(ranks, groups, strict=True)
+        ]
         raise ConfigError(
-            f"{workers} workers need {each} each and the cluster has {gpus:g}; "
-            "use fewer replicas, --colocated, or --device cpu"
+            f"{', '.join(asked)} and the cluster has {gpus:g}; use fewer replicas, --colocated, or --device cpu"
         )
     check_method(config.engine.quantization, "cuda" if wanted else "cpu", config.engine.dtype)
-    return Share(cpus, ranks if wanted else 0)
+    return [Share(each, count if wanted else 0) for each, count in zip(cpus, ranks, strict=True)]
 
 
-def _even_share(cores: float, workers: int) -> float:
-    """Whole cores as long as there is one each, so that no two workers fight for one."""
-    share = cores / workers
+def _cpus(groups: Sequence[Group], cores: float) -> list[float]:
+    """Of a worker of each group: as configured, else an even share for each of its ranks."""
+    configured = [group.config.cluster.cpus_per_worker for group in groups]
+    each = _even_share(cores, _all_ranks(groups))
+    return [cpus or each * group.config.engine.ranks for cpus, group in zip(configured, groups, strict=True)]
+
+
+def _all_ranks(groups: Sequence[Group]) -> int:
+    return sum(group.most * group.config.engine.ranks for group in groups)
+
+
+def _even_share(cores: float, count: int) -> float:
+    """Whole cores as long as there is one each, so that no two fight for one."""
+    share = cores / count
     return float(int(share)) if share >= 1 else max(0.01, int(share * 100) / 100)

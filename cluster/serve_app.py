@@ -16,6 +16,7 @@ from ray import serve
 from cluster.app import build
 from cluster.checks import check_kv_transport
 from cluster.config import SlipstreamConfig, overlaid
+from cluster.groups import groups_of
 from cluster.ray_nodes import nodes_of
 from cluster.resources import Share, share_on
 from core.errors import ConfigError
@@ -35,10 +36,12 @@ def application(args: dict[str, Any]) -> serve.Application:
     config = overlaid(args, {"ray_address": "auto"})
     check_kv_transport(config)
     folder = resolve(config.model, revision=config.revision, progress=Silent(), check_config=ModelConfig.from_dict)
-    return build(config, str(folder), _share(config), gateway_on_head=True)
+    return build(config, str(folder), _shares(config), gateway_on_head=True)
 
 
-def _share(config: SlipstreamConfig) -> Share:
+def _shares(config: SlipstreamConfig) -> list[Share]:
     if config.cluster.cpus_per_worker is None or config.engine.device == "auto":
         return share_on(config, nodes_of(ray.nodes()))
-    return Share(config.cluster.cpus_per_worker, config.engine.ranks if config.engine.device == "cuda" else 0)
+    found = [group.config for group in groups_of(config)]
+    on_gpu = config.engine.device == "cuda"
+    return [Share(own.cluster.cpus_per_worker or 0.0, own.engine.ranks if on_gpu else 0) for own in found]

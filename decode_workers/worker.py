@@ -34,9 +34,7 @@ class DecodeWorker:
     alive while the engine has no blocks, then fills them. Whoever ends a request early cancels the task, and the blocks
     are freed only when the transport can no longer write to them."""
 
-    def __init__(
-        self, engine: Engine, taker: Taker, on_handoff_failed: OnHandoffFailed, on_settled: OnSettled
-    ) -> None:
+    def __init__(self, engine: Engine, taker: Taker, on_handoff_failed: OnHandoffFailed, on_settled: OnSettled) -> None:
         self._engine = engine
         self._taker = taker
         self._on_handoff_failed = on_handoff_failed

@@ -101,16 +101,22 @@ def outcome_of(timelines: list[Timeline], workload: Workload) -> Outcome:
 
 
 @contextmanager
-def serving(tree: dict[str, Any], folder: Path, setting: Setting, stages: int = 1) -> Iterator[Server]:
-    """The workers of the configuration `tree` and a gateway. Raises ConfigError if one does not come up."""
+def serving(tree: dict[str, Any], folder: Path, setting: Setting) -> Iterator[Server]:
+    """The workers of the configuration `tree` and a gateway. On a CPU a process has its part of cpus_per_worker, or as
+    many threads as in the setting. Raises ConfigError if one does not come up."""
     tree = tree | {"gateway": {"port": 0}}
     config = validated(tree)
     with ExitStack() as started:
         members: list[Member] = []
+        used = 0
         for role, count in config.cluster.roles.items():
+            own = config.for_role(role)
+            ranks, cpus = own.engine.ranks, own.cluster.cpus_per_worker
+            threads = setting.threads if cpus is None else max(1, int(cpus / ranks))
             for index in range(count):
-                part = Part(tree, str(folder), f"{role}-{index}", role, setting.threads)
-                devices = None if setting.device == "cpu" else (len(members) * setting.tp * stages, setting.tp * stages)
+                part = Part(tree, str(folder), f"{role}-{index}", role, threads)
+                devices = None if setting.device == "cpu" else (used, ranks)
+                used += ranks
                 line = started.enter_context(_process(part, devices))
                 members.append(msgspec.json.decode(line, type=Member))
         url = started.enter_context(_process(Part(tree, str(folder), members=members)))

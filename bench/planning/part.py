@@ -38,7 +38,7 @@ async def work(part: Part, config: SlipstreamConfig) -> None:
     from cluster.worker import drafter_bytes, load_runner, make_node
 
     folder = Path(part.folder)
-    runner = load_runner(folder, config.engine, part.threads, drafter_bytes(config))
+    runner = load_runner(folder, config.for_role(part.role).engine, part.threads, drafter_bytes(config))
     node = make_node(part.worker_id, part.role, runner, config, folder)
     address = await node.start("127.0.0.1")
     member = Member(worker_id=part.worker_id, address=address, role=part.role, layout=runner.layout)

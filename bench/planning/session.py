@@ -63,7 +63,7 @@ def _runs(
     tree = config_of(candidate, found.shapes, found.limits, found.topology, found.drafter)
     setting = found.shapes[candidate.decode.name].profile.setting
     runs = []
-    with serving(tree, folder, setting, candidate.decode.group.stages) as server:
+    with serving(tree, folder, setting) as server:
         server.warm_up(candidate.stages, workload)
         alone = _alone(server, candidate.layout, workload)
         paced = _at_pace(candidate.layout, alone)

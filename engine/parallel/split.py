@@ -103,43 +103,45 @@ WHOLE = Split()
 """One device."""
 
 
-def check_split(config: ModelConfig, tp_size: int, pp_size: int) -> None:
-    """Raise ConfigError, naming the field at fault, for a model that can't be split so."""
+def check_split(config: ModelConfig, tp_size: int, pp_size: int, flags: str = "--") -> None:
+    """Raise ConfigError, naming the field at fault, for a model that can't be split so. The flags that ask for it
+    begin with `flags`."""
     from engine.model_config import DecoderConfig
 
     if tp_size * pp_size == 1:
         return
     if not isinstance(config, DecoderConfig):
-        flag = "--tensor-parallel-size" if tp_size > 1 else "--pipeline-parallel-size"
+        flag = "tensor-parallel-size" if tp_size > 1 else "pipeline-parallel-size"
         raise ConfigError(
-            f"{flag}: {config.architecture} is run by its class in Transformers, which can't be split; use one device"
+            f"{flags}{flag}: {config.architecture} is run by its class in Transformers, which can't be split; use one "
+            "device"
         )
-    _check_divides("num_attention_heads", config.num_heads, tp_size)
-    _check_divides("intermediate_size", config.intermediate_size, tp_size)
+    _check_divides("num_attention_heads", config.num_heads, tp_size, flags)
+    _check_divides("intermediate_size", config.intermediate_size, tp_size, flags)
     if config.experts is not None:
-        _check_divides("moe_intermediate_size", config.experts.inner_size, tp_size)
+        _check_divides("moe_intermediate_size", config.experts.inner_size, tp_size, flags)
     if config.vocab_size <= (tp_size - 1) * Split(tp_size).vocabulary_rows(config.vocab_size):
         raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: the model's vocab_size {config.vocab_size} leaves a rank without rows; "
-            "use fewer ranks"
+            f"{flags}tensor-parallel-size {tp_size}: the model's vocab_size {config.vocab_size} leaves a rank without "
+            "rows; use fewer ranks"
         )
     kv_heads = config.num_kv_heads
     if kv_heads % tp_size and tp_size % kv_heads:
         raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: the model's num_key_value_heads {kv_heads} can be neither shared out "
-            f"evenly over {tp_size} ranks nor repeated evenly; use {_divisors(kv_heads)}"
+            f"{flags}tensor-parallel-size {tp_size}: the model's num_key_value_heads {kv_heads} can be neither shared "
+            f"out evenly over {tp_size} ranks nor repeated evenly; use {_divisors(kv_heads)}"
         )
     if pp_size > config.num_layers:
         raise ConfigError(
-            f"--pipeline-parallel-size {pp_size}: the model's num_hidden_layers is {config.num_layers}, "
+            f"{flags}pipeline-parallel-size {pp_size}: the model's num_hidden_layers is {config.num_layers}, "
             "and every stage needs a layer; use fewer stages"
         )
 
 
-def _check_divides(field: str, value: int, tp_size: int) -> None:
+def _check_divides(field: str, value: int, tp_size: int, flags: str) -> None:
     if value % tp_size:
         raise ConfigError(
-            f"--tensor-parallel-size {tp_size} does not divide the model's {field} {value}; use {_divisors(value)}"
+            f"{flags}tensor-parallel-size {tp_size} does not divide the model's {field} {value}; use {_divisors(value)}"
         )
 
 

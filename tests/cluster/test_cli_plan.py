@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from cluster.cli import cli
 from cluster.config import load
+from cluster.groups import groups_of
 from cluster.planning import measured_elsewhere
 from core.errors import ConfigError
 from placement.latency import Coefficients, StepLatency
@@ -129,7 +130,7 @@ def test_a_plan_is_served_as_its_configuration_is_with_flags_on_top(files, tmp_p
     ("text", "message"),
     [
         ("{", r"plan\.json is no plan: .*make one with slipstream plan --json"),
-        ('{"serve": null}', "can be served: their workers differ in shape"),
+        ('{"serve": null}', "none of the plan's layouts can be served; its warnings say why"),
         ('{"serve": {"engine": {"seats": 1}}}', "unknown setting engine.seats"),
     ],
 )
@@ -139,7 +140,7 @@ def test_a_file_that_is_no_plan_is_refused_by_serve(tmp_path: Path, text: str, m
         CliRunner().invoke(cli, ["serve", "--plan", str(tmp_path / "plan.json")], catch_exceptions=False)
 
 
-def test_workers_of_two_shapes_are_planned_but_not_served(tmp_path: Path) -> None:
+def test_workers_of_two_shapes_are_planned_and_served(tmp_path: Path) -> None:
     slow = StepLatency(Coefficients(50.0, 1.0, 0.0), STEP.decode, STEP.large_decode, STEP.large_rows)
     for name, latency, threads in (("one", slow, 1), ("two", STEP, 2)):
         setting = Setting(device="cpu", threads=threads)
@@ -147,10 +148,14 @@ def test_workers_of_two_shapes_are_planned_but_not_served(tmp_path: Path) -> Non
     (tmp_path / "cluster.yaml").write_text(LINKED)
     both = [flag for name in ("one", "two") for flag in ("--profile", str(tmp_path / f"{name}.json"))]
     slo = ("--slo", "ttft=100,tpot=20")
-    found = planned("small", *both, "--topology", tmp_path / "cluster.yaml", *slo, *LENGTHS)
+    known = ("small", *both, "--topology", tmp_path / "cluster.yaml", *slo, *LENGTHS)
+    found = planned(*known, "--out", tmp_path / "serve.yaml")
     names = {entry["name"] for entry in found["ranking"]}
     assert any("prefill cpu TP1 of 2 cores + " in name and "decode cpu TP1," in name for name in names)
-    assert found["serve"] is not None
+    assert found["chosen"]["name"].startswith("1 prefill cpu TP1 of 2 cores + 1 decode cpu TP1, together on a node")
+    prefill, decode = groups_of(load(tmp_path / "serve.yaml", {}))
+    assert (prefill.workers, prefill.config.cluster.cpus_per_worker) == (1, 2.0)
+    assert (decode.workers, decode.config.cluster.cpus_per_worker) == (1, 1.0)
 
 
 def test_layouts_with_drafts_are_tried_if_asked_and_told_to_serve(files, tmp_path: Path) -> None:

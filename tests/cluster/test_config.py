@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from cluster.config import SlipstreamConfig, leaves, load, on_device
+from cluster.groups import groups_of
 from cluster.notation import parse_bytes
 from cluster.options import config_options
 from core.errors import ConfigError
@@ -54,6 +55,13 @@ def test_leaf_names_are_unique_over_the_tree() -> None:
         ("cluster: {kv_codec: int8, kv_transport: nixl}", "kv_codec int8 has no meaning with kv_transport nixl"),
         ("cluster: {kv_codec: auto, kv_transport: shared_memory}", "use kv_transport tcp or torch_distributed"),
         ("engine: {max_num_batched_tokens: 8, max_num_seqs: 16}", "max_num_batched_tokens 8 is below max_num_seqs 16"),
+        (
+            "cluster: {colocated: true, prefill_tensor_parallel_size: 2}",
+            "prefill_tensor_parallel_size has no meaning with colocated, where all workers do both and are alike",
+        ),
+        ("cluster: {prefill_cpus_per_worker: 2}", "prefill_cpus_per_worker needs cpus_per_worker"),
+        ("cluster: {prefill_tensor_parallel_sise: 2}", "did you mean prefill_tensor_parallel_size?"),
+        ("cluster: {prefill_pipeline_parallel_size: 0}", "cluster.prefill_pipeline_parallel_size: "),
         ("speculation: {dratfer: none}", "unknown setting speculation.dratfer; did you mean drafter?"),
         ("speculation: {drafter: [a, b, a]}", "speculation.drafter: a is there twice"),
         ("speculation: {budget: 8}", "speculation: budget has no meaning without a drafter"),
@@ -105,6 +113,21 @@ def test_an_unknown_flag_is_refused_with_the_nearest_known() -> None:
     result = CliRunner().invoke(command, ["--decode-replica", "2"])
     assert result.exit_code == 2
     assert "--decode-replicas" in result.output
+
+
+def test_prefill_workers_are_as_decode_workers_but_for_what_is_said_of_them() -> None:
+    alike = load(None, {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 2})
+    assert [(group.name, group.workers) for group in groups_of(alike)] == [("worker-tp2-pp1", 2)]
+    apart = load(None, {"cpus_per_worker": 4.0, "prefill_cpus_per_worker": 2.0, "prefill_pipeline_parallel_size": 2})
+    found = {group.name: group.config for group in groups_of(apart)}
+    assert list(found) == ["worker-tp1-pp2-prefill", "worker-tp1-pp1-decode"]
+    assert [(own.engine.ranks, own.cluster.cpus_per_worker) for own in found.values()] == [(2, 2.0), (1, 4.0)]
+
+
+def test_workers_that_differ_in_their_cores_only_are_two_deployments() -> None:
+    config = load(None, {"cpus_per_worker": 1.0, "prefill_cpus_per_worker": 2.0, "decode_replicas": 3})
+    groups = [(group.name, group.roles, group.workers) for group in groups_of(config)]
+    assert groups == [("worker-tp1-pp1-prefill", (Role.PREFILL,), 1), ("worker-tp1-pp1-decode", (Role.DECODE,), 3)]
 
 
 def test_prefill_workers_take_larger_chunks_unless_told_otherwise() -> None:

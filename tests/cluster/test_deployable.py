@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from cluster.cli import cli
 from cluster.config import validated
 from cluster.deployable import helm_values, rayservice
+from cluster.groups import groups_of
 from core.errors import ConfigError
 from placement.packing import Seat
 from placement.profile import write_profile
@@ -70,6 +71,14 @@ def test_pods_have_what_the_workers_on_them_take() -> None:
     assert 3 * 16 * GB < int(limits["memory"].removesuffix("Gi")) * 2**30 < 3 * 16 * GB * 2
     assert values["config"]["cluster"]["cpus_per_worker"] * 3 == float(limits["cpu"])
     jsonschema.validate(rayservice(values)["spec"], SPEC)
+
+
+def test_workers_of_two_shapes_take_what_each_of_them_does() -> None:
+    tree = TREE | {"cluster": TREE["cluster"] | {"prefill_tensor_parallel_size": 1}}
+    values = helm_values(tree, [Seat("fast", "H100", 2, 4, prefill=2, decode=1)], weight_bytes=16 * GB)
+    assert values["workerGroups"][0]["cpu"] == "16"
+    groups = groups_of(validated(values["config"]))
+    assert [(own.config.engine.ranks, own.config.cluster.cpus_per_worker) for own in groups] == [(1, 4.0), (2, 8.0)]
 
 
 def test_devices_of_another_maker_have_their_own_resource() -> None:

@@ -33,6 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "two-by-two": {"prefill_replicas": 2, "decode_replicas": 2},
     "split": {"tensor_parallel_size": 2},
     "split, colocated": {"pipeline_parallel_size": 2, "colocated": True},
+    "prefill split": {"prefill_tensor_parallel_size": 2},
+    "decode split": {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "prefill_pipeline_parallel_size": 2},
 }
 
 

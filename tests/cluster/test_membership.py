@@ -71,6 +71,27 @@ def test_a_replacement_that_comes_before_the_death_is_noticed_gets_the_right_rol
     assert {m.worker_id: m.role for m in membership.members()} == roles
 
 
+def test_a_worker_gets_only_roles_that_its_shape_is_for() -> None:
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
+    shapes = {"d1": (Role.DECODE,), "d2": (Role.DECODE,), "p1": (Role.PREFILL,)}
+    roles = {name: membership.admit(name, LAYOUT, 0.0, able=able) for name, able in shapes.items()}
+    assert roles == {name: able[0] for name, able in shapes.items()}
+    for wanted in ({Role.PREFILL: 3}, {Role.BOTH: 3}, {Role.DECODE: 1, Role.PREFILL: 2}):
+        membership.plan = Plan(plan_id=membership.plan.plan_id + 1, wanted=wanted)
+        for name, able in shapes.items():
+            member = Member(worker_id=name, address=f"{name}:1", role=roles[name], layout=LAYOUT, roles=able)
+            assert membership.announce(member, 1.0).role is roles[name]
+    assert membership.admit("late", LAYOUT, 1.0, able=(Role.DECODE,)) is Role.DECODE
+
+
+def test_a_new_controller_learns_from_the_workers_what_their_shapes_are_for() -> None:
+    membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 1}))
+    for name in "ab":  # two for decode, and the worker for prefill is dead
+        told = Member(worker_id=name, address=f"{name}:1", role=Role.DECODE, layout=LAYOUT, roles=(Role.DECODE,))
+        assert membership.announce(told, 0.0).role is Role.DECODE
+    assert membership.admit("c", LAYOUT, 0.0, able=(Role.PREFILL,)) is Role.PREFILL
+
+
 def test_roles_do_not_flap() -> None:
     membership = Membership(Plan(wanted={Role.PREFILL: 1, Role.DECODE: 2}))
     roles = {name: join(membership, name) for name in "abc"}

@@ -42,14 +42,14 @@ def test_nodes_are_those_that_are_alive_with_what_ray_knows_of_them() -> None:
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.integers(1, 8))
 def test_no_node_has_room_for_more_workers_than_it_may_have(cores: list[int], most: int) -> None:
     config = load(None, {"colocated": True, "decode_replicas": 1, "workers_per_node": most, "cpus_per_worker": 0.1})
-    share = share_on(config, [node(str(number), count) for number, count in enumerate(cores)])
+    (share,) = share_on(config, [node(str(number), count) for number, count in enumerate(cores)])
     assert max(int(count / share.bundle["CPU"] + 1e-9) for count in cores) <= most
     assert share.cpus == 0.1
 
 
 def test_as_many_workers_as_wanted_fit_on_nodes_alike() -> None:
     config = load(None, {"workers_per_node": 2, "prefill_replicas": 2, "decode_replicas": 2})
-    share = share_on(config, [node("a"), node("b")])
+    (share,) = share_on(config, [node("a"), node("b")])
     assert share.cpus == 2.0
     assert int(4 / share.bundle["CPU"]) == 2
 
@@ -85,6 +85,10 @@ def test_nodes_that_do_not_hold_the_plan_are_refused(settings: dict[str, Any], n
     [
         ({"handoff_within_node": True, "colocated": True}, "handoff_within_node has no meaning with colocated"),
         ({"handoff_within_node": True}, "handoff_within_node needs workers_per_node"),
+        (
+            {"workers_per_node": 2, "prefill_pipeline_parallel_size": 2},
+            "workers_per_node is of workers that are alike, and prefill and decode workers differ in shape",
+        ),
         ({"node_labels": ("fast",)}, "'?fast'? is not name=value"),
     ],
 )

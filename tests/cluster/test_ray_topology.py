@@ -140,6 +140,8 @@ def test_this_machine_is_printed_as_a_file_that_is_read_again(tmp_path: Path) ->
             ),
             "--ray-address says what the topology is",
         ),
+        (("topology", "--ray-address", "127.0.0.1:1"), "--ray-address 127.0.0.1:1: nobody answers there: .*refused"),
+        (("topology", "--ray-address", "127.0.0.1:99999"), "nobody answers there"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, ...], message: str) -> None:

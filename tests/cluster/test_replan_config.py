@@ -50,6 +50,15 @@ def config(path: Path, **settings: Any) -> SlipstreamConfig:
             {"replan": "on", "replan_slo": "ttft=1,tpot=1", "replan_profile": "p", "replan_max_workers": 1},
             "replan.max_workers 1 is below the 2 workers to begin with",
         ),
+        (
+            {
+                "replan": "on",
+                "replan_slo": "ttft=1,tpot=1",
+                "replan_profile": "p",
+                "prefill_tensor_parallel_size": 2,
+            },
+            "replan on changes roles, and prefill and decode workers differ in shape (prefill_tensor_parallel_size, ",
+        ),
     ],
 )
 def test_what_is_missing_or_has_no_meaning_is_refused_by_name(given: dict[str, Any], message: str) -> None:
@@ -74,8 +83,8 @@ def test_files_are_found_from_wherever_a_process_runs(monkeypatch: pytest.Monkey
 
 
 def test_cores_are_shared_out_among_all_workers_that_there_may_come_to_be(made: Path) -> None:
-    assert share_out(config(made), 4.0, 0.0).cpus == 2.0
-    assert share_out(config(made, replan_max_workers=4), 4.0, 0.0).cpus == 1.0
+    assert share_out(config(made), 4.0, 0.0)[0].cpus == 2.0
+    assert share_out(config(made, replan_max_workers=4), 4.0, 0.0)[0].cpus == 1.0
     with pytest.raises(ConfigError, match=r"4 workers of 2 CPUs each do not fit on 4"):
         share_out(config(made, replan_max_workers=4, cpus_per_worker=2.0), 4.0, 0.0)
 

@@ -33,7 +33,25 @@ from engine.model_config import ModelConfig
     ],
 )
 def test_cores_and_gpus_are_shared_out_evenly(settings: dict[str, Any], cores: int, gpus: int, share: Share) -> None:
-    assert share_out(load(None, settings), cores, gpus) == share
+    assert share_out(load(None, settings), cores, gpus) == [share]
+
+
+APART = {"prefill_tensor_parallel_size": 2, "decode_replicas": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "gpus", "shares"),
+    [
+        (APART, 8, 0, [Share(4.0), Share(2.0)]),
+        (APART, 2, 0, [Share(1.0), Share(0.5)]),
+        (APART, 8, 4, [Share(4.0, 2), Share(2.0, 1)]),
+        ({"prefill_cpus_per_worker": 3.0, "cpus_per_worker": 1.0}, 4, 0, [Share(3.0), Share(1.0)]),
+    ],
+)
+def test_workers_of_two_shapes_get_a_share_for_each_of_their_ranks(
+    settings: dict[str, Any], cores: int, gpus: int, shares: list[Share]
+) -> None:
+    assert share_out(load(None, settings), cores, gpus) == shares
 
 
 @pytest.mark.parametrize(
@@ -43,6 +61,12 @@ def test_cores_and_gpus_are_shared_out_evenly(settings: dict[str, Any], cores: i
         ({"device": "cuda"}, 0, "there is no GPU here"),
         ({}, 1, "--device cpu"),
         ({"colocated": True, "tensor_parallel_size": 2}, 1, "1 workers need 2 GPUs each"),
+        (APART, 3, "1 workers need 2 GPUs each, 2 workers need a GPU each and the cluster has 3"),
+        (
+            {"prefill_cpus_per_worker": 2.0, "cpus_per_worker": 1.0},
+            0,
+            "1 workers of 2 CPUs each and 1 workers of 1 CPUs each do not fit on 2",
+        ),
     ],
 )
 def test_resources_that_do_not_go_round_are_refused_with_the_numbers(
@@ -119,6 +143,14 @@ def test_too_little_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
         check_memory(load(None, {"kv_cache_memory": "100000GiB"}), tmp_path)
     assert "--kv-cache-memory" in caught.value.message
     assert "GiB of memory" in caught.value.message
+
+
+def test_the_ranks_of_both_shapes_take_memory(tmp_path: Path) -> None:
+    needed = [
+        float(check_memory(load(None, {"device": "cpu"} | settings), tmp_path).split()[0])
+        for settings in ({}, {"prefill_tensor_parallel_size": 4}, {"tensor_parallel_size": 4})
+    ]
+    assert needed[0] < needed[1] < needed[2]
 
 
 LLAMA = {

@@ -171,7 +171,7 @@ def test_settings_that_can_not_be_are_refused(settings: dict[str, Any], message:
 def test_fp8_on_a_cluster_without_gpus_is_refused_before_workers_start() -> None:
     with pytest.raises(ConfigError, match="--quantization fp8 needs a GPU"):
         share_out(load(None, {"quantization": "fp8"}), 2, 0)
-    assert share_out(load(None, {"quantization": "fp8"}), 16, 2).gpus == 1
+    assert share_out(load(None, {"quantization": "fp8"}), 16, 2)[0].gpus == 1
 
 
 def test_weights_need_the_memory_of_the_type_they_are_computed_in(

@@ -49,8 +49,8 @@ def main(folder: str) -> None:
     ray.init(address=cluster.address, namespace="slipstream", log_to_driver=False, logging_level=logging.ERROR)
     serve.start(proxy_location="Disabled")
     config = load(None, SETTINGS | {"model": folder})
-    share = share_on(config, nodes_of(ray.nodes()))
-    serve.run(build(config, folder, share), name=APP_NAME, route_prefix=None)
+    shares = share_on(config, nodes_of(ray.nodes()))
+    serve.run(build(config, folder, shares), name=APP_NAME, route_prefix=None)
     names = {node.node_id: node.labels.get("name", "head") for node in nodes_of(ray.nodes())}
     controller = serve.get_deployment_handle("controller", APP_NAME)
     deadline = time.monotonic() + START_S

@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from tests.e2e.conftest import Server, launch, start
 
@@ -21,8 +23,8 @@ def ranks(server: Server) -> list[psutil.Process]:
     return [process for process in server.tree if "engine.parallel.rank" in process.cmdline()]
 
 
-def complete(server: Server) -> httpx.Response:
-    body = {"model": "tiny", "prompt": "hello there", "max_tokens": 12, "temperature": 0}
+def complete(server: Server, **fields: object) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "hello there", "max_tokens": 12, "temperature": 0} | fields
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
 
@@ -51,6 +53,23 @@ def test_workers_of_two_ranks_hand_over_their_kv_and_end_with_the_server(folder:
     assert not psutil.wait_procs(started, 10)[1]
 
 
+def test_workers_of_two_shapes_hand_over_from_one_to_the_other(folder: Path) -> None:
+    prompt = list(range(3, 60))
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+    server = start(folder, "--prefill-tensor-parallel-size", "2")
+    try:
+        for name in ("worker-tp2-pp1-prefill", "worker-tp1-pp1-decode"):
+            assert len(server.replicas(name)) == 1
+        assert len(ranks(server)) == 2
+        answered = complete(server, prompt=prompt, max_tokens=8, ignore_eos=True, return_token_ids=True)
+        assert answered.json()["choices"][0]["token_ids"] == expected
+        wait_until(lambda: handed_over(server) > 0)
+    finally:
+        server.stop()
+
+
 def test_a_worker_that_has_lost_a_rank_is_replaced_as_a_whole(folder: Path) -> None:
     server = start(folder, "--colocated", "--pipeline-parallel-size", "2")
     try:
@@ -71,3 +90,10 @@ def test_heads_that_do_not_divide_are_refused_before_anything_is_started(folder:
     assert process.returncode == 2
     assert "--tensor-parallel-size 3 does not divide the model's num_attention_heads 4; use 1, 2 or 4" in output
     assert "✓ ray" not in output
+
+
+def test_a_split_of_prefill_workers_alone_is_refused_by_its_own_flag(folder: Path) -> None:
+    process = launch(folder, "--prefill-tensor-parallel-size", "3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--prefill-tensor-parallel-size 3 does not divide the model's num_attention_heads 4" in output
