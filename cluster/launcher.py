@@ -118,6 +118,8 @@ def _ray(
             # Ray replaces a loopback address by the machine's, unless it takes itself to be on a system without
             # clusters; it reads this when it is imported.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            # Ray's workers give way to every other process of the machine by default. Ours are what it is for.
+            os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException

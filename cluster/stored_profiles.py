@@ -77,7 +77,7 @@ def _key(fingerprint: str, way: Way, device: str, engine: Mapping[str, str]) -> 
 def _measure(folder: Path, way: Way, engine: Mapping[str, str], path: Path) -> None:
     """In a process of its own, whose progress is seen here and whose memory is gone when workers start."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cluster", "profile", str(folder), "--quick", "--out", str(path)]
+    command = [sys.executable, "-m", "cluster", "profile", str(folder), "--quick", "--serving", "--out", str(path)]
     flags = {"threads": way.threads, "beside": way.beside, "tensor-parallel-size": way.tp}
     named = {name.replace("_", "-"): value for name, value in engine.items()}
     command += [part for name, value in (flags | named).items() for part in (f"--{name}", str(value))]
