@@ -13,6 +13,7 @@ import numpy as np
 
 from core.errors import ConfigError
 from placement.distserve import (
+    STRATEGIES,
     AnySplit,
     Bisection,
     Cluster,
@@ -47,13 +48,15 @@ class Check(msgspec.Struct):
 
 
 class CaseReport(msgspec.Struct):
-    """`unchecked`: what the file has and nothing here computes, such as how long it took elsewhere. `refused`: why
-    configurations could not be evaluated. `failed`: why the case could not be run at all."""
+    """`strategy`: by which a search went. `unchecked`: what the file has and nothing here computes, such as how long it
+    took elsewhere. `refused`: why configurations could not be evaluated. `failed`: why the case could not be run at
+    all."""
 
     id: str
     kind: str
     agrees: bool
     cpu_s: float
+    strategy: str | None = None
     checks: list[Check] = []
     unchecked: list[str] = []
     refused: dict[str, str] = {}
@@ -87,6 +90,7 @@ def _report(reference: Reference, case: SimulationCase | SearchCase) -> CaseRepo
 
 def _checker(reference: Reference, case: SimulationCase | SearchCase, report: CaseReport) -> Checker:
     if isinstance(case, SearchCase):
+        report.strategy = case.strategy
         found = _search(reference, case)
         report.refused = {str(list(_sizes(split))): why for split, why in found.refused.items()}
         return lambda key, expected: _search_checks(key, expected, found)
@@ -157,7 +161,7 @@ def _search(reference: Reference, case: SearchCase) -> Found:
     model: DistServeModel = reference.model_of(case)
     criterion = Criterion(case.targets, case.ttft_percentile / 100, case.tpot_percentile / 100)
     return search(
-        case.strategy,
+        STRATEGIES[case.strategy],
         model,
         Cluster(case.num_node, case.ngpu_per_node),
         reference.workload_of(case),

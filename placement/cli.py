@@ -113,7 +113,8 @@ def _lines(report: Report) -> list[str]:
         verdict = case.failed or f"{agreeing} of {len(case.checks)} agree"
         worst = max((check.error for check in case.checks if check.error is not None), default=None)
         off = "" if worst is None else f", times within {100 * worst:.2g} %"
-        lines.append(f"{case.id}  {case.kind:<10}  {verdict}{off}  ({case.cpu_s:.2f} s)")
+        how = f"{case.kind} {case.strategy or ''}".rstrip()
+        lines.append(f"{case.id}  {how}  {verdict}{off}  ({case.cpu_s:.2f} s)")
         wrong = [check for check in case.checks if not check.agrees]
         lines += [f"    {check.what}: expected {check.expected}, got {check.got}" for check in wrong]
     return [*lines, f"searches took {report.search_cpu_s:.2f} s of processor time"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from core.errors import ConfigError
 from placement.arrivals import fixed_gaps
-from placement.distserve import DistServeModel, Strategy, algorithm_1, algorithm_2, colocated
+from placement.distserve import DistServeModel
 from placement.latency import Coefficients, DistServeLatency
 from placement.outcome import Targets
 from placement.workload import Workload
@@ -77,10 +77,11 @@ class SearchCase(Case, kw_only=True):
     esp: float
 
     @property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> str:
+        """A name of distserve.STRATEGIES."""
         if self.backend == "vllm":
-            return colocated
-        return algorithm_1 if self.is_high_affinity else algorithm_2
+            return "colocated"
+        return "distserve-high-affinity" if self.is_high_affinity else "distserve-low-affinity"
 
 
 class Reference(msgspec.Struct):

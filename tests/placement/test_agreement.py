@@ -102,6 +102,7 @@ def test_goodput_has_to_be_equal_for_every_configuration(tmp_path: Path) -> None
     status, report = run(tmp_path, reference(simulations=[], searches=[case]))
     got = {check["what"]: check["got"] for check in report["cases"][0]["checks"]}
     assert status == 1  # three configurations are missing from the file
+    assert report["cases"][0]["strategy"] == "distserve-low-affinity"
     splits = [[1, 1, 1, 1, 1], [1, 1, 1, 1, 2], [1, 1, 2, 1, 1]]
     case["out"]["per_config_goodput_per_gpu"] = [[split, got[f"goodput {split}"]] for split in splits]
     assert run(tmp_path, reference(simulations=[], searches=[case]))[0] == 0
