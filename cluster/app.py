@@ -135,6 +135,7 @@ class Worker:
 
     async def check_health(self) -> None:
         self._node.check_health()
+        self._attendance.check_health()
 
     async def __del__(self) -> None:
         """Serve wants fewer workers, or none: this one ends what it has before it goes."""

@@ -45,6 +45,11 @@ class Attendance:
             await self._node.set_role(orders.role, self._engine.batched_tokens(orders.role, plan.step_tokens))
         self.member = msgspec.structs.replace(before, role=orders.role, plan=plan)
 
+    def check_health(self) -> None:
+        """Raises what has ended it, if something has: nobody would give this worker another role."""
+        if self._going_on is not None and self._going_on.done() and not self._going_on.cancelled():
+            self._going_on.result()
+
     async def leave(self) -> None:
         """Announce nothing more."""
         if self._going_on is not None:

@@ -1,9 +1,16 @@
-"""The slow loop of replanning: of all arrangements within reach, the one that gains most over the horizon."""
+"""The slow loop of replanning: of the arrangements within reach, the one that gains most over the horizon.
+
+Where workers are many only some arrangements are simulated, so that a look takes seconds: of each number of workers and
+size of steps MOST_TRIED and a few around the best; and of the numbers those that doubling and halving come by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from msgspec.structs import replace
@@ -17,6 +24,10 @@ from placement.replan_settings import ReplanSettings
 from placement.traffic import Expected
 
 _LEAST_SIMULATED, _MOST_SIMULATED = 200, 2000
+"""Requests; of those that wait already no more than the latter are simulated besides."""
+MOST_TRIED = 16
+"""Arrangements of a number of workers with steps of one size that are simulated, evenly among all; then up to six around
+the best of them, and again ever nearer to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +46,25 @@ class Outlook:
             return 0.0
         rate = self.expected.rate * times
         count = int(np.clip(rate * self.settings.horizon_s, _LEAST_SIMULATED, _MOST_SIMULATED))
-        drawn = self.expected.workload.resampled(self.backlog + count, np.random.default_rng(0))
+        waiting = min(self.backlog, _MOST_SIMULATED)
+        drawn = self.expected.workload.resampled(waiting + count, np.random.default_rng(0))
         gaps = drawn.gaps.copy()
-        gaps[: self.backlog] = 0.0
+        gaps[:waiting] = 0.0
         return self.predictor.attainment(arrangement, drawn.with_gaps(gaps), rate)
 
     def within_reach(self, workers: int) -> Iterator[Arrangement]:
-        for found in arrangements(workers, self.settings.least_workers, self.settings.chunk_tokens):
+        for found in self._arrangements(workers):
             if self.predictor.why_not(found) is None:
                 yield found
+
+    def some[T](self, workers: int, look: Callable[[Arrangement], T], merit: Callable[[T], float]) -> list[T]:
+        """What a look finds at all arrangements of so many workers, or where they are many at some, more and more of
+        them near the one of most merit."""
+        sizes = groupby(self._arrangements(workers), lambda found: found.chunk_tokens)
+        return [found for _, group in sizes for found in _some([*group], look, merit)]
+
+    def _arrangements(self, workers: int) -> Iterator[Arrangement]:
+        return arrangements(workers, self.settings.least_workers, self.settings.chunk_tokens)
 
     def change(self, now: Arrangement, to: Arrangement, load: Load, before: float, after: float) -> Change:
         settings = self.settings
@@ -62,21 +83,38 @@ def better(outlook: Outlook, now: Arrangement, load: Load) -> Change | None:
     """The change that gains most over what it costs, and the margin at least; to more workers only if the goal is
     missed without. Of several about as good the one that stands `spare` times the rate best."""
     settings, before = outlook.settings, outlook.attainment(now)
-    found: list[Change] = []
-    for workers in range(now.workers, max(now.workers, settings.most_workers) + 1):
-        others = [to for to in outlook.within_reach(workers) if to != now]
-        found += [outlook.change(now, to, load, before, outlook.attainment(to)) for to in others]
-        if max([before, *(change.after for change in found)]) >= settings.goal.share:
-            break
-    best = max(found, key=_net, default=None)
-    if best is None or best.after - before < settings.margin or best.gain <= best.cost:
+    found: dict[int, list[Change]] = {}
+
+    def look(to: Arrangement) -> Change:
+        return outlook.change(now, to, load, before, outlook.attainment(to))
+
+    def attains(workers: int) -> bool:
+        found[workers] = [change for change in outlook.some(workers, look, _net) if change.to != now]
+        return max([before, *(change.after for change in found[workers])]) >= settings.goal.share
+
+    enough = fewest(now.workers, max(now.workers, settings.most_workers), attains)
+    changes = sorted((one for workers, some in found.items() if workers <= enough for one in some), key=_net)
+    if not changes or (best := changes[-1]).after - before < settings.margin or best.gain <= best.cost:
         return None
-    good = [change for change in found if _net(best) - _net(change) < settings.margin / 2 * best.gain]
-    return max(good, key=lambda change: (outlook.attainment(change.to, settings.spare), _net(change)))
+    good = [change for change in changes if _net(best) - _net(change) < settings.margin / 2 * best.gain]
+    return max(good[-MOST_TRIED:], key=lambda change: (outlook.attainment(change.to, settings.spare), _net(change)))
 
 
 def _net(change: Change) -> float:
     return change.gain - change.cost
+
+
+def fewest(least: int, most: int, attains: Callable[[int], bool]) -> int:
+    """The smallest number that attains, if any above it does too; `most` if none does."""
+    lacking, enough, step = least - 1, least, 1
+    while not attains(enough):
+        if enough == most:
+            return most
+        lacking, enough, step = enough, min(most, enough + step), 2 * step
+    while enough - lacking > 1:
+        middle = (lacking + enough) // 2
+        lacking, enough = (lacking, middle) if attains(middle) else (middle, enough)
+    return enough
 
 
 def leaner(outlook: Outlook, now: Arrangement, load: Load) -> Change | None:
@@ -85,10 +123,26 @@ def leaner(outlook: Outlook, now: Arrangement, load: Load) -> Change | None:
     settings = outlook.settings
     if not settings.most_workers:
         return None
-    tried = [(outlook.attainment(to, settings.spare), to) for to in outlook.within_reach(now.workers - 1)]
-    attained, to = max(tried, key=lambda entry: entry[0], default=(0.0, now))
+
+    def look(to: Arrangement) -> tuple[float, Arrangement]:
+        return outlook.attainment(to, settings.spare), to
+
+    tried = outlook.some(now.workers - 1, look, itemgetter(0))
+    attained, to = max(tried, key=itemgetter(0), default=(0.0, now))
     if attained < settings.goal.share:
         return None
     change = outlook.change(now, to, load, outlook.attainment(now), outlook.attainment(to))
     spare = f"a worker is spared: without it {attained:.0%} at {settings.spare:g} times the rate; "
     return replace(change, why=spare + change.why)
+
+
+def _some[T](of: Sequence[Arrangement], look: Callable[[Arrangement], T], merit: Callable[[T], float]) -> list[T]:
+    """Of arrangements of which neighbours are alike."""
+    apart = math.ceil(len(of) / MOST_TRIED)
+    found = {place: look(of[place]) for place in range(0, len(of), max(1, apart))}
+    while apart > 1:
+        best = max(found, key=lambda place: merit(found[place]))
+        apart = math.ceil(apart / 4)
+        near = range(best - 3 * apart, best + 3 * apart + 1, apart)
+        found |= {place: look(of[place]) for place in near if 0 <= place < len(of) and place not in found}
+    return [*found.values()]

@@ -3,7 +3,9 @@ go out.
 
 Two loops share the traffic's log. The fast one (reactive.py) looks every few seconds at queues and attainment; the slow
 one (predictive.py) simulates what is expected, at its pace or as soon as traffic has changed (drift.py). After a change
-nothing is decided until it has settled, nor while workers are missing, so neither loop acts on what it has caused.
+nothing is decided until it has settled, nor while workers are missing, so neither loop acts on what it has caused. What
+was just left is not gone back to for as long as leaving it was to pay, the horizon, unless there is new evidence: traffic
+has changed since, or requests do worse than was foretold.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from core.types import Role
 from placement.arranged import Predictor
 from placement.arrangement import Arrangement
 from placement.change import Change
+from placement.drift import LEAST_COMPARED
 from placement.forecast import Constant, Maker
 from placement.live_log import MOST_REQUESTS
 from placement.load import Load, RoleLoad
@@ -61,6 +64,9 @@ class Replanner:
         self._adopted_s = -math.inf
         self._missing_s: float | None = None
         """Since when workers are."""
+        self._proposed: Change | None = None
+        self._left: dict[Arrangement, float] = {}
+        """When each was, since traffic has changed."""
         self._step, self._spare = _InARow(), _InARow()
 
     def record(self, served: Sequence[Served]) -> None:
@@ -69,6 +75,8 @@ class Replanner:
 
     def adopt(self, arrangement: Arrangement, now_s: float) -> None:
         """The workers are being used so from now on, by a Change or by hand."""
+        if self._proposed is not None and arrangement == self._proposed.to:
+            self._left[self.arrangement] = now_s
         self.arrangement, self._adopted_s = arrangement, now_s
         self._settle(now_s)
 
@@ -76,14 +84,27 @@ class Replanner:
         """Raises nothing: without enough requests to tell it decides nothing."""
         if math.isinf(self._predictive_s):  # what came in a moment tells no rate
             self._predictive_s = now_s + self.settings.predictive_s
-        self._changed = self.traffic.tell(now_s, self._ended, load.in_flight) or self._changed
+        if (changed := self.traffic.tell(now_s, self._ended, load.in_flight)) is not None:
+            self._changed = changed
+            self._left.clear()
         self._ended.clear()
         if now_s < self._settled_s or self._missing(now_s, load):
             return None
         change = self._predict(now_s, load) or self._react(now_s, load)
         if change is not None:
+            self._proposed = change
             self._settle(now_s)
         return change
+
+    def _goes_back(self, change: Change | None, now_s: float) -> bool:
+        """Whether it undoes what is still to pay, on no other evidence than there was."""
+        if change is None or now_s - self._left.get(change.to, -math.inf) >= self.settings.horizon_s:
+            return False
+        assert self._proposed is not None, "it was left for another"
+        met = self.traffic.met_since(self._adopted_s)
+        missed = min(1.0, 1 - min(self._proposed.before, self._proposed.after) + self.settings.margin)
+        by_chance = 2 * math.sqrt(missed * (1 - missed) * met.judged)
+        return met.judged < LEAST_COMPARED or met.missed <= missed * met.judged + by_chance
 
     def _settle(self, now_s: float) -> None:
         self._settled_s = now_s + self.settings.settle_s
@@ -115,6 +136,8 @@ class Replanner:
         elif change is None:
             fewer = leaner(outlook, self.arrangement, load)
             change = fewer if self._spare.often(None if fewer is None else fewer.to) else None
+        if self._goes_back(change, now_s):
+            change = None
         self.traffic.planned(now_s, expected, anew=change is not None)
         changed, self._changed = self._changed, None
         self._predictive_s = now_s + self.settings.predictive_s
@@ -134,7 +157,7 @@ class Replanner:
         if after < before:
             return None
         change = outlook.change(self.arrangement, to, load, before, after)
-        return replace(change, by="reactive", why=f"{why}; {change.why}")
+        return None if self._goes_back(change, now_s) else replace(change, by="reactive", why=f"{why}; {change.why}")
 
 
 class _InARow:

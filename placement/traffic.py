@@ -115,6 +115,10 @@ class Traffic:
         """Of what has ended lately, and came at `came_s` or later."""
         return self._log.met(self._settings.goal.targets, now_s - self._settings.recent_s, came_s)
 
+    def met_since(self, came_s: float) -> Met:
+        """Of what came at `came_s` or later and has ended, as far as it is known."""
+        return self._log.met(self._settings.goal.targets, -math.inf, came_s)
+
     def recent(self, now_s: float) -> Expected | None:
         """What has ended lately comes as often as what came lately; None with too few requests to tell."""
         since_s = now_s - self._settings.recent_s
