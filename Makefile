@@ -11,8 +11,16 @@ ARGS   ?=
 serve: $(DEMO)
 	$(BIN)/slipstream serve demo $(ARGS)
 
+# Two at a time, but for tests that start clusters or kill processes: those have the machine to themselves.
+ALONE  := tests/e2e tests/chaos
+
 test: $(DEMO)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: $(READY)
 	$(BIN)/ruff check .
