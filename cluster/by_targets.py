@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from cluster.checks import weight_bytes
 from cluster.config import PREFILL_SHAPE, SlipstreamConfig, load, overlaid, read_tree
 from cluster.hardware import topology_here
 from cluster.planning import Searched, planned, workload_of
@@ -100,29 +101,26 @@ def _profiles(given: SlipstreamConfig, topology: Topology, say: Callable[[str], 
     with Bars() as progress:
         folder = resolve(given.model, revision=given.revision, progress=progress, check_config=ModelConfig.from_dict)
     config, engine = ModelConfig.from_folder(folder), given.engine
-    able = [way for way in ways(topology) if _fits(folder, config, way, topology)]
+    weights = weight_bytes(engine, folder)
+    able = [way for way in ways(topology) if _fits(weights, config, way, topology)]
     if not able:
-        raise ConfigError(f"the model does not fit: {_weights(folder) / 1e9:.3g} GB of weights; {topology.source}")
+        raise ConfigError(f"the model does not fit: {weights / 1e9:.3g} GB of weights; {topology.source}")
     identity = fingerprint(folder, config, engine.quantization or "")
     settings = {name: str(getattr(engine, name)) for name in _PROFILED if name in engine.model_fields_set}
     device = topology.nodes[0].device
     return [profile_of(folder, identity, way, device, settings, say) for way in able]
 
 
-def _fits(folder: Path, config: ModelConfig, way: Way, topology: Topology) -> bool:
-    """Whether the model can be split so, and all workers that compute at the same time have room for its weights."""
+def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bool:
+    """Whether the model can be split so, and all workers that compute at the same time have room for its weights, of so
+    many bytes."""
     (node,) = topology.nodes
     try:
         check_split(config, way.tp, 1)
     except ConfigError:
         return False
     devices = way.tp * way.threads
-    return _weights(folder) < USABLE * node.memory_gb * 1e9 * devices
-
-
-def _weights(folder: Path) -> int:
-    """Bytes, as they are stored."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return weights < USABLE * node.memory_gb * 1e9 * devices
 
 
 def _limits(given: SlipstreamConfig, topology: Topology) -> Limits:

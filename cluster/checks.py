@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.config import SlipstreamConfig
+from cluster.config import EngineSection, SlipstreamConfig
 from cluster.groups import groups_of
 from cluster.machine import available_memory
 from core.errors import ConfigError
@@ -65,7 +65,7 @@ def check_kv_transport(config: SlipstreamConfig) -> None:
 def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     """Raises ConfigError when the workers would not fit; returns what they need, for the checklist."""
     adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.adapters.values())
-    each = _weight_bytes(config, folder) + adapters + _cache_bytes(config)
+    each = weight_bytes(config.engine, folder) + adapters + _cache_bytes(config)
     processes = sum(group.most * process_bytes(group.config.engine.ranks) for group in groups_of(config))
     needed = each * config.most_workers + processes + _drafter_bytes(config) + RAY_BYTES
     available = available_memory()
@@ -96,9 +96,9 @@ def _drafter_bytes(config: SlipstreamConfig) -> int:
     return settings.max_memory_bytes * config.cluster.decode_replicas + settings.observing_bytes * prefilling
 
 
-def _weight_bytes(config: SlipstreamConfig, folder: Path) -> int:
-    """With dtype auto as many as are stored: it makes weights smaller, but hardly anywhere larger."""
-    quantized, size = config.engine.quantization is not None, DTYPE_BYTES.get(config.engine.dtype)
+def weight_bytes(engine: EngineSection, folder: Path) -> int:
+    """In memory. With dtype auto as many as are stored: it makes them smaller, and hardly anywhere larger."""
+    quantized, size = engine.quantization is not None, DTYPE_BYTES.get(engine.dtype)
     if not quantized and size is None:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     total = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import click
@@ -10,8 +9,6 @@ import click
 from cluster.hardware import topology_here
 from core.errors import ConfigError
 from placement.topology import Topology, to_yaml
-
-_CONNECT_S = 5.0
 
 
 @click.command()
@@ -39,10 +36,10 @@ def of_cluster(address: str, measure: bool) -> Topology:
     import ray
     from ray.exceptions import RayError
 
-    from cluster.ray_nodes import nodes_of
+    from cluster.ray_nodes import check_there, nodes_of
     from cluster.ray_topology import between, inside, topology_of
 
-    _check_there(address)
+    check_there(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -54,14 +51,3 @@ def of_cluster(address: str, measure: bool) -> Topology:
         raise ConfigError(f"the Ray cluster could not be measured: {str(error).splitlines()[-1]}") from error
     finally:
         ray.shutdown()
-
-
-def _check_there(address: str) -> None:
-    """Raises ConfigError where nobody listens at HOST:PORT: Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdecimal()):
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--ray-address {address}: nobody answers there: {error}", param="ray_address") from error

@@ -18,7 +18,7 @@ from cluster.checks import check_kv_transport, check_memory, hold_port
 from cluster.config import SlipstreamConfig, on_device
 from cluster.groups import groups_of
 from cluster.machine import has_gpu, usable_cores
-from cluster.ray_nodes import nodes_of
+from cluster.ray_nodes import check_there, nodes_of
 from cluster.resources import Share, share_on
 from cluster.session import session_folder
 from cluster.signals import Stop, Stopped, stop_signals
@@ -50,7 +50,9 @@ def _serve(config: SlipstreamConfig, stop: Stop, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    if not config.cluster.ray_address and not has_gpu():
+    if config.cluster.ray_address:
+        check_there(config.cluster.ray_address)
+    elif not has_gpu():
         config = on_device(config, "cpu")
     with hold_port(config.gateway.host, config.gateway.port) as port:
         if not config.cluster.ray_address:  # the gateway runs here, and so does the one that replaces it

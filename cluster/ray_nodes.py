@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from core.errors import ConfigError
+
+_CONNECT_S = 5.0
 _ACCELERATOR = "accelerator_type:"
 """Ray has a resource of this name and the device's on nodes with devices that it knows."""
 
@@ -24,6 +28,17 @@ class RayNode:
 
     def has(self, labels: Mapping[str, str]) -> bool:
         return labels.items() <= self.labels.items()
+
+
+def check_there(address: str) -> None:
+    """Raises ConfigError where nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--ray-address {address}: nobody answers there: {error}", param="ray_address") from error
 
 
 def nodes_of(listed: Iterable[Mapping[str, Any]]) -> list[RayNode]:

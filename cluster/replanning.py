@@ -20,9 +20,11 @@ from cluster.membership import Membership, Plan
 from cluster.recorder import Report
 from core.errors import Unavailable
 from core.replan_metrics import Decided, ReplanStatus
+from core.served import Served
 from core.types import Role
 from core.wire import WorkerStatus
 from placement.arrangement import Arrangement
+from placement.live_log import MOST_REQUESTS
 from placement.load import Load, RoleLoad
 from placement.replanner import Change, Replanner
 
@@ -53,13 +55,15 @@ class Replanning:
         self._scale = scale
         self._configured = replanner.arrangement
         self._followed = membership.plan
+        self._scaled = membership.plan.workers
         self._reports: dict[str, tuple[float, Report]] = {}
         self._decided: Counter[str] = Counter()
         self._decisions: deque[Decided] = deque(maxlen=NUM_REMEMBERED)
         self._advised: Arrangement | None = None
         self._thread = ThreadPoolExecutor(1, "replanner", _be_nice)
         self._looking: asyncio.Task[None] | None = None
-        self._news: list[Report] = []
+        self._served: deque[Served] = deque(maxlen=MOST_REQUESTS)
+        """Of which the replanner has not been told."""
         self._attainment: float | None = None
         self._goodput_rps = 0.0
 
@@ -80,7 +84,7 @@ class Replanning:
     def report(self, report: Report, now: float) -> ReplanStatus:
         """What a gateway says, at a monotonic `now`."""
         self._reports[report.gateway_id] = now, report
-        self._news.append(report)
+        self._served.extend(report.served)
         return self.status
 
     async def _go_on(self) -> None:
@@ -92,19 +96,20 @@ class Replanning:
         """Decide what is to be decided at a monotonic `now`, and carry it out."""
         if self._membership.plan != self._followed:  # this controller is new, and has learnt of it from the workers
             self._follow(self._membership.plan, now)
-        news, self._news = self._news, []
+            self._scaled = self._membership.plan.workers
+        served = list(self._served)
+        self._served.clear()
         reports = self._fresh(now)
         load = load_of((worker for report in reports for worker in report.workers), sum(r.in_flight for r in reports))
         loop = asyncio.get_running_loop()
-        change = await loop.run_in_executor(self._thread, self._decide, news, load, now)
-        if change is not None:
+        change = await loop.run_in_executor(self._thread, self._decide, served, load, now)
+        if change is not None and self._membership.plan == self._followed:
             await self._take(change, now)
 
-    def _decide(self, news: list[Report], load: Load, now: float) -> Change | None:
+    def _decide(self, served: list[Served], load: Load, now: float) -> Change | None:
         """On the replanner's thread: it may simulate for seconds."""
         replanner = self._replanner
-        for report in news:
-            replanner.record(report.served)
+        replanner.record(served)
         change = replanner.decide(now, load)
         met = replanner.traffic.met(now)
         self._attainment = met.attainment if met.judged else None
@@ -136,12 +141,13 @@ class Replanning:
 
     async def _carry_out(self, to: Arrangement, now: float) -> None:
         plan = plan_of(to, self._membership.plan, self._configured)
-        more_or_fewer = plan.workers != self._membership.plan.workers
         self._membership.plan = plan
         self._follow(plan, now)
-        if more_or_fewer:
+        # Where the number is not to change, one that is missing may come back after it has been planned without.
+        if self._replanner.settings.most_workers and plan.workers != self._scaled:
             try:
                 await self._scale(plan.workers)
+                self._scaled = plan.workers
             except Unavailable as error:
                 logger.error("the number of workers stays as it is: %s", error.message)
 

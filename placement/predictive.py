@@ -26,8 +26,8 @@ from placement.traffic import Expected
 _LEAST_SIMULATED, _MOST_SIMULATED = 200, 2000
 """Requests; of those that wait already no more than the latter are simulated besides."""
 MOST_TRIED = 16
-"""Arrangements of a number of workers with steps of one size that are simulated, evenly among all; then up to six around
-the best of them, and again ever nearer to it."""
+"""Arrangements of a number of workers with steps of one size that are simulated, evenly among all; then up to six
+around the best of them, and again ever nearer to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +57,10 @@ class Outlook:
             if self.predictor.why_not(found) is None:
                 yield found
 
-    def some[T](self, workers: int, look: Callable[[Arrangement], T], merit: Callable[[T], float]) -> list[T]:
-        """What a look finds at all arrangements of so many workers, or where they are many at some, more and more of
-        them near the one of most merit."""
+    def merits(self, workers: int, merit: Callable[[Arrangement], float]) -> dict[Arrangement, float]:
+        """Of all arrangements of so many workers, or where these are many of some, near the best of which are most."""
         sizes = groupby(self._arrangements(workers), lambda found: found.chunk_tokens)
-        return [found for _, group in sizes for found in _some([*group], look, merit)]
+        return {found: of for _, group in sizes for found, of in _merits([*group], merit).items()}
 
     def _arrangements(self, workers: int) -> Iterator[Arrangement]:
         return arrangements(workers, self.settings.least_workers, self.settings.chunk_tokens)
@@ -83,20 +82,21 @@ def better(outlook: Outlook, now: Arrangement, load: Load) -> Change | None:
     """The change that gains most over what it costs, and the margin at least; to more workers only if the goal is
     missed without. Of several about as good the one that stands `spare` times the rate best."""
     settings, before = outlook.settings, outlook.attainment(now)
-    found: dict[int, list[Change]] = {}
+    seen: dict[Arrangement, Change] = {}
 
-    def look(to: Arrangement) -> Change:
-        return outlook.change(now, to, load, before, outlook.attainment(to))
+    def net(to: Arrangement) -> float:
+        seen[to] = outlook.change(now, to, load, before, outlook.attainment(to))
+        return _net(seen[to])
 
     def attains(workers: int) -> bool:
-        found[workers] = [change for change in outlook.some(workers, look, _net) if change.to != now]
-        return max([before, *(change.after for change in found[workers])]) >= settings.goal.share
+        return any(seen[to].after >= settings.goal.share for to in outlook.merits(workers, net))
 
-    enough = fewest(now.workers, max(now.workers, settings.most_workers), attains)
-    changes = sorted((one for workers, some in found.items() if workers <= enough for one in some), key=_net)
-    if not changes or (best := changes[-1]).after - before < settings.margin or best.gain <= best.cost:
+    most = now.workers if before >= settings.goal.share else max(now.workers, settings.most_workers)
+    enough = fewest(now.workers, most, attains)
+    found = sorted((change for change in seen.values() if change.to != now and change.to.workers <= enough), key=_net)
+    if not found or (best := found[-1]).after - before < settings.margin or best.gain <= best.cost:
         return None
-    good = [change for change in changes if _net(best) - _net(change) < settings.margin / 2 * best.gain]
+    good = [change for change in found if _net(best) - _net(change) < settings.margin / 2 * best.gain]
     return max(good[-MOST_TRIED:], key=lambda change: (outlook.attainment(change.to, settings.spare), _net(change)))
 
 
@@ -123,12 +123,8 @@ def leaner(outlook: Outlook, now: Arrangement, load: Load) -> Change | None:
     settings = outlook.settings
     if not settings.most_workers:
         return None
-
-    def look(to: Arrangement) -> tuple[float, Arrangement]:
-        return outlook.attainment(to, settings.spare), to
-
-    tried = outlook.some(now.workers - 1, look, itemgetter(0))
-    attained, to = max(tried, key=itemgetter(0), default=(0.0, now))
+    tried = outlook.merits(now.workers - 1, lambda to: outlook.attainment(to, settings.spare))
+    to, attained = max(tried.items(), key=itemgetter(1), default=(now, 0.0))
     if attained < settings.goal.share:
         return None
     change = outlook.change(now, to, load, outlook.attainment(now), outlook.attainment(to))
@@ -136,13 +132,13 @@ def leaner(outlook: Outlook, now: Arrangement, load: Load) -> Change | None:
     return replace(change, why=spare + change.why)
 
 
-def _some[T](of: Sequence[Arrangement], look: Callable[[Arrangement], T], merit: Callable[[T], float]) -> list[T]:
-    """Of arrangements of which neighbours are alike."""
+def _merits(of: Sequence[Arrangement], merit: Callable[[Arrangement], float]) -> dict[Arrangement, float]:
+    """Neighbours are taken to be about as good."""
     apart = math.ceil(len(of) / MOST_TRIED)
-    found = {place: look(of[place]) for place in range(0, len(of), max(1, apart))}
+    found = {place: merit(of[place]) for place in range(0, len(of), apart)}
     while apart > 1:
-        best = max(found, key=lambda place: merit(found[place]))
+        best = max(found, key=found.__getitem__)
         apart = math.ceil(apart / 4)
         near = range(best - 3 * apart, best + 3 * apart + 1, apart)
-        found |= {place: look(of[place]) for place in near if 0 <= place < len(of) and place not in found}
-    return [*found.values()]
+        found |= {place: merit(of[place]) for place in near if 0 <= place < len(of) and place not in found}
+    return {of[place]: value for place, value in found.items()}

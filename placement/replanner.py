@@ -3,9 +3,9 @@ go out.
 
 Two loops share the traffic's log. The fast one (reactive.py) looks every few seconds at queues and attainment; the slow
 one (predictive.py) simulates what is expected, at its pace or as soon as traffic has changed (drift.py). After a change
-nothing is decided until it has settled, nor while workers are missing, so neither loop acts on what it has caused. What
-was just left is not gone back to for as long as leaving it was to pay, the horizon, unless there is new evidence: traffic
-has changed since, or requests do worse than was foretold.
+nothing is decided until it has settled, nor while workers are missing, so neither loop acts on what it has caused.
+What was left is not gone back to for as long as leaving it was to pay, the horizon, unless there is new evidence:
+traffic has changed since, or requests do worse than was foretold. Giving up a worker is held back by `spare` instead.
 """
 
 from __future__ import annotations
@@ -131,13 +131,13 @@ class Replanner:
             return None
         outlook = Outlook(self.settings, self.predictor, expected, load.waiting_requests)
         change = better(outlook, self.arrangement, load)
+        if self._goes_back(change, now_s):
+            change = None
         if self._changed is not None:
             self._spare = _InARow()
         elif change is None:
             fewer = leaner(outlook, self.arrangement, load)
             change = fewer if self._spare.often(None if fewer is None else fewer.to) else None
-        if self._goes_back(change, now_s):
-            change = None
         self.traffic.planned(now_s, expected, anew=change is not None)
         changed, self._changed = self._changed, None
         self._predictive_s = now_s + self.settings.predictive_s

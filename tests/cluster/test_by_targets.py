@@ -13,6 +13,7 @@ from cluster import by_targets, stored_profiles
 from cluster.by_targets import Asked, config_for
 from cluster.cli import cli
 from cluster.config import SlipstreamConfig
+from cluster.config import load as load_config
 from cluster.hardware import of_cores
 from cluster.stored_profiles import Way, profile_of, ways
 from core.errors import ConfigError
@@ -141,6 +142,15 @@ def test_a_file_that_decides_is_refused_alike(folder: Path, measured: list[Way],
     (tmp_path / "c.yaml").write_text("cluster: {decode_replicas: 3}")
     with pytest.raises(ConfigError, match="--slo decides decode_replicas by itself"):
         config(folder, file=tmp_path / "c.yaml")
+
+
+def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path, measured: list[Way]) -> None:
+    """Of 406 KB as it is stored, and 127 as int8."""
+    room = of_cores(1, 300_000, 10.0)
+    with pytest.raises(ConfigError, match=r"the model does not fit: 0\.000406 GB of weights"):
+        by_targets._profiles(load_config(None, {"model": str(folder)}), room, str)
+    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), room, str)
+    assert measured == [Way(1, 1, 0)]
 
 
 def test_targets_out_of_reach_are_answered_with_what_is_reachable(folder: Path, measured: list[Way]) -> None:

@@ -44,6 +44,10 @@ def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return refused
 
 
+def test_a_ray_cluster_that_nobody_answers_for_is_said_at_once(refusal: Callable[..., str]) -> None:
+    assert "--ray-address 127.0.0.1:1: nobody answers there" in refusal("--ray-address", "127.0.0.1:1")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -19,7 +22,7 @@ from core.types import Finish, FinishReason, Request, Role, SamplingParams, Toke
 from core.wire import WorkerCounters, WorkerStatus
 from engine.kv_layout import KVLayout
 from placement.arrangement import Arrangement
-from placement.live_log import Met
+from placement.live_log import MOST_REQUESTS, Met
 from placement.load import Load, RoleLoad
 from placement.replanner import Change, Replanner
 from placement.traces import read_trace
@@ -60,17 +63,15 @@ def change(to: Arrangement) -> Change:
 class Script:
     """Decides what the test says, and keeps what it was told."""
 
-    class Settings:
-        recent_s = 10.0
-
-    settings = Settings()
-
-    def __init__(self, *changes: Arrangement | None) -> None:
+    def __init__(self, *changes: Arrangement | None, most_workers: int = 4) -> None:
+        self.settings = SimpleNamespace(recent_s=10.0, most_workers=most_workers)
         self.arrangement = CONFIGURED
         self.traffic = self
         self.recorded: list[Served] = []
         self.loads: list[Load] = []
         self.adopted: list[Arrangement] = []
+        self.threads: set[int] = set()
+        self.meanwhile: Callable[[], None] = lambda: None
         self._changes = list(changes)
 
     def record(self, answers: Sequence[Served]) -> None:
@@ -78,6 +79,8 @@ class Script:
 
     def decide(self, _now: float, load: Load) -> Change | None:
         self.loads.append(load)
+        self.threads.add(threading.get_ident())
+        self.meanwhile()
         to = self._changes.pop(0) if self._changes else None
         return None if to is None else change(to)
 
@@ -89,16 +92,16 @@ class Script:
 
 
 class World:
-    def __init__(self, mode: str, *changes: Arrangement | None, scales: bool = True) -> None:
-        self.script = Script(*changes)
+    def __init__(self, mode: str, *changes: Arrangement | None, scales: bool = True, most_workers: int = 4) -> None:
+        self.script = Script(*changes, most_workers=most_workers)
         self.membership = Membership(Plan(wanted={P: 2, D: 1}))
         self.scaled: list[int] = []
-        self._scales = scales
+        self.scales = scales
         replanner = cast("Replanner", self.script)
         self.replanning = Replanning(replanner, mode, self.membership, self.scale)  # type: ignore[arg-type]
 
     async def scale(self, workers: int) -> None:
-        if not self._scales:
+        if not self.scales:
             raise Unavailable("no Serve")
         self.scaled.append(workers)
 
@@ -154,6 +157,48 @@ async def test_where_the_number_cannot_be_changed_the_roles_are(caplog: pytest.L
     await world.replanning.look(0.0)
     assert world.membership.plan.wanted == {P: 1, D: 3}
     assert "no Serve" in caplog.text
+
+
+async def test_a_number_that_could_not_be_had_is_asked_for_again_with_the_next_change() -> None:
+    world = World(
+        "on", Arrangement(1, 3, 0, 2048), Arrangement(2, 2, 0, 2048), Arrangement(1, 3, 0, 2048), scales=False
+    )
+    await world.replanning.look(0.0)
+    world.scales = True
+    await world.replanning.look(1.0)
+    await world.replanning.look(2.0)
+    assert world.scaled == [4]
+
+
+async def test_a_number_that_is_not_to_change_is_left_to_serve_which_may_still_replace_a_worker() -> None:
+    world = World("on", Arrangement(1, 1, 0, 2048), most_workers=0)
+    await world.replanning.look(0.0)
+    assert (world.membership.plan.wanted, world.scaled) == ({P: 1, D: 1}, [])
+
+
+async def test_what_was_decided_for_another_plan_is_not_carried_out() -> None:
+    world = World("on", Arrangement(1, 2, 0, 2048))
+    newer = Plan(plan_id=7, wanted={P: 2, D: 1}, step_tokens=256)
+    member = Member(worker_id="a", address="a:1", role=D, layout=LAYOUT, plan=newer)
+    world.script.meanwhile = lambda: world.membership.announce(member, 0.0) and None
+    await world.replanning.look(0.0)
+    assert world.membership.plan == newer
+    assert world.replanning.status.decisions == []
+
+
+async def test_deciding_may_take_long_and_keeps_nobody_waiting_nor_is_more_kept_than_is_looked_at() -> None:
+    world = World("on")
+    went_on = threading.Event()
+    world.script.meanwhile = lambda: went_on.wait(10.0) and None
+    looking = asyncio.create_task(world.replanning.look(0.0))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        world.replanning.report(report("g", *map(served, range(MOST_REQUESTS // 2))), 0.0)
+    went_on.set()
+    await looking
+    assert threading.get_ident() not in world.script.threads
+    await world.replanning.look(1.0)
+    assert len(world.script.recorded) == MOST_REQUESTS
 
 
 async def test_the_plan_that_workers_bring_to_a_new_controller_is_adopted() -> None:

@@ -87,6 +87,12 @@ def shown(server: Server) -> dict[str, Any]:
     return found
 
 
+def plan_in_metrics(server: Server) -> int:
+    series = 'slipstream:plan_id{model_name="tiny",replica="0",role="gateway"} '
+    (value,) = (line.removeprefix(series) for line in server.metrics().splitlines() if line.startswith(series))
+    return int(float(value))
+
+
 def alive(server: Server) -> int:
     return sum(line.startswith("vllm:num_requests_running{") for line in server.metrics().splitlines())
 
@@ -124,13 +130,11 @@ async def test_workers_are_added_and_given_up_as_traffic_grows_and_falls_and_no_
             await until(lambda: alive(server) == 2, "doing with two workers")
             await until(lambda: len(server.replicas("worker")) == 2, "the end of the third")
             status = shown(server)
+            await until(lambda: plan_in_metrics(server) == shown(server)["plan_id"], "metrics of the plan")
         assert set(load.statuses) == {200}, load.statuses
         assert status["mode"] == "on"
         assert status["plan_id"] == len(status["decisions"]) >= 2
         assert all(decided["carried_out"] for decided in status["decisions"])
-        assert f'slipstream:plan_id{{model_name="tiny",replica="0",role="gateway"}} {status["plan_id"]}' in (
-            server.metrics()
-        )
         assert len(log.read_bytes().splitlines()) >= load.statuses[200] - 20  # the last second is still to be told of
     finally:
         assert server.stop() == 0

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from core.errors import ConfigError
+from core.served import Served
 from core.types import Role
 from placement.arrangement import Arrangement
 from placement.forecast import HoltWinters, maker
 from placement.load import Load, RoleLoad
+from placement.predictive import Outlook, better, fewest
+from placement.reachable import arrangements
 from placement.replanner import Change, Replanner
-from placement.traffic import Period
+from placement.traffic import Expected, Period
+from placement.workload import Workload
 from tests.placement.replanned import Counted, Fed, settings
 from tests.placement.served import served
 
@@ -24,6 +29,23 @@ def fed(start: Arrangement = FOUR, **options: object) -> Fed:
     """Options of Fed, or else of the settings."""
     mine = {name: options.pop(name) for name in [*options] if name in Fed.__dataclass_fields__}
     return Fed(Replanner(settings(**options), Counted(), start), **mine)  # type: ignore[arg-type]
+
+
+def triples(used: list):
+    return zip(used, used[1:], used[2:], strict=False)
+
+
+class Tallied(Counted):
+    simulated = 0
+
+    def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
+        self.simulated += 1
+        return super().attainment(arrangement, workload, rate)
+
+
+def expected(rate: float, prompt: float = 100.0, output: float = 10.0) -> Expected:
+    lengths = np.full(50, prompt, np.int32), np.full(50, output, np.int32)
+    return Expected(Workload(*lengths, np.ones(50)), rate)
 
 
 def shifting(at: float, low: float, high: float):
@@ -146,6 +168,86 @@ def test_load_that_wavers_on_the_boundary_between_two_arrangements_flaps_nothing
 
     cluster = fed(Arrangement(2, 2, 0, 512), prompt=wavering(195.0, 215.0), output=wavering(12.0, 14.0))
     assert len(cluster.run(1800)) <= 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_was_just_left_is_not_gone_back_to_on_noise(seed: int) -> None:
+    """A request a second, of lengths that vary as much as their mean, for which 2 + 2 workers are as good as 3 + 1; and
+    the last minute is looked at every six seconds. Chance says now this, now that."""
+    rng = np.random.default_rng(seed)
+    pace = {"reactive_s": 1.0, "recent_s": 4.0, "predictive_s": 6.0, "settle_s": 3.0, "window_s": 60.0}
+    cluster = fed(
+        Arrangement(2, 2, 0, 512),
+        **pace,
+        rate=lambda _: 1.0,
+        prompt=lambda _: 1 + 1970 * rng.exponential(),
+        output=lambda _: 1 + 130 * rng.exponential(),
+        rng=np.random.default_rng(seed),
+    )
+    used = [(0.0, Arrangement(2, 2, 0, 512), ""), *((at_s, one.to, one.why) for at_s, one in cluster.run(600))]
+    back = [(after[0] - left, after[2]) for (_, was, _), (left, _, _), after in triples(used) if after[1] == was]
+    assert back
+    assert all(away >= 120.0 or "than before" in why for away, why in back)
+
+
+def test_a_worker_is_given_up_again_though_the_horizon_is_long() -> None:
+    """18 requests/s need 1.8 workers of either kind, and then 9. Forecasts follow so soon that no change is told."""
+    start = Arrangement(0, 0, 2, 512)
+    pace = {"reactive_s": 1.0, "recent_s": 4.0, "predictive_s": 6.0, "settle_s": 3.0, "window_s": 60.0}
+    cluster = fed(start, most_workers=4, horizon_s=3600.0, rate=lambda now: max(7.0, 18.0 - now / 20), **pace)
+    assert [change.to.workers for _, change in cluster.run(60)][-1] > 2
+    cluster.run(400)
+    assert start in [change.to for _, change in cluster.changes]
+
+
+@pytest.mark.parametrize(("like", "away_s"), [(served(), 120.0), (served(ttft_ms=5000.0), 30.0)])
+def test_what_was_left_is_gone_back_to_after_the_horizon_or_once_requests_do_worse_than_was_foretold(
+    like: Served, away_s: float
+) -> None:
+    """Of both arrangements half of the requests were foretold to miss a target, and of the other one in ten."""
+
+    class Fickle(Counted):
+        likes = Arrangement(1, 3, 0, 512)
+
+        def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
+            return 0.9 if arrangement == self.likes else 0.5
+
+    start = Arrangement(2, 2, 0, 512)
+    predictor = Fickle()
+    cluster = Fed(Replanner(settings(reactive_s=1e3), predictor, start))
+    ((left_s, change),) = cluster.run(31)
+    assert change.to == predictor.likes
+    predictor.likes, cluster.like = start, like
+    (back_s, change), *_ = cluster.run(200)
+    assert change.to == start
+    assert away_s <= back_s - left_s <= away_s + 30.0
+
+
+def test_of_many_arrangements_few_are_simulated_and_the_best_of_all_is_found() -> None:
+    """64 workers, and 128 at the most. 400 requests/s of 100 tokens and 10 need 40 of either kind."""
+    all_of_it = settings(most_workers=128, chunk_tokens=(256, 512), startup_s=0.0)
+    outlook = Outlook(all_of_it, counting := Tallied(), expected(rate=400.0))
+    change = better(outlook, Arrangement(10, 54, 0, 512), Load(roles={}, in_flight=0))
+    assert change is not None
+    assert change.after >= 0.9
+    assert change.to.workers == 72
+    assert counting.simulated < 400
+    for workers, prompt in ((8, 4.0), (16, 1.5), (64, 0.5), (64, 30.0)):
+        few = Outlook(settings(), counting, expected(rate=workers * 50.0 / prompt, prompt=10 * prompt))
+        alike = [*arrangements(workers, 1, (512,))]
+        found = few.merits(workers, few.attainment)
+        assert max(found.values()) == max(map(few.attainment, alike))
+        assert len(found) <= 23
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 64])
+def test_the_fewest_workers_that_do_are_found_without_asking_of_all(most: int) -> None:
+    for enough in range(1, most + 2):
+        asked: list[int] = []
+        assert fewest(1, most, lambda count, enough=enough, asked=asked: asked.append(count) or count >= enough) == min(
+            most, enough
+        )
+        assert len(asked) == len(set(asked)) <= 2 * most.bit_length() + 1
 
 
 def test_noise_changes_nothing() -> None:
