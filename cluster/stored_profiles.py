@@ -63,7 +63,7 @@ def profile_of(
         except ConfigError as error:  # cut off, or of another version of ours
             say(f"the stored profile is of no use: {error.message}")
     say(f"measuring {way}, once; it takes seconds for a small model")
-    _measure(folder, way, engine, path)
+    _measure(folder, way, device, engine, path)
     return Stored(read_profile(path), path)
 
 
@@ -74,13 +74,10 @@ def _key(fingerprint: str, way: Way, device: str, engine: Mapping[str, str]) -> 
     return hashlib.blake2b(told, digest_size=12).hexdigest()
 
 
-def _measure(folder: Path, way: Way, engine: Mapping[str, str], path: Path) -> None:
+def _measure(folder: Path, way: Way, device: str, engine: Mapping[str, str], path: Path) -> None:
     """In a process of its own, whose progress is seen here and whose memory is gone when workers start."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cluster", "profile", str(folder), "--quick", "--serving", "--out", str(path)]
-    flags = {"threads": way.threads, "beside": way.beside, "tensor-parallel-size": way.tp}
-    named = {name.replace("_", "-"): value for name, value in engine.items()}
-    command += [part for name, value in (flags | named).items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "cluster", "profile", *profile_arguments(folder, way, device, engine, path)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
     if done.returncode:
         raise ConfigError(
@@ -88,3 +85,11 @@ def _measure(folder: Path, way: Way, engine: Mapping[str, str], path: Path) -> N
             "and give that to slipstream plan",
             param="slo",
         )
+
+
+def profile_arguments(folder: Path, way: Way, device: str, engine: Mapping[str, str], path: Path) -> list[str]:
+    """Of `slipstream profile`, which knows what serving adds on a CPU only."""
+    flags = {"threads": way.threads, "beside": way.beside, "tensor-parallel-size": way.tp}
+    named = {name.replace("_", "-"): value for name, value in engine.items()}
+    given = [part for name, value in (flags | named).items() for part in (f"--{name}", str(value))]
+    return [str(folder), "--quick", *(["--serving"] if device == "cpu" else []), "--out", str(path), *given]

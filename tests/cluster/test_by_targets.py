@@ -15,7 +15,7 @@ from cluster.cli import cli
 from cluster.config import SlipstreamConfig
 from cluster.config import load as load_config
 from cluster.hardware import of_cores
-from cluster.stored_profiles import Way, profile_of, ways
+from cluster.stored_profiles import Way, profile_arguments, profile_of, ways
 from core.errors import ConfigError
 from placement.native import load
 from placement.profile import Setting, write_profile
@@ -41,10 +41,10 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Way]:
     measured, in order."""
     found: list[Way] = []
 
-    def measure(folder: Path, way: Way, engine: dict[str, str], path: Path) -> None:
+    def measure(folder: Path, way: Way, device: str, engine: dict[str, str], path: Path) -> None:
         found.append(way)
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = profile(setting=Setting(device="cpu", threads=way.threads, beside=way.beside))
+        known = profile(setting=Setting(device=device, threads=way.threads, beside=way.beside))
         write_profile(replace(known, model=replace(known.model, name=str(folder), weight_bytes=10**6)), path)
 
     load()  # the simulator is compiled once for a machine, and stays where it is
@@ -85,6 +85,13 @@ def test_what_was_measured_once_is_kept_until_something_changes(folder: Path, me
     _, said = config(folder)
     assert said.count("the stored profile is of no use: ") == 2
     assert len(measured) == 6
+
+
+@pytest.mark.parametrize(("device", "serving"), [("cpu", True), ("H100", False)])
+def test_what_serving_adds_is_measured_where_it_can_be(tmp_path: Path, device: str, serving: bool) -> None:
+    arguments = profile_arguments(tmp_path, Way(2), device, {"kv_cache_memory": "1GiB"}, tmp_path / "profile.json")
+    assert ("--serving" in arguments) is serving
+    assert {"--quick", "--tensor-parallel-size", "--kv-cache-memory"} <= set(arguments)
 
 
 def test_another_model_or_version_has_a_profile_of_its_own(measured: list[Way], tmp_path: Path, monkeypatch) -> None:
