@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from cluster.machine import versions
 from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 
@@ -19,5 +19,5 @@ def setting_of(runner: ModelRunner | GroupRunner) -> dict[str, Any]:
         "dtype": runner.layout.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("slipstream", "torch")} | {"python": platform.python_version()},
+        "versions": versions() | {"python": platform.python_version()},
     }

@@ -12,10 +12,9 @@ from msgspec.structs import replace
 from cluster.checks import weight_bytes
 from cluster.config import PREFILL_SHAPE, SlipstreamConfig, load, overlaid, read_tree
 from cluster.hardware import topology_here
-from cluster.planning import Searched, planned, workload_of
+from cluster.planning import Searched, kv_cache_bytes_on, planned, workload_of
 from cluster.stored_profiles import Stored, Way, profile_of, ways
 from core.errors import ConfigError
-from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
 from engine.model_config import ModelConfig
 from engine.parallel.split import check_split
 from placement.goodput import Goal
@@ -124,11 +123,9 @@ def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bo
 
 
 def _limits(given: SlipstreamConfig, topology: Topology) -> Limits:
-    on_cpu = "cpu" in topology.pools
-    kv_cache_bytes = given.engine.kv_cache_bytes
     return Limits(
         max_sequences=given.engine.sequences,
-        kv_cache_bytes=DEFAULT_KV_CACHE_BYTES if kv_cache_bytes is None and on_cpu else kv_cache_bytes,
+        kv_cache_bytes=kv_cache_bytes_on(topology, given.engine),
         handoff_min_tokens=given.cluster.handoff_min_tokens or 0,
     )
 

@@ -65,7 +65,7 @@ def check_kv_transport(config: SlipstreamConfig) -> None:
 def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     """Raises ConfigError when the workers would not fit; returns what they need, for the checklist."""
     adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.adapters.values())
-    each = weight_bytes(config.engine, folder) + adapters + _cache_bytes(config)
+    each = weight_bytes(config.engine, folder) + adapters + cache_bytes(config)
     processes = sum(group.most * process_bytes(group.config.engine.ranks) for group in groups_of(config))
     needed = each * config.most_workers + processes + _drafter_bytes(config) + RAY_BYTES
     available = available_memory()
@@ -82,7 +82,7 @@ def process_bytes(ranks: int) -> int:
     return PROCESS_BYTES + (RANK_BYTES * ranks if ranks > 1 else 0)
 
 
-def _cache_bytes(config: SlipstreamConfig) -> int:
+def cache_bytes(config: SlipstreamConfig) -> int:
     """Of one worker, in this machine's memory and not on a GPU."""
     return 0 if config.engine.device == "cuda" else config.engine.kv_cache_bytes or 0
 

@@ -10,7 +10,7 @@ import msgspec
 
 from cluster.planning import searched
 from core.errors import ConfigError
-from placement.plan import Plan
+from core.files import write_text
 from placement.plan_plot import svg
 from placement.plan_table import table
 
@@ -81,15 +81,8 @@ def plan(out: Path | None, plot: Path | None, as_json: bool, **flags: Any) -> No
 
         write_deployable(found, able, out)
     if plot is not None:
-        _draw(found.made.plan, plot)
+        write_text(plot, svg(found.made.plan), "plot")
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found.made.plan)).decode())
     else:
         click.echo(table(found.made.plan))
-
-
-def _draw(plan: Plan, path: Path) -> None:
-    try:
-        path.write_text(svg(plan), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--plot: {path} can't be written: {error.strerror}", param="plot") from error

@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from cluster.cli_plan import parse_sizes
-from core.errors import ConfigError
+from core.files import write_text
 
 _path = click.Path(path_type=Path)
 _positive = click.FloatRange(min=0, min_open=True)
@@ -48,8 +48,5 @@ def replay(plot: Path | None, as_json: bool, **flags: Any) -> None:
 
     found = replayed(Asked(**flags))
     if plot is not None:
-        try:
-            plot.write_text(svg(found), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--plot: {plot} can't be written: {error.strerror}", param="plot") from error
+        write_text(plot, svg(found), "plot")
     click.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else table(found))

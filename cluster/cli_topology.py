@@ -8,6 +8,7 @@ import click
 
 from cluster.hardware import topology_here
 from core.errors import ConfigError
+from core.files import write_text
 from placement.topology import Topology, to_yaml
 
 
@@ -23,10 +24,7 @@ def topology(ray_address: str | None, measure: bool, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out: {out} can't be written: {error.strerror}", param="out") from error
+    write_text(out, text, "out")
 
 
 def of_cluster(address: str, measure: bool) -> Topology:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cluster.checks import process_bytes
+from cluster.checks import cache_bytes, process_bytes
 from cluster.config import SlipstreamConfig, validated
 from core.errors import ConfigError
+from core.files import write_text
 from core.types import Role
 from placement.candidates import Candidate
 from placement.packing import Seat, packed
@@ -45,7 +46,7 @@ def write_deployable(found: Searched, layout: Candidate | None, path: Path) -> N
         weight_bytes = found.shapes[layout.decode.name].profile.model.weight_bytes
         values = helm_values(tree, packed(layout, found.topology), weight_bytes)
         tree = rayservice(values) if path.stem.endswith("rayservice") else values
-    write_yaml(tree, path)
+    write_text(path, as_yaml(tree), "out")
 
 
 def helm_values(tree: dict[str, Any], seats: Sequence[Seat], weight_bytes: int) -> dict[str, Any]:
@@ -87,8 +88,7 @@ def _group(number: int, seat: Seat, config: SlipstreamConfig, weight_bytes: int)
 
 def _memory(weight_bytes: int, config: SlipstreamConfig) -> int:
     """Of a worker; on a GPU, its weights pass through the memory of the host."""
-    kv_bytes = 0 if config.engine.device == "cuda" else config.engine.kv_cache_bytes or 0
-    return weight_bytes + kv_bytes + process_bytes(config.engine.ranks)
+    return weight_bytes + cache_bytes(config) + process_bytes(config.engine.ranks)
 
 
 def rayservice(values: dict[str, Any]) -> dict[str, Any]:
@@ -176,9 +176,5 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Plain.add_representer(str, _text)
 
 
-def write_yaml(tree: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError if it can't be written."""
-    try:
-        path.write_text(yaml.dump(tree, Dumper=_Plain, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}", param="out") from error
+def as_yaml(tree: dict[str, Any]) -> str:
+    return yaml.dump(tree, Dumper=_Plain, sort_keys=False)

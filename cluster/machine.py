@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,11 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
         if field.strip() == "model name":
             return value.strip()
     return platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the software that says how fast steps are."""
+    return {name: version(name) for name in ("slipstream", "torch")}
 
 
 def has_gpu(devices: Path = Path("/dev")) -> bool:

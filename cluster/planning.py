@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cluster.machine import cpu_name, usable_cores
+from cluster.config import EngineSection, load
+from cluster.machine import cpu_name, usable_cores, versions
 from cluster.planned import config_of, one_shape, why_not
 from core.errors import ConfigError
+from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
 from placement.candidates import Candidate, Space
 from placement.goodput import Goal
 from placement.latency import Speculation
@@ -25,8 +26,8 @@ from placement.topology import Topology, read_topology
 from placement.traces import read_trace
 from placement.workload import Workload
 
-_WAYS = (1, 2, 4, 8)
-"""Tensor parallel sizes of which a roofline is made."""
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+"""That are tried where nobody says which."""
 _DRAFT_TOKENS = 4
 
 
@@ -116,7 +117,7 @@ def measured_elsewhere(profile: Profile) -> list[str]:
     """How this machine and its software differ from those of a profile, a sentence each."""
     if profile.source != "measured":
         return []
-    here = {name: version(name) for name in ("slipstream", "torch")}
+    here = versions()
     if profile.setting.device == "cpu":
         here |= {"device": cpu_name(), "cores": str(usable_cores())}
     known = profile.setting.versions | profile.setting.hardware
@@ -191,13 +192,8 @@ def limits_of(
     for name, value in {"draft-tokens": draft_tokens, "draft-ms": draft_ms}.items():
         if value is not None and acceptance_length is None:
             raise ConfigError(f"--{name} has no meaning without --acceptance-length; leave it out", param=name)
-    from cluster.config import load
-    from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
-
     settings = {"kv_cache_memory": kv_cache_memory, "speculation": drafter}
-    kv_cache_bytes = load(None, {name: value for name, value in settings.items() if value}).engine.kv_cache_bytes
-    if kv_cache_bytes is None and "cpu" in topology.pools:
-        kv_cache_bytes = DEFAULT_KV_CACHE_BYTES
+    engine = load(None, {name: value for name, value in settings.items() if value}).engine
     speculation = None
     if acceptance_length is not None:
         speculation = Speculation(acceptance_length, 1 + (draft_tokens or _DRAFT_TOKENS), draft_ms or 0.0)
@@ -205,7 +201,7 @@ def limits_of(
         stages=pipeline_parallel_size,
         chunk_tokens=chunk_tokens,
         max_sequences=max_num_seqs,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=kv_cache_bytes_on(topology, engine),
         handoff_min_tokens=handoff_min_tokens,
         overhead_ms=overhead_ms,
         speculation=speculation,
@@ -213,6 +209,13 @@ def limits_of(
         learner_devices={next(iter(topology.pools)): learner_devices} if learner_devices else {},
         devices=devices,
     )
+
+
+def kv_cache_bytes_on(topology: Topology, engine: EngineSection) -> int | None:
+    """Of a worker; None where it finds out on its GPU."""
+    if engine.kv_cache_bytes is None and "cpu" in topology.pools:
+        return DEFAULT_KV_CACHE_BYTES
+    return engine.kv_cache_bytes
 
 
 def _profiles(model: str, files: tuple[Path, ...], topology: Topology) -> list[Profile]:
@@ -236,7 +239,7 @@ def _rooflines(model: str, kind: str, topology: Topology) -> list[Profile]:
     inside = topology.inside()
     link = inside.gb_per_s if inside else None
     found = [roofline_of(model, kind, 1, link)]
-    for tp in _WAYS[1:]:
+    for tp in TENSOR_PARALLEL_SIZES[1:]:
         if tp > topology.most_in_a_node(kind):
             break
         try:

@@ -86,9 +86,9 @@ def inside(node: RayNode) -> Speed | None:
     None if the node has a single GPU."""
     import ray
 
-    work = ray.remote(_gpu_copy) if node.gpus >= 1 else ray.remote(_memory_copy)
     if node.gpus == 1:
         return None
+    work = ray.remote(_gpu_copy) if node.gpus >= 1 else ray.remote(_memory_copy)
     speed: Speed = ray.get(
         work.options(num_cpus=0, num_gpus=2 if node.gpus else 0, **_on(node)).remote(), timeout=_WAIT_S
     )

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
-from cluster.machine import cpu_name, usable_cores
+from cluster.machine import cpu_name, usable_cores, versions
+from cluster.planning import TENSOR_PARALLEL_SIZES
 from core.compiler import cache_root
 from core.errors import ConfigError
 from placement.profile import Profile, read_profile
@@ -48,7 +48,7 @@ def ways(topology: Topology) -> list[Way]:
     (node,) = topology.nodes
     if node.device == "cpu":
         return [Way(1, node.devices // count, count - 1) for count in _WORKERS if count <= node.devices]
-    return [Way(tp) for tp in (1, 2, 4, 8) if tp <= node.devices]
+    return [Way(tp) for tp in TENSOR_PARALLEL_SIZES if tp <= node.devices]
 
 
 def profile_of(
@@ -69,8 +69,8 @@ def profile_of(
 
 def _key(fingerprint: str, way: Way, device: str, engine: Mapping[str, str]) -> str:
     hardware = f"{cpu_name()} {usable_cores()}" if device == "cpu" else device
-    versions = [f"{name} {version(name)}" for name in ("slipstream", "torch")]
-    told = msgspec.json.encode([fingerprint, way, hardware, versions, sorted(engine.items())])
+    software = [f"{name} {number}" for name, number in versions().items()]
+    told = msgspec.json.encode([fingerprint, way, hardware, software, sorted(engine.items())])
     return hashlib.blake2b(told, digest_size=12).hexdigest()
 
 

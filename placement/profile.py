@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from core.errors import ConfigError
+from core.files import write_text
 from placement.fit import Point, distserve_ms, fit, fit_contention, fit_distserve
 from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import ALONE, Group, Role
@@ -218,10 +219,7 @@ def _most_waiting(workload: Workload) -> int:
 
 def write_profile(profile: Profile, path: Path) -> None:
     """Raises ConfigError if it can't be written."""
-    try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(profile)))
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}", param="out") from error
+    write_text(path, msgspec.json.format(msgspec.json.encode(profile)).decode(), "out")
 
 
 def read_profile(path: Path) -> Profile:

@@ -8,8 +8,9 @@ from typing import Any
 import click
 import msgspec
 
-from bench.flags import BadFlag
+from bench.flags import BadFlag, check_plot
 from core.errors import ConfigError
+from core.files import write_text
 from placement.forecast import NAMES
 
 _path = click.Path(path_type=Path)
@@ -49,6 +50,7 @@ def _rates(_: click.Context, __: click.Parameter, text: str | None) -> tuple[flo
 def replan(plot: Path | None, as_json: bool, **flags: Any) -> None:
     """Change traffic at once, from long prompts to long outputs, with replanning and without."""
     try:
+        check_plot(plot)
         from bench.replanning.plot import svg
         from bench.replanning.report import table
         from bench.replanning.session import Asked, run
@@ -57,14 +59,7 @@ def replan(plot: Path | None, as_json: bool, **flags: Any) -> None:
         with Bars() as progress:
             report = run(Asked(**flags), progress)
         if plot is not None:
-            _write(plot, svg(report))
+            write_text(plot, svg(report), "plot")
     except ConfigError as error:
         raise BadFlag(error.message) from error
     click.echo(msgspec.json.format(msgspec.json.encode(report)).decode() if as_json else table(report))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--plot: {path} can't be written: {error.strerror}", param="plot") from error

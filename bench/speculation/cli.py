@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from bench.engine_speed.cli import parse_batches
-from bench.flags import BadFlag, check_meant
+from bench.flags import BadFlag, check_meant, check_plot
 from core.errors import ConfigError
+from core.files import write_text
 from speculation.controllers.registry import DEFAULT_CONTROLLER
 from speculation.rules.registry import DEFAULT_RULE
 
@@ -97,7 +98,7 @@ def _answers(
 ) -> dict[str, Any]:
     if dataset is None:
         raise ConfigError("--dataset: there is nothing to ask; give a JSONL file with turns")
-    _check_plot(plot)
+    check_plot(plot)
     from bench.speculation.entries import USELESS, parse_entries
     from speculation.drafters.registry import registered
 
@@ -114,11 +115,5 @@ def _answers(
     if plot is not None:
         from bench.speculation.plot import svg
 
-        plot.write_text(svg(result["results"]), encoding="utf-8")
+        write_text(plot, svg(result["results"]), "plot")
     return result
-
-
-def _check_plot(plot: Path | None) -> None:
-    """Before anything is measured."""
-    if plot is not None and (plot.suffix != ".svg" or not plot.parent.is_dir()):
-        raise ConfigError(f"--plot: {plot} is no .svg file in a folder that there is; name another")

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sse_server import Server
 
 from bench.serving.cli import resolve_options, serve
 from bench.serving.options import ServeOptions
+from tests.tiny import save_tiny_llama
 
 
 @pytest.fixture
@@ -53,3 +55,12 @@ def make_options() -> Callable[..., ServeOptions]:
         return dataclasses.replace(resolve_options(context.params), **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose tokenizer is never used."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder

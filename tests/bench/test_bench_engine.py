@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,17 +17,8 @@ from bench.engine_speed.measure import Bench, Options
 from bench.engine_speed.shares import part_of
 from engine.attention import PagedAttention
 from engine.model_config import ModelConfig
-from tests.tiny import save_tiny_llama
 
 SMALL = ["--batch", "1,3", "--context", "40", "--prefill", "2x20", "--runs", "3", "--dtype", "float32"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_llama(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(autouse=True)

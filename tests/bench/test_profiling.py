@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pytest
@@ -26,15 +25,7 @@ from engine.runner import ModelRunner
 from placement.grid import FULL, QUICK, Shape
 from placement.layout import Role
 from placement.profile import read_profile
-from tests.tiny import save_byte_tokenizer, save_tiny_llama
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_llama(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+from tests.tiny import save_byte_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from cluster import by_targets, stored_profiles
+from cluster import by_targets, machine, stored_profiles
 from cluster.by_targets import Asked, config_for
 from cluster.cli import cli
 from cluster.config import SlipstreamConfig
@@ -99,7 +99,7 @@ def test_another_model_or_version_has_a_profile_of_its_own(measured: list[Way], 
         return profile_of(tmp_path, fingerprint, Way(1), "cpu", {}, lambda _: None).path
 
     paths = [ask("f00"), ask("f00"), ask("f01")]
-    monkeypatch.setattr(stored_profiles, "version", lambda name: "99.0")
+    monkeypatch.setattr(machine, "version", lambda name: "99.0")
     paths.append(ask("f00"))
     assert (len(set(paths)), len(measured)) == (3, 3)
 

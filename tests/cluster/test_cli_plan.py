@@ -17,6 +17,7 @@ from cluster.planning import measured_elsewhere
 from core.errors import ConfigError
 from placement.latency import Coefficients, StepLatency
 from placement.profile import Setting, write_profile
+from tests.commands import output_of
 from tests.placement.layouts import STEP
 from tests.placement.profiles import profile
 
@@ -56,10 +57,7 @@ def large(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, ["plan", *map(str, arguments)])
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
+    return output_of("plan", *arguments)
 
 
 def planned(*arguments: object) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from core.served import Served
 from core.types import FinishReason
 from placement.profile import write_profile
 from placement.traces import served_lines
+from tests.commands import output_of
 from tests.placement.profiles import profile
 
 LINKED = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8}]\nlinks: [{within: here, gb_per_s: 10}]"
@@ -38,10 +39,7 @@ def files(tmp_path: Path) -> tuple[str, ...]:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, ["plan", "replay", *map(str, arguments)])
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
+    return output_of("plan", "replay", *arguments)
 
 
 def replayed(*arguments: object) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from cluster.cli import cli
 from core.errors import ConfigError
 from placement.layout import Link, Outage, Role
 from placement.layout_file import read_layout
 from placement.outcome import Targets
 from placement.slo import parse_slo
+from tests.commands import output_of
 
 LAYOUT = """
 groups:
@@ -49,10 +48,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, ["simulate", *map(str, arguments)])
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
+    return output_of("simulate", *arguments)
 
 
 def test_it_predicts_what_a_layout_does_with_a_trace(layout: Path, trace: Path) -> None:
