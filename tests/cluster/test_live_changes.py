@@ -40,6 +40,16 @@ def job(number: int) -> Request:
     )
 
 
+def long_job() -> Request:
+    """One that is still running when the next has come."""
+    return Request(
+        request_id="long",
+        prompt_token_ids=[3, 4, 5],
+        sampling=SamplingParams(max_tokens=200, temperature=0.0),
+        deadline=time.time() + TIMEOUT_S,
+    )
+
+
 def expected(model: LlamaForCausalLM, request: Request) -> list[int]:
     model.generation_config.eos_token_id = None
     prompt = request.prompt_token_ids
@@ -161,12 +171,7 @@ async def test_a_worker_that_leaves_ends_what_it_has_and_gets_nothing_more(
 ) -> None:
     model, folder = tiny
     async with local_cluster(config(colocated=True, decode_replicas=2), folder) as cluster:
-        long = Request(
-            request_id="long",
-            prompt_token_ids=[3, 4, 5],
-            sampling=SamplingParams(max_tokens=200, temperature=0.0),
-            deadline=time.time() + TIMEOUT_S,
-        )
+        long = long_job()
         stream = cluster.backend.generate(long)
         tokens = list((await anext(stream)).token_ids)
         (busy,) = [name for name, node in cluster.nodes.items() if node.num_owned]
@@ -201,16 +206,15 @@ async def test_what_a_leaving_worker_does_not_end_in_its_time_goes_on_elsewhere(
 
 async def test_the_last_worker_is_asked_even_as_it_leaves(tiny: tuple[LlamaForCausalLM, Path]) -> None:
     async with local_cluster(config(colocated=True), tiny[1]) as cluster:
-        stream = cluster.backend.generate(job(1))
+        stream = cluster.backend.generate(long_job())
         await anext(stream)
         leaving = asyncio.create_task(cluster.retire_worker("both-0"))
         async with asyncio.timeout(TIMEOUT_S):
             while not cluster.backend.status().workers[0].leaving:
                 await asyncio.sleep(0.005)
-        second = asyncio.create_task(collect(cluster.backend.generate(job(2))))
+        await collect(cluster.backend.generate(job(2)))
         async for _ in stream:
             pass
-        await second
         await leaving
         with pytest.raises(Unavailable):
             await collect(cluster.backend.generate(job(3)))
