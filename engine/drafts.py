@@ -93,11 +93,11 @@ class Speculator(Protocol):
         ...
 
     def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:
-        """Of each chunk that samples the drawn token, or the verdict on its draft."""
+        """Of each chunk that samples the drawn token, or the verdict on its draft. Called for steps with drafts."""
         ...
 
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
-        """The sequences of the step that was judged last have their new tokens."""
+        """The sequences of a step have their new tokens."""
         ...
 
     def forget(self, sequence: Sequence) -> None:

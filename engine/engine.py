@@ -24,7 +24,7 @@ from core.draft_state import DraftStates
 from core.errors import InternalError, InvalidRequest
 from core.types import Finish
 from engine.batching import build_batch, of_plain_rows
-from engine.drafts import Speculator
+from engine.drafts import Speculator, Verdict
 from engine.schedule import Chunk, Opened
 from engine.scheduler import Schedule, Scheduler, SequenceUpdate
 from engine.sequence import Sequence, Status
@@ -42,7 +42,8 @@ THREAD_NAME = "engine"
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot taken between two turns of the loop. Counters are monotonic since start."""
+    """A snapshot taken between two turns of the loop. Counters are monotonic since start, `taken` ones among them: of
+    what was added or reserved, what the snapshot knows, in sequences and in tokens to compute."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -57,6 +58,8 @@ class EngineStats:
     step_tokens: int = 0
     """Computed by these steps, of prompts and outputs."""
     step_seconds: float = 0.0
+    num_taken: int = 0
+    num_taken_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,9 @@ class Engine:
         self._max_flying = scheduler.config.max_steps_in_flight
         self._oldest_since: float | None = None
         self.failure: InternalError | None = None
-        self.stats = self._snapshot()
+        self._giving = threading.Lock()
+        self._num_given = self._num_given_tokens = self._num_taken = self._num_taken_tokens = 0
+        self._stats = self._snapshot()
 
     def start(self) -> None:
         self._thread.start()
@@ -133,6 +138,16 @@ class Engine:
         return 0.0 if started is None else time.monotonic() - started
 
     @property
+    def stats(self) -> EngineStats:
+        """As the last turn of the loop left it, with what was given since among what waits."""
+        stats = self._stats
+        return replace(
+            stats,
+            num_waiting=stats.num_waiting + self._num_given - stats.num_taken,
+            num_waiting_tokens=stats.num_waiting_tokens + self._num_given_tokens - stats.num_taken_tokens,
+        )
+
+    @property
     def alive(self) -> bool:
         return self.failure is None and self._thread.is_alive()
 
@@ -140,11 +155,17 @@ class Engine:
 
     def add(self, sequence: Sequence) -> None:
         """Prefill and decode it (or hold it after prefill)."""
-        self._commands.put(lambda: self._admit(sequence, self._scheduler.add))
+        self._give(sequence, len(sequence.token_ids), self._scheduler.add)
 
     def reserve(self, sequence: Sequence) -> None:
         """Allocate blocks for its prompt as soon as there is room; it then shows up in Report.granted."""
-        self._commands.put(lambda: self._admit(sequence, self._scheduler.reserve))
+        self._give(sequence, 0, self._scheduler.reserve)
+
+    def _give(self, sequence: Sequence, num_tokens: int, accept: Callable[[Sequence], None]) -> None:
+        with self._giving:
+            self._num_given += 1
+            self._num_given_tokens += num_tokens
+        self._commands.put(lambda: self._take(sequence, num_tokens, accept))
 
     def undefer(self, request_id: str) -> None:
         """A sequence that came deferred may have its blocks now. Unknown ids are ignored."""
@@ -214,7 +235,7 @@ class Engine:
         return False
 
     def _tell(self, report: Report) -> None:
-        self.stats = self._snapshot()
+        self._stats = self._snapshot()
         if report.updates or report.granted or report.opened or report.computed:
             self._on_report(report)
 
@@ -265,11 +286,13 @@ class Engine:
 
     def _take_in(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[SequenceUpdate]:
         speculator, scheduler = self._speculator, self._scheduler
-        if speculator is None:
-            return scheduler.update(schedule, output.token_ids.tolist(), output.logprobs, output.prompt_logprobs)
-        logprobs = of_plain_rows(schedule, output.logprobs)
-        verdicts = speculator.judge(schedule, batch, output)
+        verdicts: list[int | Verdict] = output.token_ids.tolist()
+        logprobs = output.logprobs
+        if speculator is not None and any(chunk.draft is not None for chunk in schedule.chunks):
+            verdicts, logprobs = speculator.judge(schedule, batch, output), of_plain_rows(schedule, logprobs)
         updates = scheduler.update(schedule, verdicts, logprobs, output.prompt_logprobs)
+        if speculator is None:
+            return updates
         speculator.settle(schedule, batch, output)
         return [self._without_drafts(update, speculator) for update in updates]
 
@@ -302,6 +325,11 @@ class Engine:
         return [self._failed(sequence, self.failure) for sequence in victims]
 
     # --- command bodies, on the loop's thread ------------------------------------------------------------------------
+
+    def _take(self, sequence: Sequence, num_tokens: int, accept: Callable[[Sequence], None]) -> None:
+        self._num_taken += 1
+        self._num_taken_tokens += num_tokens
+        self._admit(sequence, accept)
 
     def _admit(self, sequence: Sequence, accept: Callable[[Sequence], None]) -> None:
         if self.failure is not None:
@@ -409,6 +437,8 @@ class Engine:
             steps=self._steps,
             step_tokens=self._step_tokens,
             step_seconds=self._step_seconds,
+            num_taken=self._num_taken,
+            num_taken_tokens=self._num_taken_tokens,
         )
 
 

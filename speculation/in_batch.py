@@ -183,8 +183,6 @@ class InBatch:
         started = time.perf_counter()
         step = Step(schedule, batch, output)
         verdicts: list[int | Verdict] = output.token_ids[step.first_rows].tolist()
-        if not step.num_candidates:
-            return verdicts
         round_ = self._rounds[0]
         for part in round_.parts:
             rows = step.logit_rows_of(part.candidates)
@@ -198,13 +196,13 @@ class InBatch:
         return verdicts
 
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
-        step = Step(schedule, batch, output)
         started = time.perf_counter()
-        round_ = self._rounds.popleft() if step.num_candidates else None
+        round_ = self._rounds.popleft() if any(chunk.decodes for chunk in schedule.chunks) else None
         if round_ is not None:
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
                 self._count(part, outcome, round_)
-        self._teach(step, round_)
+        if self._crew.reads_rows or (round_ is not None and round_.parts):
+            self._teach(Step(schedule, batch, output), round_)
         self._allowance.earn(output.seconds)
         self._crew.step_took(output.seconds)
         if round_ is not None:

@@ -32,9 +32,8 @@ class InPrefill:
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:  # noqa: ARG002
         return None
 
-    def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:
-        tokens: list[int | Verdict] = output.token_ids[Step(schedule, batch, output).first_rows].tolist()
-        return tokens
+    def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:  # noqa: ARG002
+        raise AssertionError("nothing was drafted here")
 
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
         step = Step(schedule, batch, output)

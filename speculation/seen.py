@@ -45,10 +45,6 @@ class Step:
         self._candidates = [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
 
     @property
-    def num_candidates(self) -> int:
-        return len(self._candidates)
-
-    @property
     def only_decodes(self) -> bool:
         """There is no prompt in it."""
         return len(self._candidates) == len(self._chunks)

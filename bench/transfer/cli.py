@@ -13,8 +13,6 @@ from core.errors import ConfigError
 from kv_transfer.codecs.names import CodecName
 
 MAX_MIB = 1024
-PRIMITIVE = {"shared_memory": "memcpy", "tcp": "tcp", "torch_distributed": "gloo"}
-"""What each transport is made of."""
 _OF_SPEED = ("sizes", "rounds", "prompt_tokens", "num_requests", "servers")
 _OF_QUALITY = ("dataset_path", "num_prompts", "max_tokens", "codecs", "threads", "dtype", "device")
 
@@ -99,18 +97,16 @@ def _speed(
 
 def speed_table(result: dict[str, Any]) -> str:
     """The JSON result of the speed for people."""
-    bare = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in result["bare_bytes_per_s"].items())
-    lines = [f"bare: {bare}"]
-    for name, copy in result["copy"].items():
-        lines.append(f"copy, {name}: {copy['bytes_per_s'] / 1e9:.2f} GB/s, {copy['share_of_memcpy']:.0%} of memcpy")
-    heads = f"{'of its bare':>13}{'same size':>11}{'hidden by prefill':>19}"
-    lines.append(f"{'transport':<18}{'MiB':>5}{'ms':>9}{'GB/s':>7}{heads}")
+    heads = f"{'of bare':>9}{'same size':>11}{'hidden':>8}{'alone':>9}{'of bare':>9}{'same size':>11}{'unsummed':>10}"
+    lines = [f"{'transport':<18}{'MiB':>5}{'ms':>9}{'GB/s':>7}{heads}"]
     for transport, found in result["transports"].items():
-        own = f"share_of_{PRIMITIVE[transport]}"
         for mib, one in found.items():
+            alone, unsummed = one["alone"]["checksum"], one["alone"]["no_checksum"]
             lines.append(
                 f"{transport:<18}{mib:>5}{one['ms']:>9.2f}{one['bytes_per_s'] / 1e9:>7.2f}"
-                f"{one[own]:>13.0%}{one.get(f'{own}_same_size', one[own]):>11.0%}{one['hidden']:>19.0%}"
+                f"{one['share']:>9.0%}{one['share_same_size']:>11.0%}{one['hidden']:>8.0%}"
+                f"{alone['bytes_per_s'] / 1e9:>9.2f}{alone['share']:>9.0%}{alone['share_same_size']:>11.0%}"
+                f"{unsummed['share_same_size']:>10.0%}"
             )
     if (gap := result.get("gap")) is not None:
         extra, ttft = gap["first_gap_extra_added_ms"], gap["ttft_added_ms"]

@@ -1,6 +1,6 @@
 """Bytes between sockets and pools: vectors over the runs of a pool, moved by one system call as far as that goes.
 
-Sockets block in a thread. A call returns to the interpreter once it has moved all it was given, about 2 MB, so the
+Sockets block in a thread. A call returns to the interpreter once it has moved all it was given, megabytes, so the
 interpreter's lock, which the engine's thread wants too, is asked for once per batch and not once per readiness; an
 event loop would be woken for every fraction of a socket buffer. The kernel bounds every wait (IDLE_TIMEOUT_S), and
 `shutdown` from another thread ends it at once.
@@ -31,7 +31,8 @@ from kv_transfer.transports.batches import Batch, Staging, batches, pack
 from kv_transfer.transports.vectors import Vectors, of_arrays, of_runs
 
 BATCH_BYTES = 2 << 20
-"""Moved by one call, and then copied and summed while it is still in the processor's cache."""
+"""Received by one call, and then copied and summed while it is still in the processor's cache. What is sent in place is
+named more at a time (batches.BATCH_BYTES): between two calls nothing goes onto the wire."""
 MIN_VECTOR_BYTES = 2048
 """Shorter runs cost more as vectors than packed, in processor time of either end on loopback. Runs of 3 kB, blocks of
 eight tokens of a small model, still cost a quarter less as vectors."""
@@ -91,7 +92,7 @@ def receive_frame(connection: socket.socket, nbytes: int) -> bytes:
 
 
 def batched(coding: Coding, pieces: Sequence[Piece]) -> Iterator[Batch]:
-    """What is moved at a time."""
+    """What is received at a time."""
     return batches(coding, pieces, BATCH_BYTES)
 
 
@@ -105,14 +106,15 @@ class Window:
         self._spans: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def send(self, connection: socket.socket, pieces: Sequence[Piece]) -> None:
-        """The bytes of the pieces: from where they lie if that is the fastest, else packed."""
+        """The bytes of the pieces: from where they lie if that is the fastest, else packed one by one."""
         in_place = self._in_place(pieces)
         if in_place is not None:
             send(connection, in_place)
             return
-        buffer = self._staging.take(sum(piece_bytes(self._rows, piece) for piece in pieces))
-        pack(buffer, self._rows, self._slots, pieces)
-        send(connection, vectors_of([buffer]))
+        for piece in pieces:
+            buffer = self._staging.take(piece_bytes(self._rows, piece))
+            pack(buffer, self._rows, self._slots, [piece])
+            send(connection, vectors_of([buffer]))
 
     def _in_place(self, pieces: Sequence[Piece]) -> Vectors | None:
         """Vectors over the runs of the pieces in canonical order; None where a contiguous buffer is better, or the only

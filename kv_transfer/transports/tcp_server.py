@@ -25,9 +25,9 @@ from kv_transfer.messages import TcpEndpoint
 from kv_transfer.pieces import Rows
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import settled
-from kv_transfer.transports.batches import Staging
+from kv_transfer.transports.batches import Staging, batches
 from kv_transfer.transports.reading import Reading
-from kv_transfer.transports.tcp_io import Window, batched, prepare, send, send_frame, vectors_of
+from kv_transfer.transports.tcp_io import Window, prepare, send, send_frame, vectors_of
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class TcpServer:
     def _send(self, connection: _Connection, ask: wire.Ask, reading: Reading) -> None:
         window = Window(self._rows, reading.slots, connection.staging)
         send_frame(connection.socket, wire.encode_grant(ask))
-        for batch in batched(reading.coding, reading.pieces):
+        for batch in batches(reading.coding, reading.pieces):
             if batch.framed:
                 send(connection.socket, vectors_of(reading.frames(batch)))
             else:

@@ -39,6 +39,8 @@ USES = 4
 """Steps for which budgets that were found best are used."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 128
 """Rounds of a class before it may be written off while others are drafted for; steps until it is tried again."""
+THINNED, EACH = 64, 8
+"""After so many plain steps in a row one of so many is looked at, for all: looking takes time between steps."""
 REFRESH = (8, 128)
 """Steps that speculate before a plain one: as many as make that cost REFRESHING, within these bounds."""
 REFRESHING = 0.005
@@ -52,7 +54,7 @@ class Goodput(BaseController):
         self._time = StepTime(len(limits.drafters))
         self._purse = Purse()
         self._patience = Patience()
-        self._since_plain = 0
+        self._since_plain = self._plain_in_a_row = 0
         self._refresh = float(REFRESH[0])
         self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
         self._found = (np.zeros(0, np.int64), 1.0)
@@ -95,16 +97,24 @@ class Goodput(BaseController):
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         if not budgets.tokens.any():
-            self._since_plain = 0
-            if (expected := self._time.record_plain(load, timing.seconds)) is not None:
-                self._purse.account_plain(expected)
+            self._record_plain(load, timing)
             return
         self._since_plain += 1
+        self._plain_in_a_row = 0
         if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take
             return
         speculation = self._speculation(tally.drafted, budgets.drafters)
         plain, seconds = self._time.record(load, speculation, timing.seconds)
         self._purse.account(plain, seconds, float(tally.emitted.mean()))
+
+    def _record_plain(self, load: Load, timing: Timing) -> None:
+        self._since_plain = 0
+        self._plain_in_a_row += 1
+        steps = EACH if self._plain_in_a_row > THINNED else 1
+        if self._plain_in_a_row % steps:
+            return
+        if (expected := self._time.record_plain(load, timing.seconds)) is not None:
+            self._purse.account_plain(expected, steps)
 
     def _budgets(self, tokens: NDArray[np.int64], drafters: Sequence[str]) -> Budgets:
         return Budgets(tokens, tokens, drafters)

@@ -39,6 +39,6 @@ class Purse:
         saved = plain * tokens_per_request - seconds
         self._held = min(self._held + saved + SHARE * plain * tokens_per_request, CAP * plain)
 
-    def account_plain(self, plain: float) -> None:
-        """A plain step; by what those take is counted, so it saves nothing."""
-        self.account(plain, plain, 1.0)
+    def account_plain(self, plain: float, steps: int = 1) -> None:
+        """Plain steps of so many seconds each; by what those take is counted, so they save nothing."""
+        self.account(plain, steps * plain, steps)

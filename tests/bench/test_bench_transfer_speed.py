@@ -10,48 +10,53 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from bench.cli import bench
-from bench.transfer import rates
+from bench.transfer import rates, wire
 from bench.transfer.cli import speed_table
 from bench.transfer.gloo_loop import gloo_loop_rate, memcpy_rate
 from bench.transfer.lender import layout_of
+from bench.transfer.sides import two_sides
 from core.errors import ChecksumMismatch
 from kv_transfer.messages import Piece
+from kv_transfer.transports.names import TransportName
 
 LAYOUT = layout_of(4, 2, 16, "bfloat16")  # 512 bytes per token
 
 
 @pytest.fixture(scope="module")
-def report() -> dict:
+def report() -> dict[str, Any]:
     return rates.measure_rates([1], 3, LAYOUT)
 
 
-def test_every_transport_is_measured_beside_its_bare_primitive(report: dict) -> None:
+def test_every_transport_is_measured_beside_its_bare_primitive(report: dict[str, Any]) -> None:
     assert set(report["transports"]) == {"shared_memory", "tcp", "torch_distributed"}
     for found in report["transports"].values():
         one = found["1"]
         assert one["bytes"] == 1 << 20
-        assert one["bytes_per_s"] == pytest.approx(one["bytes"] / (one["ms"] / 1e3))
-        assert one["share_of_memcpy"] == pytest.approx(one["bytes_per_s"] / report["bare_bytes_per_s"]["memcpy"])
         assert one["hidden"] <= 1
-        for name, rate in report["bare_same_size_bytes_per_s"]["1"].items():
-            assert one[f"share_of_{name}"] == pytest.approx(one["bytes_per_s"] / rate)
+        for found_rates in (one, one["alone"]["checksum"], one["alone"]["no_checksum"]):
+            assert found_rates["bytes_per_s"] == pytest.approx(one["bytes"] / (found_rates["ms"] / 1e3))
+            assert found_rates["share"] == pytest.approx(found_rates["bytes_per_s"] / one["bare_bytes_per_s"]["cached"])
+            assert found_rates["share_same_size"] == pytest.approx(
+                found_rates["bytes_per_s"] / one["bare_bytes_per_s"]["same_size"]
+            )
 
 
-def test_the_copy_is_measured_with_and_without_checksums(report: dict) -> None:
-    assert report["copy"]["no_checksum"]["bytes_per_s"] > 0
-    assert report["copy"]["checksum"]["bytes_per_s"] > 0
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
+def test_a_checksum_that_is_wrong_fails_the_checked_pull_only(
+    transport: TransportName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = wire._offered
 
+    async def wrongly(heard: Any) -> tuple[list[int], list[Piece]]:
+        block_ids, pieces = await offered(heard)
+        return block_ids, [replace(piece, checksum=piece.checksum ^ 1) for piece in pieces]
 
-def test_a_checksum_that_is_wrong_fails_the_checked_copy_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    sealed = rates.seal
-
-    def wrongly(*arguments: Any) -> list[Piece]:
-        return [replace(piece, checksum=piece.checksum ^ 1) for piece in sealed(*arguments)]
-
-    monkeypatch.setattr(rates, "seal", wrongly)
-    assert asyncio.run(rates._copy_rate(LAYOUT, 64, 1, checked=False)) > 0
-    with pytest.raises(ChecksumMismatch, match="not what the giver sealed"):
-        asyncio.run(rates._copy_rate(LAYOUT, 64, 1, checked=True))
+    monkeypatch.setattr(wire, "_offered", wrongly)
+    with two_sides(LAYOUT, 64) as (lender, pool):
+        with pytest.raises(ChecksumMismatch, match="not what the giver sealed"):
+            asyncio.run(wire.measure_wire(lender, pool, transport, 64, 1))
+        monkeypatch.setattr(wire, "PullJob", wire.Unchecked)
+        assert asyncio.run(wire.measure_wire(lender, pool, transport, 48, 1))["no_checksum"] > 0
 
 
 def test_bare_loops_move_something() -> None:
@@ -59,11 +64,11 @@ def test_bare_loops_move_something() -> None:
     assert gloo_loop_rate(1 << 16, 3) > 0
 
 
-def test_the_table_names_transports_sizes_and_the_gap(report: dict) -> None:
+def test_the_table_names_transports_sizes_and_the_gap(report: dict[str, Any]) -> None:
     gap = {"prompt_tokens": 512, "first_gap_extra_added_ms": 1.25, "ttft_added_ms": -0.5}
     text = speed_table(report | {"gap": gap})
     assert "shared_memory" in text
-    assert "of memcpy" in text
+    assert "unsummed" in text
     assert "+1.2 ms to the gap" in text
     assert "-0.5 ms to the time to it" in text
 

@@ -1,0 +1,142 @@
+"""How fast a transport moves KV that is sealed already: what is left of a hand-off without its words and the giver's
+sums, and what a bare loop of the transport's primitive compares to."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from bench.transfer.lender import BLOCK_SIZE, scattered
+from bench.transfer.sides import Lender
+from core.links import LinkClient
+from engine.kv_cache import KVPool
+from kv_transfer.coding import Coding
+from kv_transfer.messages import (
+    REVISION,
+    SERVICE,
+    Committed,
+    Complete,
+    FromGiver,
+    Hello,
+    Offer,
+    Piece,
+    Renew,
+    Sealed,
+    ToGiver,
+    Want,
+)
+from kv_transfer.peers import TakerLink
+from kv_transfer.pieces import Rows, Runs, copy, layers_of, rows_of, runs, slots_of
+from kv_transfer.transports.base import PullJob, Transport
+from kv_transfer.transports.batches import device_identity
+from kv_transfer.transports.choice import makers
+from kv_transfer.transports.names import TransportName
+
+AT_ONCE = 2
+"""Pulls in flight, so that the wire does not stand still between two of them: a bare loop's does not either."""
+
+
+class Unchecked(PullJob):
+    """Pieces are taken as they come, to see what their checksums cost."""
+
+    def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
+        self._copy(index, theirs=layers_of(theirs, self.pieces[index]), pairs=pairs)
+
+    def landed(self, index: int, part: Rows) -> None:
+        self._copy(index, part, runs(np.arange(self.pieces[index].num_tokens), self.target(index)))
+
+    def _copy(self, index: int, theirs: Rows, pairs: Runs) -> None:
+        copy(layers_of(self.rows, self.pieces[index]), theirs, pairs, streamed=True)
+        self.on_verified(index)
+
+
+async def measure_wire(
+    lender: Lender, pool: KVPool, name: TransportName, num_tokens: int, rounds: int
+) -> dict[str, float]:
+    """Seconds per pull with the taker's checksums ("checksum") and without ("no_checksum"), medians of `rounds` of
+    AT_ONCE pulls. The same transfer is pulled again and again, from blocks anywhere in the lender's pool to blocks
+    anywhere in ours."""
+    took: dict[str, list[float]] = {"checksum": [], "no_checksum": []}
+    async with _link(lender, pool) as (link, giver, heard):
+        threads = ThreadPoolExecutor(2, thread_name_prefix="kv-pull")
+        transport = makers(giver, lender.address, pool, link.send, threads)[name]()
+        transfer_id = f"{name}-{num_tokens}-alone"
+        try:
+            lender.lend(transfer_id, num_tokens)
+            lender.computed_at()
+            link.send(Want(transfer_id, 0))
+            block_ids, pieces = await _offered(heard)
+            listening = asyncio.create_task(_pass_on(heard, transport))
+            for kind, seconds in zip((PullJob, Unchecked), took.values(), strict=True):
+                link.send(Renew(transfer_id, time.monotonic()))
+                jobs = [_job(kind, pool, transfer_id, pieces, block_ids, num_tokens) for _ in range(AT_ONCE)]
+                for _ in range(rounds + 1):  # the first connects
+                    started = time.perf_counter()
+                    await asyncio.gather(*map(transport.pull, jobs))
+                    seconds.append((time.perf_counter() - started) / AT_ONCE)
+            listening.cancel()
+            link.send(Committed(transfer_id))
+        finally:
+            transport.close()
+            threads.shutdown()
+    return {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
+
+
+def _job(
+    kind: type[PullJob], pool: KVPool, transfer_id: str, pieces: list[Piece], block_ids: list[int], num_tokens: int
+) -> PullJob:
+    return kind(
+        transfer_id=transfer_id,
+        first=0,
+        pieces=pieces,
+        rows=rows_of(pool),
+        giver_slots=slots_of(block_ids, BLOCK_SIZE, num_tokens),
+        taker_slots=slots_of(scattered(-(-num_tokens // BLOCK_SIZE), 2), BLOCK_SIZE, num_tokens),
+        coding=Coding("none", pool.layout),
+        on_began=lambda: None,
+        on_verified=lambda _: None,
+        on_decoded=lambda _: None,
+    )
+
+
+@asynccontextmanager
+async def _link(lender: Lender, pool: KVPool) -> AsyncIterator[tuple[TakerLink, Hello, AsyncIterator[FromGiver]]]:
+    """A taker's link to the lender, without the taker."""
+    client = LinkClient(lender.address)
+    try:
+        link: TakerLink = await client.open(SERVICE, FromGiver, ToGiver)  # type: ignore[arg-type]
+        device = device_identity(pool.device)
+        link.send(Hello(revision=REVISION, layout=pool.layout, num_blocks=pool.num_blocks, device=device))
+        heard = aiter(link)
+        giver = await anext(heard)
+        assert isinstance(giver, Hello), giver
+        yield link, giver, heard
+        link.close()
+    finally:
+        await client.close()
+
+
+async def _offered(heard: AsyncIterator[FromGiver]) -> tuple[list[int], list[Piece]]:
+    """The giver's block table and all pieces of the transfer that was asked for."""
+    block_ids: list[int] = []
+    pieces: list[Piece] = []
+    async for message in heard:
+        match message:
+            case Offer():
+                block_ids = message.block_ids
+            case Sealed():
+                pieces += message.pieces
+            case Complete():
+                break
+    return block_ids, pieces
+
+
+async def _pass_on(heard: AsyncIterator[FromGiver], transport: Transport) -> None:
+    async for message in heard:
+        transport.on_message(message)
