@@ -42,7 +42,7 @@ class Attendance:
         if (orders.role, plan) != (before.role, before.plan):
             if orders.role is not before.role:
                 logger.warning("%s changes from %s to %s", before.worker_id, before.role, orders.role)
-            await self._node.set_role(orders.role, self._engine.batched_tokens(orders.role, plan.step_tokens))
+            self._node.set_role(orders.role, self._engine.batched_tokens(orders.role, plan.step_tokens))
         self.member = msgspec.structs.replace(before, role=orders.role, plan=plan)
 
     def check_health(self) -> None:

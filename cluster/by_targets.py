@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from msgspec.structs import replace
 
 from cluster.checks import weight_bytes
 from cluster.config import PREFILL_SHAPE, SlipstreamConfig, load, overlaid, read_tree
 from cluster.hardware import topology_here
 from cluster.planning import Searched, kv_cache_bytes_on, planned, workload_of
-from cluster.stored_profiles import Stored, Way, profile_of, ways
+from cluster.stored_profiles import Settings, Stored, Way, profile_of, ways
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.parallel.split import check_split
@@ -34,6 +33,15 @@ _DECIDED = {
 _REPLAN = "replan"
 _PROFILED = ("dtype", "device", "quantization", "kv_cache_memory")
 """Settings of the engine that steps depend on."""
+_DRAFTED = {
+    "budget": "draft_tokens",
+    "rule": "speculation_rule",
+    "controller": "speculation_controller",
+    "memory": "speculation_memory",
+}
+"""Settings of speculation that drafts depend on, and how `slipstream profile` has them."""
+_TRAINING_FREE = "hybrid"
+"""Who may draft for a model about whose drafts nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Asked:
     trace: Path | None = None
     lengths: str | None = None
     rate: float | None = None
+    dataset: Path | None = None
 
 
 def config_for(
@@ -56,19 +65,24 @@ def config_for(
     _check_undecided(given)
     workload = _workload(asked, say)
     topology = topology_here(on_cpu=given.engine.device == "cpu")
-    stored = _profiles(given, topology, say)
-    profiles = [replace(one.profile, model=replace(one.profile.model, name=given.model)) for one in stored]
-    limits = _limits(given, topology)
+    drafter = _drafter(given, asked)
+    stored = _profiles(given, _measured(given, drafter, asked), topology, say)
+    profiles = [one.profile for one in stored]
+    limits = _limits(given, drafter, topology)
     objective: Objective = "total" if asked.rate is None else "per-device"
     replanning = flags.get(_REPLAN, "off") != "off"
-    found = planned(profiles, topology, limits, workload, goal, objective, asked.rate, any_role=replanning)
+    plan = partial(planned, topology=topology, limits=limits, workload=workload, goal=goal, objective=objective)
+    plan = partial(plan, rate=asked.rate, drafter=drafter, weights=given.speculation.weights)
+    found = plan(profiles, any_role=replanning)
     if (able := found.settle()) is None:
         raise ConfigError(f"--slo: {found.why_not(found.made.candidates[0])}", param="slo")
     shape = found.shapes[able.decode.name].profile
     if able != found.made.candidates[0]:  # what is foretold is to be what is served
-        found = planned([shape], topology, limits, workload, goal, objective, asked.rate)
+        found = plan([shape])
         found.settle()
     say(summary(found.made.plan))
+    if drafter is not None and asked.dataset is None:
+        say(f"what drafts by {drafter} bring was measured with questions of our own; --dataset takes some as yours are")
     replan = {"replan_slo": asked.slo, "replan_profile": str(stored[profiles.index(shape)].path)}
     return _merged(found, file, (replan if replanning else {}) | dict(flags))
 
@@ -91,7 +105,40 @@ def _check_undecided(given: SlipstreamConfig) -> None:
                 )
 
 
-def _profiles(given: SlipstreamConfig, topology: Topology, say: Callable[[str], None]) -> list[Stored]:
+def _drafter(given: SlipstreamConfig, asked: Asked) -> str | None:
+    """Those that are named, or the one that needs no weights; None where none is to draft."""
+    if given.speculation.drafter:
+        return ",".join(given.speculation.drafter)
+    if "drafter" not in given.speculation.model_fields_set:
+        return _TRAINING_FREE
+    if asked.dataset is not None:
+        raise ConfigError(
+            "--dataset: questions are for drafts, and there are to be none; leave it out", param="dataset"
+        )
+    return None
+
+
+def _measured(given: SlipstreamConfig, drafter: str | None, asked: Asked) -> Settings:
+    """What profiles depend on, as the flags of `slipstream profile` have it."""
+    engine, speculation = given.engine, given.speculation
+    found: dict[str, tuple[str, ...]] = {
+        name: (str(getattr(engine, name)),) for name in _PROFILED if name in engine.model_fields_set
+    }
+    if drafter is None:
+        return found
+    found["speculation"] = (drafter,)
+    for name in speculation.model_fields_set & _DRAFTED.keys():
+        found[_DRAFTED[name]] = (str(getattr(speculation, name)),)
+    if speculation.weights:
+        found["speculation_weights"] = tuple(f"{name}={folder}" for name, folder in speculation.weights.items())
+    if asked.dataset is not None:
+        found["dataset"] = (str(asked.dataset.absolute()),)
+    return found
+
+
+def _profiles(
+    given: SlipstreamConfig, settings: Settings, topology: Topology, say: Callable[[str], None]
+) -> list[Stored]:
     """One of each way to share the machine that the model can be split in."""
     from engine.checkpoints import resolve
     from engine.checkpoints.bars import Bars
@@ -105,9 +152,8 @@ def _profiles(given: SlipstreamConfig, topology: Topology, say: Callable[[str], 
     if not able:
         raise ConfigError(f"the model does not fit: {weights / 1e9:.3g} GB of weights; {topology.source}")
     identity = fingerprint(folder, config, engine.quantization or "")
-    settings = {name: str(getattr(engine, name)) for name in _PROFILED if name in engine.model_fields_set}
     device = topology.nodes[0].device
-    return [profile_of(folder, identity, way, device, settings, say) for way in able]
+    return [profile_of(folder, given.model, identity, way, device, settings, say) for way in able]
 
 
 def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bool:
@@ -122,11 +168,13 @@ def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bo
     return weights < USABLE * node.memory_gb * 1e9 * devices
 
 
-def _limits(given: SlipstreamConfig, topology: Topology) -> Limits:
+def _limits(given: SlipstreamConfig, drafter: str | None, topology: Topology) -> Limits:
     return Limits(
         max_sequences=given.engine.sequences,
         kv_cache_bytes=kv_cache_bytes_on(topology, given.engine),
         handoff_min_tokens=given.cluster.handoff_min_tokens or 0,
+        drafter=drafter,
+        only_drafts=bool(given.speculation.drafter),
     )
 
 

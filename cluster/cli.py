@@ -63,6 +63,7 @@ def cli() -> None:
 @click.option("--trace", type=click.Path(path_type=Path), help="With --slo: the requests to plan for, as for plan.")
 @click.option("--lengths", help="With --slo, instead of a trace: mean tokens, as prompt=512,output=128,cv=0.8.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="With --slo: requests/s. Default: the most.")
+@click.option("--dataset", type=click.Path(path_type=Path), help="With --slo: questions to measure drafts with.")
 @config_options
 def serve(
     model: str | None,
@@ -72,6 +73,7 @@ def serve(
     trace: Path | None,
     lengths: str | None,
     rate: float | None,
+    dataset: Path | None,
     **flags: Any,
 ) -> None:
     """Serve MODEL: a Hugging Face id, a folder, a .gguf file, or demo."""
@@ -81,7 +83,7 @@ def serve(
     console = Console()
     if model is not None:
         given["model"] = model
-    for name, value in {"trace": trace, "lengths": lengths, "rate": rate}.items():
+    for name, value in {"trace": trace, "lengths": lengths, "rate": rate, "dataset": dataset}.items():
         if slo is None and value is not None:
             raise ConfigError(f"--{name} has no meaning without --slo; give targets, or leave it out", param=name)
     if plan_file is not None and (config_file is not None or slo is not None):
@@ -90,7 +92,7 @@ def serve(
         from cluster.by_targets import Asked, config_for
 
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-        config = config_for(Asked(slo, trace, lengths, rate), config_file, given, say)
+        config = config_for(Asked(slo, trace, lengths, rate, dataset), config_file, given, say)
     elif plan_file is not None:
         from cluster.planned import planned_tree
 

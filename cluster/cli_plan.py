@@ -63,7 +63,7 @@ class WithReplay(click.Command):
 @click.option("--acceptance-length", type=click.FloatRange(1), help="Tokens of a step with drafts, on average.")
 @click.option("--draft-tokens", type=click.IntRange(1), help="With it: drafts that a step verifies. Default: 4.")
 @click.option("--draft-ms", type=click.FloatRange(0), help="With it: of a step's drafting. Default: 0.")
-@click.option("--learner-devices", default=0, type=click.IntRange(0), help="Kept free for the learner.")
+@click.option("--learner-devices", help="Kept free for the learner: 2, where there are as many, or of a kind, L4=2.")
 @click.option(
     "--out",
     type=_path,

@@ -31,6 +31,8 @@ _CPUS_PER_GPU = 4.0
 _HEAD = {"cpu": "2", "memory": "4Gi"}
 _STORE_BYTES = 100_000_000
 """For Ray's object store: requests and KV don't pass through it."""
+_GRACE_S = 10
+"""That a pod which is to go has beyond the drain_timeout_s of who runs in it."""
 _ROOM = 1.25
 """How much more memory a pod gets than its workers are reckoned to take: page cache, and what Ray takes itself."""
 
@@ -56,7 +58,8 @@ def helm_values(tree: dict[str, Any], seats: Sequence[Seat], weight_bytes: int) 
         cluster["cpus_per_worker"] = given.engine.ranks * _CPUS_PER_GPU
         if not given.one_shape:
             cluster["prefill_cpus_per_worker"] = given.for_role(Role.PREFILL).engine.ranks * _CPUS_PER_GPU
-    config = tree | {"cluster": cluster, "gateway": {"host": "0.0.0.0", "port": HTTP_PORT}}  # noqa: S104
+    gateway = {"host": "0.0.0.0", "port": HTTP_PORT, "drain_timeout_s": given.gateway.drain_timeout_s}  # noqa: S104
+    config = tree | {"cluster": cluster, "gateway": gateway}
     full = validated(config)
     return {
         "image": {"repository": NAME, "tag": version("slipstream"), "pullPolicy": "IfNotPresent"},
@@ -65,6 +68,7 @@ def helm_values(tree: dict[str, Any], seats: Sequence[Seat], weight_bytes: int) 
         "head": dict(_HEAD),
         "workerGroups": [_group(number, seat, full, weight_bytes) for number, seat in enumerate(seats)],
         "modelCache": {"existingClaim": "", "mountPath": CACHE_PATH},
+        "redis": {"address": "", "existingSecret": "", "passwordKey": "redis-password"},
     }
 
 
@@ -101,6 +105,7 @@ def rayservice(values: dict[str, Any]) -> dict[str, Any]:
             "serveConfigV2": yaml.safe_dump(_serve_config(values["config"]), sort_keys=False),
             "rayClusterConfig": {
                 "rayVersion": values["rayVersion"],
+                **_surviving_head(values["redis"]),
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", "object-store-memory": str(_STORE_BYTES)},
                     "template": _pod(values, "ray-head", values["head"], _HEAD_PORTS),
@@ -109,6 +114,15 @@ def rayservice(values: dict[str, Any]) -> dict[str, Any]:
             },
         },
     }
+
+
+def _surviving_head(redis: dict[str, Any]) -> dict[str, Any]:
+    """What Ray knows is kept in Redis, if there is one, so that the workers outlive the head."""
+    if not redis["address"]:
+        return {}
+    secret = {"name": redis["existingSecret"], "key": redis["passwordKey"]}
+    password = {"redisPassword": {"valueFrom": {"secretKeyRef": secret}}} if redis["existingSecret"] else {}
+    return {"gcsFaultToleranceOptions": {"redisAddress": redis["address"], **password}}
 
 
 _HEAD_PORTS = [
@@ -159,7 +173,9 @@ def _pod(values: dict[str, Any], name: str, size: dict[str, Any], ports: list[di
         "resources": {"requests": resources, "limits": resources},
         "volumeMounts": [{"name": "cache", "mountPath": cache["mountPath"]}],
     }
-    return {"spec": {"containers": [container], "volumes": [{"name": "cache", **volume}]}}
+    grace_s = math.ceil(values["config"]["gateway"]["drain_timeout_s"]) + _GRACE_S
+    volumes = [{"name": "cache", **volume}]
+    return {"spec": {"terminationGracePeriodSeconds": grace_s, "containers": [container], "volumes": volumes}}
 
 
 class _Plain(yaml.SafeDumper):

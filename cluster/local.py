@@ -61,7 +61,18 @@ class LocalCluster:
             await self.replanning.start()
 
     async def add_worker(self, worker_id: str, role: Role) -> WorkerNode:
-        """Of the shape for that role, which may soon be another that the shape is for: the plan has the last word."""
+        """Of the shape for that role, which may soon be another that the shape is for: the plan has the last word. When
+        this is cancelled, the worker is gone by the time it ends."""
+        starting = asyncio.create_task(self._start_worker(worker_id, role))  # a thread that loads can't be stopped
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait({starting})
+            if starting.exception() is None:
+                await self.remove_worker(worker_id)
+            raise
+
+    async def _start_worker(self, worker_id: str, role: Role) -> WorkerNode:
         group = group_of(self._config, role)
         engine = group.config.engine
         runner = await asyncio.to_thread(load_runner, self._folder, engine, self._threads, drafter_bytes(self._config))

@@ -105,6 +105,7 @@ class WorkerNode:
         self._sessions: set[Session] = set()
         self._server = LinkServer()
         self._heartbeat: asyncio.Task[None] | None = None
+        self._drafting: asyncio.Task[None] | None = None
 
     async def start(self, host: str) -> str:
         self._loop = asyncio.get_running_loop()
@@ -130,6 +131,8 @@ class WorkerNode:
     async def stop(self) -> None:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+        if self._drafting is not None:
+            self._drafting.cancel()
         for session in list(self._sessions):
             session.close()
         await self._server.stop()
@@ -146,20 +149,28 @@ class WorkerNode:
         self.runner.check_health()
         if (seconds := self._engine.seconds_in_step) > STEP_TIMEOUT_S:
             raise InternalError(f"a step has been running for {seconds:.0f} s")
+        if self._drafting is not None and self._drafting.done() and not self._drafting.cancelled():
+            self._drafting.result()
 
-    async def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
+    def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
         """Be used for something else from now on, or in steps of another size. What is under way goes on: every worker
-        can do either."""
+        can do either. One that is to decode for the first time does so without drafts until its drafters are made."""
         self.role = role
         self._engine.set_step_tokens(max_num_batched_tokens)
         self._tell_status()
-        if self._make_speculator is not None and self._speculator is None and role is not Role.PREFILL:
-            try:
-                self._speculator = await asyncio.to_thread(self._make_speculator)
-            except SlipstreamError as error:
-                logger.error("decoding without drafts: %s", error.message)
-            else:
-                self._engine.speculate(self._speculator)
+        drafts = self._make_speculator is not None and self._speculator is None and role is not Role.PREFILL
+        if drafts and (self._drafting is None or self._drafting.done()):
+            self._drafting = self._loop.create_task(self._begin_drafts())
+
+    async def _begin_drafts(self) -> None:
+        """On a thread, as weights may take longer to read than a worker may be silent."""
+        assert self._make_speculator is not None
+        try:
+            self._speculator = await asyncio.to_thread(self._make_speculator)
+        except SlipstreamError as error:
+            logger.error("decoding without drafts: %s", error.message)
+        else:
+            self._engine.speculate(self._speculator)
 
     async def drain(self, within_s: float) -> None:
         """Tell the gateways that this worker leaves, and return once it has nothing to do for them, or when the time is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,15 @@ def _several(topology: Topology) -> bool:
 
 
 def config_of(
-    candidate: Candidate, shapes: dict[str, Shape], limits: Limits, topology: Topology, drafter: str | None
+    candidate: Candidate,
+    shapes: dict[str, Shape],
+    limits: Limits,
+    topology: Topology,
+    drafter: str | None,
+    weights: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The tree of the YAML file, without what has its default. Raises ConfigError for a layout that can't be run."""
+    """The tree of the YAML file, without what has its default. `weights` are those of drafters, by name. Raises
+    ConfigError for a layout that can't be run."""
     if (why := why_not(candidate, shapes, topology)) is not None:
         raise ConfigError(why)
     shape = shapes[candidate.decode.name]
@@ -82,7 +89,7 @@ def config_of(
         budget = shape.speculation.rows - 1
         if limits.speculation is None and limits.drafter is not None:  # rows are then those that there were on average
             budget = profile.drafting_of(limits.drafter).budget
-        tree["speculation"] = {"drafter": drafter, "budget": budget}
+        tree["speculation"] = {"drafter": drafter, "budget": budget} | ({"weights": dict(weights)} if weights else {})
     validated(tree)
     return tree
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,8 @@ class Searched:
     goal: Goal
     any_role: bool = False
     """Workers are to be alike, so that each can take any role."""
+    weights: Mapping[str, str] | None = None
+    """Of drafters that take some: folders by name."""
 
     def settle(self) -> Candidate | None:
         """Give the plan the configuration of the best of its layouts that can be served. Returns that layout; None if
@@ -52,7 +54,7 @@ class Searched:
         plan, chosen = self.made.plan, self.made.candidates[0]
         able = next((one for one in self.made.candidates if self.why_not(one) is None), None)
         if able is not None:
-            plan.serve = config_of(able, self.shapes, self.limits, self.topology, self.drafter)
+            plan.serve = config_of(able, self.shapes, self.limits, self.topology, self.drafter, self.weights)
         if able is not chosen:
             instead = "" if able is None else f"; serve gets {able.name}"
             plan.warnings.append(f"{self.why_not(chosen)}{instead}")
@@ -104,13 +106,14 @@ def planned(
     drafter: str | None = None,
     *,
     any_role: bool = False,
+    weights: Mapping[str, str] | None = None,
 ) -> Searched:
     """With shapes of workers as they were profiled. Raises ConfigError."""
     ways = shapes(known, limits)
     space = partial(space_of, topology, ways, limits)
     made = make_plan(space, ways, topology, workload, goal, objective, rate)
     by_name = {shape.name: shape for shape in ways}
-    return Searched(made, space, by_name, topology, limits, drafter, workload, goal, any_role)
+    return Searched(made, space, by_name, topology, limits, drafter, workload, goal, any_role, weights)
 
 
 def measured_elsewhere(profile: Profile) -> list[str]:
@@ -184,7 +187,7 @@ def limits_of(
     acceptance_length: float | None,
     draft_tokens: int | None,
     draft_ms: float | None,
-    learner_devices: int,
+    learner_devices: str | None,
 ) -> Limits:
     """Of the flags of these names. Raises ConfigError."""
     if drafter is None and acceptance_length is not None:
@@ -206,9 +209,27 @@ def limits_of(
         overhead_ms=overhead_ms,
         speculation=speculation,
         drafter=drafter,
-        learner_devices={next(iter(topology.pools)): learner_devices} if learner_devices else {},
+        learner_devices={} if learner_devices is None else _kept_free(learner_devices, topology.pools),
         devices=devices,
     )
+
+
+def _kept_free(asked: str, pools: Mapping[str, int]) -> dict[str, int]:
+    """For the learner: "2" devices of the first pool that has as many and one to serve with, or "L4=2". Raises
+    ConfigError if there is none."""
+    kind, _, count = asked.rpartition("=")
+    there = " and ".join(f"{size} {pool}" for pool, size in pools.items())
+    if not (count.isascii() and count.isdecimal()) or kind not in ("", *pools):
+        raise ConfigError(
+            f"--learner-devices: {asked!r} is no number of devices, nor KIND=NUMBER of {there}", param="learner_devices"
+        )
+    able = [pool for pool, size in pools.items() if size > int(count) and kind in ("", pool)]
+    if not able:
+        raise ConfigError(
+            f"--learner-devices {asked}: the topology has {there}, and one of a kind is to serve",
+            param="learner_devices",
+        )
+    return {able[0]: int(count)}
 
 
 def kv_cache_bytes_on(topology: Topology, engine: EngineSection) -> int | None:

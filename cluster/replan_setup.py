@@ -9,8 +9,9 @@ from msgspec import Struct
 from cluster.config import SlipstreamConfig
 from core.errors import ConfigError
 from core.types import Role
-from placement.arranged import simulated
+from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
+from placement.crowding import crowded
 from placement.forecast import maker
 from placement.goodput import Goal
 from placement.profile import Profile, read_profile
@@ -44,16 +45,16 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
     warm_start = config.replan.warm_start
     earlier = [] if warm_start is None else history(read_trace(warm_start), settings_of(config).predictive_s)
     grounds = Grounds(profile, topology_here(), tuple(earlier))
-    devices, there = config.most_workers * config.engine.ranks * threads, sum(grounds.topology.pools.values())
-    if profile.setting.device == "cpu" and devices > there and config.cluster.ray_address is None:
-        logger.warning("%d workers share %d cores: what is predicted takes %d", config.most_workers, there, devices)
     replanner_of(config, grounds)
+    together = predictor_of(config, grounds).on_a_node(config.most_workers)
+    if warning := crowded(profile, together, grounds.topology.most_in_a_node(profile.setting.device)):
+        logger.warning("replan.profile: %s", warning)
     return grounds
 
 
-def replanner_of(config: SlipstreamConfig, grounds: Grounds) -> Replanner:
-    """Drafts are left out: how many are accepted is not known before. Raises ConfigError for workers that can't be
-    simulated as they are configured."""
+def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated:
+    """A cluster of Ray's may have more nodes, which are
+    taken to be like this one. Raises ConfigError for workers that can't be simulated."""
     engine, settings = config.engine, settings_of(config)
     limits = Limits(
         stages=(engine.pipeline_parallel_size,),
@@ -61,8 +62,15 @@ def replanner_of(config: SlipstreamConfig, grounds: Grounds) -> Replanner:
         max_sequences=engine.sequences,
         kv_cache_bytes=engine.kv_cache_bytes,
         handoff_min_tokens=config.cluster.handoff_min_tokens or 0,
+        drafter=_drafter(config),
     )
-    predictor = simulated(grounds.profile, grounds.topology, limits, config.replan.targets)
+    further_nodes = config.cluster.ray_address is not None
+    return simulated(grounds.profile, grounds.topology, limits, config.replan.targets, further_nodes=further_nodes)
+
+
+def replanner_of(config: SlipstreamConfig, grounds: Grounds) -> Replanner:
+    """Raises ConfigError for workers that can't be simulated as they are configured."""
+    settings, predictor = settings_of(config), predictor_of(config, grounds)
     forecast = maker(config.replan.forecast, warm=[period.rate for period in grounds.before])
     return Replanner(settings, predictor, arrangement_as_configured(config), forecast, grounds.before)
 
@@ -88,6 +96,11 @@ def arrangement_as_configured(config: SlipstreamConfig) -> Arrangement:
     return Arrangement(**counts, chunk_tokens=config.engine.batched_tokens(prompts))
 
 
+def _drafter(config: SlipstreamConfig) -> str | None:
+    """As a profile names those that draft together."""
+    return ",".join(config.speculation.drafter) or None
+
+
 def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:
     setting, engine = profile.setting, config.engine
     pairs: dict[str, tuple[object, object]] = {
@@ -108,6 +121,13 @@ def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:
     if on_cpu != (engine.device == "cpu"):
         raise ConfigError(
             f"replan.profile: it is of {setting.device}, and the workers compute on {engine.device}",
+            param="replan_profile",
+        )
+    drafter = _drafter(config)
+    if drafter is not None and drafter not in {known.drafter for known in profile.drafting}:
+        raise ConfigError(
+            f"replan.profile: {config.replan.profile} knows nothing of drafts by {drafter}, and the workers have them; "
+            f"profile with --speculation {drafter}",
             param="replan_profile",
         )
     for size in config.replan.chunk_tokens:

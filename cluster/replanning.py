@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+from cluster.drafted import Drafts
 from cluster.membership import Membership, Plan
 from cluster.recorder import Report
 from core.errors import Unavailable
@@ -25,8 +26,9 @@ from core.types import Role
 from core.wire import WorkerStatus
 from placement.arrangement import Arrangement
 from placement.live_log import MOST_REQUESTS
-from placement.load import Load, RoleLoad
+from placement.load import NOTHING, Drafted, Load, RoleLoad
 from placement.replanner import Change, Replanner
+from placement.seen import Seen
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Replanning:
         """Of which the replanner has not been told."""
         self._attainment: float | None = None
         self._goodput_rps = 0.0
+        self._drafts, self._seen = Drafts(), Seen()
 
     async def start(self) -> None:
         self._looking = asyncio.create_task(self._go_on())
@@ -100,7 +103,8 @@ class Replanning:
         served = list(self._served)
         self._served.clear()
         reports = self._fresh(now)
-        load = load_of((worker for report in reports for worker in report.workers), sum(r.in_flight for r in reports))
+        workers = [worker for report in reports for worker in report.workers]
+        load = load_of(workers, sum(report.in_flight for report in reports), self._drafts.since(workers))
         loop = asyncio.get_running_loop()
         change = await loop.run_in_executor(self._thread, self._decide, served, load, now)
         if change is not None and self._membership.plan == self._followed:
@@ -114,6 +118,7 @@ class Replanning:
         met = replanner.traffic.met(now)
         self._attainment = met.attainment if met.judged else None
         self._goodput_rps = (met.judged - met.missed) / replanner.settings.recent_s
+        self._seen = replanner.seen
         return change
 
     async def _take(self, change: Change, now: float) -> None:
@@ -171,11 +176,13 @@ class Replanning:
             decided=dict(self._decided),
             attainment=self._attainment,
             goodput_rps=self._goodput_rps,
+            correction={"prompts": self._seen.prompts, "decodes": self._seen.decodes},
+            acceptance_length=self._seen.acceptance_length,
             decisions=list(self._decisions),
         )
 
 
-def load_of(workers: Iterable[WorkerStatus], in_flight: int) -> Load:
+def load_of(workers: Iterable[WorkerStatus], in_flight: int, drafted: Drafted = NOTHING) -> Load:
     """What workers say, by role; those that leave are not counted. Of a worker that several gateways tell of, the last
     is taken."""
     roles: dict[Role, RoleLoad] = {}
@@ -188,7 +195,7 @@ def load_of(workers: Iterable[WorkerStatus], in_flight: int) -> Load:
             running=before.running + worker.num_running,
             free_kv_tokens=before.free_kv_tokens + worker.num_free_blocks * worker.block_size,
         )
-    return Load(roles=roles, in_flight=in_flight)
+    return Load(roles=roles, in_flight=in_flight, drafted=drafted)
 
 
 def plan_of(to: Arrangement, before: Plan, configured: Arrangement) -> Plan:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from cluster.planning import limits_of, topology_of
 from core.errors import ConfigError
 from placement.arranged import Simulated, simulated
+from placement.crowding import crowded
 from placement.forecast import maker
 from placement.goodput import Goal
-from placement.profile import read_profile
+from placement.profile import Profile, read_profile
 from placement.replan_settings import ReplanSettings
 from placement.replanner import Replanner
 from placement.replay import Replayed, replay
 from placement.replay_start import start_of
 from placement.slo import parse_slo
+from placement.topology import Topology
 from placement.traces import read_trace
 from placement.traffic import history
 
@@ -43,11 +47,16 @@ class Asked:
     kv_cache_memory: str | None
     handoff_min_tokens: int
     overhead_ms: float
+    drafter: str | None
+    acceptance_length: float | None
+    draft_tokens: int | None
+    draft_ms: float | None
 
 
 def replayed(asked: Asked) -> Replayed:
     """Raises ConfigError by the name of the flag."""
-    settings, workers = _settings(asked), _workers(asked)
+    profile, topology = read_profile(asked.profile), topology_of(None, asked.topology_file, None, ())
+    settings, workers = _settings(asked), _workers(asked, profile, topology)
     trace = read_trace(asked.trace)
     workload = trace.workload.no_longer_than(workers.longest)
     rate = trace.rate if asked.rate is None else asked.rate
@@ -56,7 +65,10 @@ def replayed(asked: Asked) -> Replayed:
     before = [] if asked.warm_start is None else history(read_trace(asked.warm_start), settings.predictive_s)
     forecast = maker(asked.forecast, _season(asked, settings), [period.rate for period in before])
     replanner = Replanner(settings, workers, start, forecast, before)
-    return replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
+    found = replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
+    together = workers.on_a_node(max(asked.workers, asked.max_workers or 0))
+    warning = crowded(profile, together, topology.most_in_a_node(profile.setting.device))
+    return replace(found, warnings=[warning] if warning else [])
 
 
 def _settings(asked: Asked) -> ReplanSettings:
@@ -72,8 +84,7 @@ def _settings(asked: Asked) -> ReplanSettings:
     )
 
 
-def _workers(asked: Asked) -> Simulated:
-    topology = topology_of(None, asked.topology_file, None, ())
+def _workers(asked: Asked, profile: Profile, topology: Topology) -> Simulated:
     limits = limits_of(
         topology,
         devices=None,
@@ -83,13 +94,13 @@ def _workers(asked: Asked) -> Simulated:
         kv_cache_memory=asked.kv_cache_memory,
         handoff_min_tokens=asked.handoff_min_tokens,
         overhead_ms=asked.overhead_ms,
-        drafter=None,
-        acceptance_length=None,
-        draft_tokens=None,
-        draft_ms=None,
-        learner_devices=0,
+        drafter=asked.drafter,
+        acceptance_length=asked.acceptance_length,
+        draft_tokens=asked.draft_tokens,
+        draft_ms=asked.draft_ms,
+        learner_devices=None,
     )
-    return simulated(read_profile(asked.profile), topology, limits, parse_slo(asked.slo))
+    return simulated(profile, topology, limits, parse_slo(asked.slo))
 
 
 def _season(asked: Asked, settings: ReplanSettings) -> int:

@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from cluster.machine import cpu_name, usable_cores, versions
 from cluster.planning import TENSOR_PARALLEL_SIZES
 from core.compiler import cache_root
 from core.errors import ConfigError
-from placement.profile import Profile, read_profile
+from placement.grid import QUICK_DRAFTING_S
+from placement.profile import Profile, read_profile, write_profile
 from placement.topology import Topology
 
 _WORKERS = (1, 2, 4)
 """Among so many the cores of a machine are shared out; each way is profiled by itself."""
+
+
+Settings = Mapping[str, tuple[str, ...]]
+"""Values of settings, by name."""
+_OF_FILES = ("dataset", "speculation_weights")
 
 
 @dataclass(frozen=True)
@@ -52,32 +59,57 @@ def ways(topology: Topology) -> list[Way]:
 
 
 def profile_of(
-    folder: Path, fingerprint: str, way: Way, device: str, engine: Mapping[str, str], say: Callable[[str], None]
+    folder: Path, model: str, fingerprint: str, way: Way, device: str, settings: Settings, say: Callable[[str], None]
 ) -> Stored:
-    """From the cache, or measured quickly and kept there. `engine`: settings of serve that it depends on; `device`: as
-    the topology names it. Raises ConfigError if it can't be measured."""
-    path = cache_root() / "profiles" / f"{_key(fingerprint, way, device, engine)}.json"
+    """From the cache, or measured quickly and kept there, by the name `model`. `settings`: those of serve that it
+    depends on, as flags of `slipstream profile`; `device`: as the topology names it. Raises ConfigError if it can't be
+    measured."""
+    path = cache_root() / "profiles" / f"{_key(fingerprint, way, device, settings)}.json"
     if path.is_file():
         try:
-            return Stored(read_profile(path), path)
+            return _named(Stored(read_profile(path), path), model)
         except ConfigError as error:  # cut off, or of another version of ours
             say(f"the stored profile is of no use: {error.message}")
-    say(f"measuring {way}, once; it takes seconds for a small model")
-    _measure(folder, way, device, engine, path)
-    return Stored(read_profile(path), path)
+    say(f"measuring {way}, once; it takes seconds for a small model{_of_drafts(settings)}")
+    _measure(folder, way, device, settings, path)
+    return _named(Stored(read_profile(path), path), model)
 
 
-def _key(fingerprint: str, way: Way, device: str, engine: Mapping[str, str]) -> str:
+def _of_drafts(settings: Settings) -> str:
+    if "speculation" not in settings:
+        return ""
+    return f", and for drafts by {','.join(settings['speculation'])} about {QUICK_DRAFTING_S:g} s more"
+
+
+def _named(stored: Stored, model: str) -> Stored:
+    """Serving knows the model by another name than that of the folder that was profiled."""
+    if stored.profile.model.name == model:
+        return stored
+    named = replace(stored.profile, model=replace(stored.profile.model, name=model))
+    write_profile(named, stored.path)
+    return Stored(named, stored.path)
+
+
+def _key(fingerprint: str, way: Way, device: str, settings: Settings) -> str:
     hardware = f"{cpu_name()} {usable_cores()}" if device == "cpu" else device
     software = [f"{name} {number}" for name, number in versions().items()]
-    told = msgspec.json.encode([fingerprint, way, hardware, software, sorted(engine.items())])
+    told = msgspec.json.encode([fingerprint, way, hardware, software, sorted(settings.items()), _written(settings)])
     return hashlib.blake2b(told, digest_size=12).hexdigest()
 
 
-def _measure(folder: Path, way: Way, device: str, engine: Mapping[str, str], path: Path) -> None:
+def _written(settings: Settings) -> list[int]:
+    """When each file was that drafts depend on. Raises ConfigError for one that can't be read."""
+    paths = [Path(value.rpartition("=")[2]) for name in _OF_FILES for value in settings.get(name, ())]
+    try:
+        return [file.stat().st_mtime_ns for path in paths for file in [path, *sorted(path.glob("*"))]]
+    except OSError as error:
+        raise ConfigError(f"{error.filename} can't be read: {error.strerror}", param="dataset") from error
+
+
+def _measure(folder: Path, way: Way, device: str, settings: Settings, path: Path) -> None:
     """In a process of its own, whose progress is seen here and whose memory is gone when workers start."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cluster", "profile", *profile_arguments(folder, way, device, engine, path)]
+    command = [sys.executable, "-m", "cluster", "profile", *profile_arguments(folder, way, device, settings, path)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603
     if done.returncode:
         raise ConfigError(
@@ -87,9 +119,9 @@ def _measure(folder: Path, way: Way, device: str, engine: Mapping[str, str], pat
         )
 
 
-def profile_arguments(folder: Path, way: Way, device: str, engine: Mapping[str, str], path: Path) -> list[str]:
+def profile_arguments(folder: Path, way: Way, device: str, settings: Settings, path: Path) -> list[str]:
     """Of `slipstream profile`, which knows what serving adds on a CPU only."""
-    flags = {"threads": way.threads, "beside": way.beside, "tensor-parallel-size": way.tp}
-    named = {name.replace("_", "-"): value for name, value in engine.items()}
-    given = [part for name, value in (flags | named).items() for part in (f"--{name}", str(value))]
+    flags = {"threads": (way.threads,), "beside": (way.beside,), "tensor-parallel-size": (way.tp,)}
+    named = {name.replace("_", "-"): values for name, values in settings.items()}
+    given = [part for name, values in (flags | named).items() for value in values for part in (f"--{name}", str(value))]
     return [str(folder), "--quick", *(["--serving"] if device == "cpu" else []), "--out", str(path), *given]

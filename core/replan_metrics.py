@@ -37,6 +37,10 @@ class ReplanStatus(Struct, frozen=True, kw_only=True):
     """Share of the requests lately that met both targets; None if none was to be judged."""
     goodput_rps: float
     """Requests per second lately that met both."""
+    correction: dict[str, float] = {}
+    """How many times as long as by the profile `prompts` and `decodes` are reckoned to take, as requests have shown."""
+    acceptance_length: float | None = None
+    """Tokens of a step lately, for a sequence; None if nobody speculates."""
     decisions: list[Decided] = []
     """The last of them, the latest last."""
 
@@ -63,3 +67,9 @@ def replan_series(status: ReplanStatus, label_names: Sequence[str], labels: Sequ
     if status.attainment is not None:
         yield gauge("slipstream:slo_attainment", "Share of requests lately that met the targets.", status.attainment)
     yield gauge("slipstream:goodput_rps", "Requests per second lately that met the targets.", status.goodput_rps)
+    correction = GaugeMetricFamily(
+        "slipstream:profile_correction", "Times as long as by the profile, as seen.", labels=(*label_names, "work")
+    )
+    for work, factor in status.correction.items():
+        correction.add_metric([*labels, work], factor)
+    yield correction

@@ -13,8 +13,9 @@ from placement.latency import Speculation, StepLatency
 from placement.layout import NO_SPECULATION, Group, Layout, Link, Role
 from placement.load import RoleLoad
 from placement.native import serve
-from placement.outcome import Targets
+from placement.outcome import Outcome, Targets
 from placement.profile import Profile
+from placement.seen import Seen
 from placement.shapes import Limits, shapes, space_of
 from placement.topology import Topology
 from placement.workload import Workload
@@ -34,6 +35,15 @@ class Predictor(Protocol):
         hold none."""
         ...
 
+    def outcome(self, arrangement: Arrangement, workload: Workload, rate: float) -> Outcome | None:
+        """Of each request, at `rate` requests/s; None if a worker could not hold one, or the workers can't be used
+        so."""
+        ...
+
+    def as_seen(self, seen: Seen) -> Predictor:
+        """The same for workers that were found to be not quite as their profile says."""
+        ...
+
     def prompt_ms(self, tokens: float, chunk_tokens: int) -> float:
         """That a worker takes for so many tokens of prompts."""
         ...
@@ -46,7 +56,8 @@ class Predictor(Protocol):
 @dataclass(frozen=True)
 class Simulated:
     """A Predictor that asks the simulator. `group` is a worker, whatever its role and its steps. `most_tokens`: longest
-    sequence of the model."""
+    sequence of the model. `nodes` have room for `workers_per_node` each, None for as many nodes as it takes; further
+    workers share the cores of these, of which one computes on the share `cores`, or can't be if that is 0."""
 
     group: Group
     targets: Targets
@@ -57,6 +68,8 @@ class Simulated:
     across: Link = FREE
     """Over which KV leaves a worker, for one of its node, and beyond."""
     workers_per_node: int = 1024
+    nodes: int | None = None
+    cores: float = 0.0
     handoff_min_tokens: int = 0
     overhead_ms: float = 0.0
 
@@ -73,6 +86,18 @@ class Simulated:
         except ConfigError:
             return 0.0
         return serve(self.layout(arrangement), fitting, rate).outcome.attainment(self.targets)
+
+    def outcome(self, arrangement: Arrangement, workload: Workload, rate: float) -> Outcome | None:
+        try:
+            return serve(self.layout(arrangement), workload, rate).outcome
+        except ConfigError:
+            return None
+
+    def as_seen(self, seen: Seen) -> Simulated:
+        latency = self.group.latency.times(seen.prompts, seen.decodes)
+        prefill = None if self.prefill_latency is None else self.prefill_latency.times(seen.prompts, seen.decodes)
+        drafts = None if self.group.speculation is None else seen.of_drafts(self.group.speculation)
+        return replace(self, group=replace(self.group, latency=latency, speculation=drafts), prefill_latency=prefill)
 
     @property
     def longest(self) -> int:
@@ -102,34 +127,66 @@ class Simulated:
         return self.layout_of(roles, arrangement.chunk_tokens)
 
     def layout_of(self, roles: list[Role], chunk_tokens: int) -> Layout:
-        """A worker for each of the roles; they fill one node after the other. Any may come to send to any."""
-        groups = tuple(self._worker(number, role, chunk_tokens) for number, role in enumerate(roles))
-        link = self.inside if len(roles) <= self.workers_per_node else self.across
+        """A worker for each of the roles; they fill one node after the other. Any may come to send to any. Raises
+        ConfigError for more than can be."""
+        each = self._to_a_node(len(roles))
+        if each > self.workers_per_node and not self.cores:
+            places = (self.nodes or 0) * self.workers_per_node
+            raise ConfigError(f"{len(roles)} workers, and there are devices for {places}", param="workers")
+        groups = tuple(self._worker(role, chunk_tokens, number // each, each) for number, role in enumerate(roles))
+        link = self.inside if len(roles) <= each else self.across
         pairs: Mapping[tuple[int, int], int] = {
             (giver, taker): giver for giver, taker in product(range(len(roles)), repeat=2) if giver != taker
         }
         return Layout(groups, (link,) * len(roles), pairs, self.handoff_min_tokens, overhead_ms=self.overhead_ms)
 
-    def _worker(self, number: int, role: Role, chunk_tokens: int) -> Group:
+    def on_a_node(self, workers: int) -> int:
+        """At the most, of so many."""
+        return min(workers, self._to_a_node(workers))
+
+    def _to_a_node(self, workers: int) -> int:
+        """As many as there is room for, or more if there are no further nodes."""
+        return max(self.workers_per_node, -(-workers // (self.nodes or workers or 1)))
+
+    def _worker(self, role: Role, chunk_tokens: int, host: int, on_host: int) -> Group:
         latency = self.prefill_latency if role is Role.PREFILL else None
-        host = number // self.workers_per_node
         return replace(
-            self.group, role=role, chunk_tokens=chunk_tokens, host=host, latency=latency or self.group.latency
+            self.group,
+            role=role,
+            chunk_tokens=chunk_tokens,
+            host=host,
+            latency=latency or self.group.latency,
+            speculation=self._with_room(chunk_tokens),
+            cores=self.cores if on_host > self.workers_per_node else 0.0,
         )
+
+    def _with_room(self, chunk_tokens: int) -> Speculation | None:
+        """Of a full batch so many tokens are drafted as steps of this length have room for beside a prompt."""
+        speculation = self.group.speculation
+        if speculation is None:
+            return None
+        seats = max(1, self.group.max_sequences // self.group.stages)
+        most = max(1, (chunk_tokens - 1) // seats)
+        accepted = min(speculation.acceptance_length, most)
+        return replace(speculation, acceptance_length=accepted, rows=min(speculation.rows, most))
 
     @property
     def _speculation(self) -> Speculation:
         return self.group.speculation or NO_SPECULATION
 
 
-def simulated(profile: Profile, topology: Topology, limits: Limits, targets: Targets) -> Simulated:
-    """Workers as the profile has them, within the limits. Raises ConfigError if the model does not fit one."""
+def simulated(
+    profile: Profile, topology: Topology, limits: Limits, targets: Targets, *, further_nodes: bool = False
+) -> Simulated:
+    """Workers as the profile has them, within the limits, and with drafts if these have some, on the nodes of the
+    topology, or if `further_nodes` on as many like these as it takes. Raises ConfigError if the model does not fit."""
     space = space_of(topology, shapes([profile], limits), limits, frozenset(Role))
-    option = space.options[0]
+    option = space.options[-1]  # with drafts, if there are any
     inside, across = (
         replace(link, latency_ms=link.latency_ms + option.handoff_ms)
         for link in (space.fabric.inside, space.fabric.across)
     )
+    devices = topology.most_in_a_node(option.pool)
     return Simulated(
         group=option.group,
         targets=targets,
@@ -137,7 +194,9 @@ def simulated(profile: Profile, topology: Topology, limits: Limits, targets: Tar
         prefill_latency=option.prefill_latency,
         inside=inside,
         across=across,
-        workers_per_node=max(1, space.devices_per_node[option.pool] // option.devices),
+        workers_per_node=max(1, devices // option.devices),
+        nodes=None if further_nodes else len(topology.sizes(option.pool)),
+        cores=option.devices / devices if option.pool == "cpu" else 0.0,
         handoff_min_tokens=limits.handoff_min_tokens,
         overhead_ms=limits.overhead_ms + option.overhead_ms,
     )

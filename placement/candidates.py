@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, product, takewhile
 
 from core.errors import ConfigError
 from placement.latency import StepLatency
 from placement.layout import Group, Layout, Link, Role
+from placement.room import most_beside, shared_out
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,11 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Space:
-    """`pools`: devices of each kind, of which the learner has `learner_devices`; `devices_per_node`: of each kind, in
-    the largest of its nodes. `refused`: shapes that cannot run, and
-    why, to be told with the result."""
+    """`nodes`: devices of each, by their kind, the largest first; the learner has `learner_devices` of the last ones.
+    `refused`: shapes that cannot run, and why, to be told with the result."""
 
     options: tuple[Option, ...]
-    pools: Mapping[str, int]
-    devices_per_node: Mapping[str, int]
+    nodes: Mapping[str, tuple[int, ...]]
     fabric: Fabric
     chunk_tokens: tuple[int, ...] = (2048,)
     handoff_min_tokens: int = 0
@@ -62,25 +61,56 @@ class Space:
         for pool in {option.pool for option in self.options} | set(self.learner_devices):
             if self.budget(pool) < 1:
                 raise ConfigError(
-                    f"the pool {pool} has {self.pools.get(pool, 0)} devices, of which the learner has "
+                    f"the pool {pool} has {sum(self.nodes.get(pool, ()))} devices, of which the learner has "
                     f"{self.learner_devices.get(pool, 0)}: none is left to serve with",
                     param="pools",
                 )
-            if self.devices_per_node.get(pool, 0) < 1:
-                raise ConfigError(f"devices_per_node: that of the pool {pool} is not 1 or more", param="pools")
         if not self.chunk_tokens:
             raise ConfigError("chunk_tokens has at least one size to try", param="chunk_tokens")
 
     def why_not(self, option: Option) -> str | None:
         """Why no group of this option can be placed; None if one can."""
-        if option.tp > (most := self.devices_per_node[option.pool]):
+        if option.tp > (most := self.largest(option.pool)):
             return f"{option.tp} tensor parallel ranks, but {most} devices in a node"
-        if option.devices > (left := self.budget(option.pool)):
+        if not self.most_groups(option):
+            left = self.budget(option.pool)
             return f"needs {option.devices} devices, and the pool {option.pool} has {left} to serve with"
         return None
 
+    def free(self, pool: str) -> list[int]:
+        """Devices to serve with, of each node that has some."""
+        budget = self.budget(pool)
+        before = accumulate(self.nodes.get(pool, ()), initial=0)
+        left = (min(devices, budget - used) for devices, used in zip(self.nodes.get(pool, ()), before, strict=False))
+        return [devices for devices in left if devices > 0]
+
     def budget(self, pool: str) -> int:
-        return self.pools.get(pool, 0) - self.learner_devices.get(pool, 0)
+        return sum(self.nodes.get(pool, ())) - self.learner_devices.get(pool, 0)
+
+    def largest(self, pool: str) -> int:
+        """Devices of a node to serve with, at the most."""
+        return max(self.free(pool))
+
+    def unit(self, option: Option) -> tuple[int, int]:
+        """Devices that have to be on one node, and how often a group has them: only a group that is larger than any
+        node has its stages on several."""
+        return (option.devices, 1) if option.devices <= self.largest(option.pool) else (option.tp, option.group.stages)
+
+    def most_groups(self, option: Option) -> int:
+        devices, times = self.unit(option)
+        return sum(each // devices for each in self.free(option.pool)) // times
+
+    def hosts(self, *wanted: tuple[Option, int]) -> list[list[int]]:
+        """The nodes of so many groups of one or two options of a pool, as packing.py has them; of a group that is
+        larger than a node that where it begins."""
+        (one, ones), (other, others) = (*wanted, (wanted[0][0], 0))[:2]
+        first = sum(len(self.nodes[pool]) for pool in takewhile(lambda pool: pool != one.pool, self.nodes))
+        given = shared_out(self.free(one.pool), one.devices, other.devices, ones, others)
+        if given is not None:
+            return [[first + node for node, both in enumerate(given) for _ in range(both[kind])] for kind in (0, 1)]
+        begins = accumulate([one.devices] * ones + [other.devices] * others, initial=0)
+        found = [first + before // self.largest(one.pool) for before in begins]
+        return [found[:ones], found[ones:-1]]
 
 
 @dataclass(frozen=True)
@@ -147,20 +177,12 @@ class Candidate:
     @cached_property
     def layout(self) -> Layout:
         if self.prefill is None:
-            groups = (self._group(self.decode, Role.BOTH, n * self.decode.devices) for n in range(self.decodes))
-            return Layout(tuple(groups), overhead_ms=self.overhead_ms)
-        islands = range(self.nodes)
-        prefills = [
-            self._group(self.prefill, Role.PREFILL, n * self.prefill.devices, island)
-            for island in islands
-            for n in range(self.prefills)
-        ]
-        before = self._after_prefill(self.prefill)
-        decodes = [
-            self._group(self.decode, Role.DECODE, before + n * self.decode.devices, island)
-            for island in islands
-            for n in range(self.decodes)
-        ]
+            alone = self.space.hosts((self.decode, self.decodes))[0]
+            groups = tuple(self._group(self.decode, Role.BOTH, host) for host in alone)
+            return Layout(groups, overhead_ms=self.overhead_ms)
+        hosts = self._hosts(self.prefill)
+        prefills = [self._group(self.prefill, Role.PREFILL, host) for host in hosts[0]]
+        decodes = [self._group(self.decode, Role.DECODE, host) for host in hosts[1]]
         takers = range(len(prefills), len(prefills) + len(decodes))
         paths = {(giver, taker): giver % self.num_links for giver, taker in product(range(len(prefills)), takers)}
         return Layout(
@@ -191,18 +213,19 @@ class Candidate:
         if self.prefill is None:
             return 0
         mine = self.devices if self.prefill.pool == self.decode.pool else self.prefills * self.prefill.devices
-        return min(self.prefills, -(-mine // self.space.devices_per_node[self.prefill.pool]))
+        return min(self.prefills, -(-mine // self.space.largest(self.prefill.pool)))
 
-    def _after_prefill(self, prefill: Option) -> int:
-        """How many devices come before those that decode: of another pool, whole nodes of these."""
-        used, each = self.prefills * prefill.devices, self.space.devices_per_node
+    def _hosts(self, prefill: Option) -> list[list[int]]:
+        """Of prefill groups and of those that decode."""
+        if self.near:
+            return [[node for node in range(self.nodes) for _ in range(each)] for each in (self.prefills, self.decodes)]
+        one, other = (prefill, self.prefills), (self.decode, self.decodes)
         if prefill.pool == self.decode.pool:
-            return used
-        return -(-used // each[prefill.pool]) * each[self.decode.pool]
+            return self.space.hosts(one, other)
+        return [self.space.hosts(one)[0], self.space.hosts(other)[0]]
 
-    def _group(self, option: Option, role: Role, before: int, island: int = 0) -> Group:
-        """`before` is how many devices come before its own: groups fill one node after the other."""
-        host = island if self.near else before // self.space.devices_per_node[option.pool]
+    def _group(self, option: Option, role: Role, host: int) -> Group:
+        island = host if self.near else 0
         group = replace(option.group, role=role, chunk_tokens=self.chunk_tokens, island=island, host=host)
         if role is Role.PREFILL and option.prefill_latency is not None:
             return replace(group, latency=option.prefill_latency)
@@ -215,23 +238,30 @@ def candidates(space: Space) -> Iterator[Candidate]:
     for chunk_tokens in space.chunk_tokens:
         if Role.BOTH in space.roles:
             for option in options:
-                for count in range(1, space.budget(option.pool) // option.devices + 1):
+                for count in range(1, space.most_groups(option) + 1):
                     yield Candidate(space, None, option, 0, count, chunk_tokens)
         if {Role.PREFILL, Role.DECODE} <= space.roles:
-            for prefill, decode in product(options, options):
+            plain = [option for option in options if option.group.speculation is None]
+            for prefill, decode in product(plain or options, options):  # only those that decode draft
                 yield from _apart(space, prefill, decode, chunk_tokens)
 
 
 def _apart(space: Space, prefill: Option, decode: Option, chunk_tokens: int) -> Iterator[Candidate]:
     """Devices of one pool that fit a node are kept in one, and repeated over nodes; others are anywhere."""
-    same_pool, in_a_node = prefill.pool == decode.pool, space.devices_per_node[decode.pool]
-    for prefills in range(1, space.budget(prefill.pool) // prefill.devices + 1):
-        used = prefills * prefill.devices
-        left = space.budget(decode.pool) - (used if same_pool else 0)
-        for decodes in range(1, left // decode.devices + 1):
-            devices = used + decodes * decode.devices
-            if same_pool and devices <= in_a_node:
-                for nodes in range(1, max(1, space.budget(decode.pool) // in_a_node) + 1):
+    nodes_with = space.free(decode.pool) if prefill.pool == decode.pool else []
+    for prefills, most in enumerate(_most_decodes(space, prefill, decode)):
+        for decodes in range(1, most + 1 if prefills else 0):
+            devices = prefills * prefill.devices + decodes * decode.devices
+            if able := sum(devices <= each for each in nodes_with):
+                for nodes in range(1, able + 1):
                     yield Candidate(space, prefill, decode, prefills, decodes, chunk_tokens, near=True, nodes=nodes)
             else:
                 yield Candidate(space, prefill, decode, prefills, decodes, chunk_tokens)
+
+
+def _most_decodes(space: Space, prefill: Option, decode: Option) -> list[int]:
+    """Beside 0, 1, … prefill groups."""
+    if prefill.pool != decode.pool:
+        return [space.most_groups(decode)] * (space.most_groups(prefill) + 1)
+    (one, times), (other, each) = space.unit(prefill), space.unit(decode)
+    return [most // each for most in most_beside(space.free(decode.pool), one, other)[::times]]

@@ -21,6 +21,7 @@ MOST_COMPARED = 200
 LEAST_COMPARED = 20
 SLIGHT = 0.03
 """About as far as lengths are apart that vary as much as their mean, and of which one is half as long again."""
+_LIKELY = math.log(20)
 _AT_ONCE = 20
 """Permutations that are tried together."""
 
@@ -43,17 +44,23 @@ class RateWatch:
     """Two CUSUMs of log-likelihood ratios: that the rate is `factor` times what it was, and that it is as many times
     less. On a steady Poisson process a false alarm comes once in `mean_requests` at the most often: with a threshold h,
     exp(h) requests pass on average before one (Lorden), and here are two sums. Burstier arrivals, by the shape of their
-    gamma gaps, count for as much less. A rate that was learnt from some requests is known within a range, of two
+    gamma gaps, count for as much less. A rate that was learnt from some requests is known within a range, of three
     standard errors; the sums start from its ends."""
 
-    def __init__(self, burstiness: float = 1.0, *, factor: float = 1.5, mean_requests: float = 1e5) -> None:
-        self._weight, self._factor = min(1.0, burstiness), factor
+    def __init__(self, *, factor: float = 1.5, mean_requests: float = 1e5) -> None:
+        self._factor = factor
         self._threshold = math.log(2 * mean_requests)
         self._more, self._less = _Sum(), _Sum()
 
-    def expect(self, rate: float, requests: float = math.inf) -> None:
+    @property
+    def suspects_s(self) -> float:
+        """For how long the rate has likely been another: by chance such a sum stands at one moment in 20."""
+        return self._surest.seconds if self._surest.value > _LIKELY else 0.0
+
+    def expect(self, rate: float, requests: float = math.inf, burstiness: float = 1.0) -> None:
         """From now on; known from so many requests."""
-        self.rate, self._off = rate, min(0.9, 2 / math.sqrt(requests * self._weight))
+        self.rate, self._weight = rate, min(1.0, burstiness)
+        self._off = min(0.9, 3 / math.sqrt(requests * self._weight))
 
     def tell(self, arrived: int, seconds: float) -> float | None:
         """How many requests came in the next `seconds`. If the rate has changed, for how many seconds it has."""
@@ -61,8 +68,11 @@ class RateWatch:
         most, least = expected * (1 + self._off), expected * (1 - self._off)
         self._more.add(self._weight * (each * arrived - (self._factor - 1) * most), seconds)
         self._less.add(self._weight * ((1 - 1 / self._factor) * least - each * arrived), seconds)
-        surest = max(self._more, self._less, key=lambda side: side.value)
-        return surest.seconds if surest.value > self._threshold else None
+        return self._surest.seconds if self._surest.value > self._threshold else None
+
+    @property
+    def _surest(self) -> _Sum:
+        return max(self._more, self._less, key=lambda side: side.value)
 
 
 def lengths_differ(

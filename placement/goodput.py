@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,10 +114,15 @@ def _place(rate: float) -> int:
 
 def interval(layout: Layout, workload: Workload, goal: Goal, *, near: float, seed: int = 0) -> Interval:
     """Goodput, about `near`, over REPLICATIONS runs of as many requests, drawn from the workload by `seed`."""
-    draws = (workload.resampled(len(workload), np.random.default_rng((seed, run))) for run in range(REPLICATIONS))
-    found = np.array([goodput_near(layout, drawn, goal, near) for drawn in draws])
+    found = np.array([goodput_near(layout, drawn, goal, near) for drawn in draws(workload, seed)])
     half = half_width(found)
     return Interval(float(found.mean()), float(max(0.0, found.mean() - half)), float(found.mean() + half))
+
+
+def draws(workload: Workload, seed: int = 0) -> Iterator[Workload]:
+    """REPLICATIONS others of as many requests, the same for every layout."""
+    for run in range(REPLICATIONS):
+        yield workload.resampled(len(workload), np.random.default_rng((seed, run)))
 
 
 def half_width(found: Times) -> float:

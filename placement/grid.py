@@ -57,6 +57,8 @@ class Grid:
 
 FULL = Grid((16, 32, 64, 128, 256, 512, 1024, 2048), (512, 2048), (1, 2, 4, 8, 16, 32, 64), (64, 512, 2048), (3, 6))
 QUICK = Grid((16, 64, 128, 256, 512), (256,), (1, 4, 16, 32), (64, 512), (4,))
+QUICK_DRAFTING_S = 20.0
+"""Of drafts, where measuring is to be quick, unless so few steps as tell anything take longer."""
 LARGE = Grid(
     (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (512, 8192), (1, 4, 16, 64, 256), (128, 1024, 8192), (3, 6)
 )

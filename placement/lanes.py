@@ -68,7 +68,8 @@ class StepClock:
 @dataclass
 class LaneState:
     """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps; `computing`: the
-    share of prompts in it, or in the last if the next may begin at this instant, None if it does not compute."""
+    share of prompts in it, or in the last if the next may begin at this instant, None if it does not compute. `live`
+    requests are to decode here, and `pending` tokens of prompts to be computed; `told_*`: as the router knows them."""
 
     index: int
     spec: Lane
@@ -85,9 +86,12 @@ class LaneState:
     kv_used: float = 0.0
     context: float = 0.0
     steps: int = 0
-    pending: int = 0
     seats: int = 0
     live: int = 0
+    pending: int = 0
+    told_live: int = 0
+    told_pending: int = 0
+    next_report_ms: float = 0.0
     down: int = 0
     version: int = 0
     starting: bool = False
@@ -102,6 +106,14 @@ class LaneState:
     @property
     def growth(self) -> float:
         return len(self.decoding) * self.spec.speculation.acceptance_length
+
+    def report(self, now_ms: float, every_ms: float) -> None:
+        """What it had to do up to now, if a report of it was due since the last time."""
+        phase = self.spec.report_phase
+        if now_ms >= self.next_report_ms:
+            self.told_live, self.told_pending = self.live, self.pending
+            if every_ms:
+                self.next_report_ms = (math.floor(now_ms / every_ms + phase) + 1 - phase) * every_ms
 
     def has_room(self, request: Request) -> bool:
         needed = self.kv_used + self.growth + request.target + self.spec.speculation.acceptance_length

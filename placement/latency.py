@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +65,12 @@ class Speculation:
     draft_ms: float = 0.0
     draft_sequence_ms: float = 0.0
 
+    @staticmethod
+    def of(acceptance_length: float, rows: float, draft_ms: float, draft_sequence_ms: float) -> Speculation:
+        """Rows are whole in the simulator: as many as there were on average, or the next more."""
+        whole = math.ceil(max(rows, acceptance_length) - 1e-9)
+        return Speculation(acceptance_length, whole, draft_ms, draft_sequence_ms)
+
 
 @dataclass(frozen=True)
 class Contention:
@@ -100,13 +107,14 @@ class StepLatency:
         shared = max(0.0, min(model.prefill.a, model.decode.a, model.large_decode.a))
         return StepLatency(model.prefill, model.decode, model.large_decode, model.large_batch, shared)
 
-    def times(self, factor: float) -> StepLatency:
-        """Of a machine on which everything takes so many times as long."""
+    def times(self, factor: float, decodes: float | None = None) -> StepLatency:
+        """Of a machine on which everything takes so many times as long, or prompts do and `decodes` so many times."""
+        decodes = factor if decodes is None else decodes
         prompt, decode, large = (
-            Coefficients(factor * c.a, factor * c.b, factor * c.c)
-            for c in (self.prompt, self.decode, self.large_decode)
+            Coefficients(times * c.a, times * c.b, times * c.c)
+            for times, c in ((factor, self.prompt), (decodes, self.decode), (decodes, self.large_decode))
         )
-        return StepLatency(prompt, decode, large, self.large_rows, factor * self.shared_ms)
+        return StepLatency(prompt, decode, large, self.large_rows, min(factor, decodes) * self.shared_ms)
 
     def step_ms(self, tokens: int, squares: float, context: float, sequences: int, rows: int) -> float:
         """`tokens` and `squares` of the chunks, `context` tokens and `rows` of the decodes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from core.errors import ConfigError
+from core.wire import STATUS_PERIOD_S
 from placement.latency import Contention, Speculation, StepLatency
 from placement.workload import Workload
 
@@ -27,7 +28,8 @@ class Group:
     A pipeline of `stages` has as many steps in flight, of disjoint sequences, each as long as a step through the whole
     model and `hop_ms` for every stage after the first. It is simulated as that many lanes with equal parts of the
     memory and the seats. KV is handed over within an island only. Groups of one `host` compute on one machine, and slow
-    each other down by `contention`.
+    each other down by `contention`; `cores` is the share of its cores that a group computes on, which matters where
+    those that compute at the same time want more than there are.
     """
 
     role: Role
@@ -41,11 +43,13 @@ class Group:
     island: int = 0
     host: int = 0
     contention: Contention = ALONE
+    cores: float = 0.0
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Where one step runs at a time. `every_step_ms` is added to each."""
+    """Where one step runs at a time. `every_step_ms` is added to each. Its reports come `report_phase` of the time
+    between two of them earlier than if it had begun with one."""
 
     group: int
     role: Role
@@ -58,6 +62,8 @@ class Lane:
     island: int
     host: int
     contention: Contention
+    cores: float
+    report_phase: float
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class Outage:
 class Layout:
     """`paths` names the link between a prefill and a decode group, by their places in `groups`; KV between groups
     without one moves in no time. Prompts with no more than `handoff_min_tokens` to compute are prefilled where they are
-    decoded. `overhead_ms` is what a request takes before and after the groups: gateway, routing, the way back."""
+    decoded. `overhead_ms` is what a request takes before and after the groups: gateway, routing, the way back. Every
+    `report_ms` a group tells the router what it has to do; 0: the router always knows."""
 
     groups: tuple[Group, ...]
     links: tuple[Link, ...] = ()
@@ -89,6 +96,7 @@ class Layout:
     handoff_min_tokens: int = 0
     outages: tuple[Outage, ...] = ()
     overhead_ms: float = 0.0
+    report_ms: float = STATUS_PERIOD_S * 1000.0
 
     def __post_init__(self) -> None:
         roles = {group.role for group in self.groups}
@@ -102,12 +110,17 @@ class Layout:
         for pair, place in self.paths.items():
             if not 0 <= place < len(self.links):
                 raise ConfigError(f"the path {pair} is over link {place}, but there are {len(self.links)} links")
+        if not 0 <= self.report_ms < float("inf"):
+            raise ConfigError(f"report_ms is {self.report_ms}, not 0 or more", param="report_ms")
         for outage in self.outages:
             if not (0 <= outage.group < len(self.groups) and outage.at_ms >= 0 and 0 <= outage.for_ms < float("inf")):
                 raise ConfigError(f"{outage}: needs one of {len(self.groups)} groups and times of 0 or more")
 
     def lanes(self) -> list[Lane]:
-        return [lane for number, group in enumerate(self.groups) for lane in [_lane(number, group)] * group.stages]
+        """Groups report by turns, as they would if they had started whenever."""
+        apart = 1 / len(self.groups)
+        groups = enumerate(self.groups)
+        return [lane for number, group in groups for lane in [_lane(number, group, number * apart)] * group.stages]
 
     def check(self, workload: Workload) -> None:
         """Raise ConfigError for a request that some group could never hold. Prefill groups see output tokens only of
@@ -128,7 +141,7 @@ class Layout:
 NO_SPECULATION = Speculation(acceptance_length=1.0, rows=1)
 
 
-def _lane(number: int, group: Group) -> Lane:
+def _lane(number: int, group: Group, report_phase: float = 0.0) -> Lane:
     return Lane(
         group=number,
         role=group.role,
@@ -141,6 +154,8 @@ def _lane(number: int, group: Group) -> Lane:
         island=group.island,
         host=group.host,
         contention=group.contention,
+        cores=group.cores / group.stages,
+        report_phase=report_phase,
     )
 
 
@@ -161,6 +176,8 @@ def _check_group(number: int, group: Group) -> None:
         )
     if not min(group.contention.prompt + group.contention.decode) >= 1:
         raise ConfigError(f"group {number}: {group.contention}: beside others a step takes 1 or more times as long")
+    if not 0 <= group.cores <= group.stages:
+        raise ConfigError(f"group {number}: cores is {group.cores:g}; a stage computes on all of a host at the most")
     if not 1 <= speculation.acceptance_length <= speculation.rows:
         raise ConfigError(
             f"group {number}: an acceptance length of {speculation.acceptance_length:g} with {speculation.rows} rows; "

@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from core.errors import ConfigError
+from core.wire import STATUS_PERIOD_S
 from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Outage, Role
 
@@ -54,6 +55,7 @@ class _Group(_Strict):
     island: int = 0
     host: int = 0
     contention: _Contention = msgspec.field(default_factory=_Contention)
+    cores: float = 0.0
 
 
 class _Link(_Strict, rename={"giver": "from", "taker": "to"}):
@@ -75,6 +77,7 @@ class _File(_Strict):
     outages: list[_Outage] = []
     handoff_min_tokens: int = 0
     overhead_ms: float = 0.0
+    report_ms: float = STATUS_PERIOD_S * 1000.0
 
 
 def read_layout(path: Path) -> Layout:
@@ -100,7 +103,8 @@ def _layout(found: _File) -> Layout:
     paths = {(giver, taker): n for n, (givers, takers) in enumerate(pairs) for giver in givers for taker in takers}
     outages = [Outage(n, gone.at_ms, gone.for_ms) for gone in found.outages for n in _place(places, gone.group)]
     links = tuple(Link(link.ms_per_token, link.latency_ms) for link in found.links)
-    return Layout(tuple(groups), links, paths, found.handoff_min_tokens, tuple(outages), found.overhead_ms)
+    times = {"overhead_ms": found.overhead_ms, "report_ms": found.report_ms}
+    return Layout(tuple(groups), links, paths, found.handoff_min_tokens, tuple(outages), **times)
 
 
 def _group(kind: _Group) -> Group:
@@ -121,6 +125,7 @@ def _group(kind: _Group) -> Group:
         island=kind.island,
         host=kind.host,
         contention=Contention(kind.contention.prompt, kind.contention.decode),
+        cores=kind.cores,
     )
 
 

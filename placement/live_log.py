@@ -85,10 +85,14 @@ class LiveLog:
         self._ticks.append(tick)
         return tick
 
-    def rate(self, since_s: float) -> float | None:
-        """Requests/s that came after `since_s`; None if nothing is known of that time."""
-        ticks = [tick for tick in self._ticks if tick.at_s > since_s]
+    def rate(self, since_s: float, until_s: float = math.inf) -> float | None:
+        """Requests/s that came after `since_s`, and by `until_s`; None if nothing is known of that time."""
+        ticks = self._ticks_of(since_s, until_s)
         return sum(tick.arrived for tick in ticks) / sum(tick.seconds for tick in ticks) if ticks else None
+
+    def count(self, since_s: float, until_s: float) -> int:
+        """Requests that came after `since_s`, and by `until_s`."""
+        return sum(tick.arrived for tick in self._ticks_of(since_s, until_s))
 
     def met(self, targets: Targets, since_s: float, came_s: float = -math.inf) -> Met:
         """Of the requests that have ended after `since_s`, and came at `came_s` or later."""
@@ -119,18 +123,21 @@ class LiveLog:
         took = took or [one.told_s - one.came_s for one in self._served]
         return now_s - float(np.quantile(took, 0.95)) if took else now_s
 
-    def burstiness(self, since_s: float) -> float:
-        """Shape of the gamma law of gaps by which the counts of what came after `since_s` vary as they do: their
-        variance over their mean is one over it, in times that are long against the gaps (Cox and Lewis, 1966). 1 with
-        too few to tell. That of the requests' own gaps would miss those that have not ended."""
-        rate = self.rate(since_s)
+    def burstiness(self, since_s: float, until_s: float = math.inf) -> float:
+        """Shape of the gamma law of gaps by which the counts of what came then vary as they do: their variance over
+        their mean is one over it, in times that are long against the gaps (Cox and Lewis, 1966). 1 with too few to
+        tell. That of the requests' own gaps would miss those that have not ended."""
+        rate = self.rate(since_s, until_s)
         if not rate:
             return 1.0
-        counts = _together((tick for tick in self._ticks if tick.at_s > since_s), _GROUP / rate)
+        counts = _together(self._ticks_of(since_s, until_s), _GROUP / rate)
         if len(counts) < _LEAST_GROUPS:
             return 1.0
         excess = sum((arrived - rate * seconds) ** 2 / (rate * seconds) for arrived, seconds in counts)
         return min(_MOST_EVEN, (len(counts) - 1) / excess) if excess > 0 else _MOST_EVEN
+
+    def _ticks_of(self, since_s: float, until_s: float) -> list[Tick]:
+        return [tick for tick in self._ticks if since_s < tick.at_s <= until_s]
 
     def _forget(self, now_s: float) -> None:
         while self._served and self._served[0].told_s <= now_s - self._keep_s:

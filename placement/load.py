@@ -19,10 +19,23 @@ class RoleLoad(Struct, frozen=True, kw_only=True):
     free_kv_tokens: int = 0
 
 
+class Drafted(Struct, frozen=True, kw_only=True):
+    """What drafts did: in so many `steps`, of a sequence each, `tokens` were drafted, of which some were accepted."""
+
+    steps: float = 0.0
+    tokens: float = 0.0
+    accepted: float = 0.0
+
+
+NOTHING = Drafted()
+
+
 class Load(Struct, frozen=True, kw_only=True):
     roles: dict[Role, RoleLoad]
     in_flight: int
     """Requests that gateways have accepted and that have not ended."""
+    drafted: Drafted = NOTHING
+    """Since the last time."""
 
     @property
     def waiting_requests(self) -> int:

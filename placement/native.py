@@ -78,7 +78,7 @@ def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits:
     preemptions = library.simulate_serving(
         *((_LaneSpec * len(lanes))(*map(_lane_spec, lanes)), len(lanes)),
         (_Link * len(layout.links))(*(_Link(link.ms_per_token, link.latency_ms) for link in layout.links)),
-        *(len(layout.links), _paths(layout, lanes), layout.handoff_min_tokens),
+        *(len(layout.links), _paths(layout, lanes), layout.handoff_min_tokens, layout.report_ms),
         _Limits(limits.targets.ttft_ms - layout.overhead_ms, limits.targets.tpot_ms, limits.start, limits.allowed),
         *_outages(layout, lanes),
         *(len(workload), arrivals, _contiguous(workload.prompt_tokens), _contiguous(workload.output_tokens)),
@@ -123,6 +123,7 @@ class _LaneSpec(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("large_rows", "shared_ms", "every_step_ms", "draft_ms")),
         *((name, ctypes.c_double) for name in ("draft_sequence_ms", "tokens_per_step", "rows", "kv_tokens")),
         *((name, ctypes.c_double * 2) for name in ("prompt_contention", "decode_contention")),
+        *((name, ctypes.c_double) for name in ("cores", "report_phase")),
         *((name, ctypes.c_int64) for name in ("role", "chunk_tokens", "max_sequences", "island", "host")),
     )
 
@@ -150,7 +151,8 @@ def _declare(library: ctypes.CDLL) -> None:
     )
     library.simulate_serving.restype = ctypes.c_int64
     library.simulate_serving.argtypes = (
-        *(ctypes.POINTER(_LaneSpec), ctypes.c_int64, ctypes.POINTER(_Link), ctypes.c_int64, _ints, ctypes.c_int64),
+        *(ctypes.POINTER(_LaneSpec), ctypes.c_int64, ctypes.POINTER(_Link), ctypes.c_int64, _ints),
+        *(ctypes.c_int64, ctypes.c_double),
         *(
             ctypes.POINTER(_Limits),
             ctypes.POINTER(_Outage),
@@ -180,6 +182,7 @@ def _lane_spec(lane: Lane) -> _LaneSpec:
         *(latency.large_rows, latency.shared_ms, lane.every_step_ms, speculation.draft_ms),
         *(speculation.draft_sequence_ms, speculation.acceptance_length, speculation.rows, lane.kv_tokens),
         *((ctypes.c_double * 2)(*pair) for pair in (lane.contention.prompt, lane.contention.decode)),
+        *(lane.cores, lane.report_phase),
         *(lane.role, lane.chunk_tokens, lane.max_sequences, lane.island, lane.host),
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import msgspec
 
 from core.errors import ConfigError
 from placement.candidates import Candidate, Option
 from placement.layout import Role
+from placement.room import shared_out
 from placement.topology import NodeKind, Topology
 
 
@@ -35,37 +35,46 @@ Block = list[tuple[Role, Option]]
 
 
 def packed(candidate: Candidate, topology: Topology) -> list[Seat]:
-    """First fit, the largest first: a group is on one node, and so are those that a layout keeps near each other.
-    Raises ConfigError if one has no room."""
-    free = [(kind, Counter[Role](), [kind.devices]) for kind in topology.nodes for _ in range(kind.count)]
-    for block in sorted(_blocks(candidate), key=_devices, reverse=True):
-        pool, needed = block[0][1].pool, _devices(block)
-        fitting = (node for node in free if node[0].device == pool and node[2][0] >= needed)
-        if (found := next(fitting, None)) is None:
-            raise ConfigError(f"no node of {pool} has {needed} devices left for {_said(block)}", param="nodes")
-        found[1].update(role for role, _ in block)
-        found[2][0] -= needed
-    used = Counter(_key(kind, roles, kind.devices - left[0]) for kind, roles, left in free if roles)
-    return [Seat(kind, device, count, devices, **dict(roles)) for (kind, device, devices, roles), count in used.items()]
+    """A group is on one node, and so are those that a layout keeps near each other. The largest nodes are taken first.
+    Raises ConfigError if they have no room."""
+    found = Counter[_Key]()
+    for pool, wanted in _wanted(candidate):
+        (one, ones), (other, others) = (*wanted, ([], 0))[:2]
+        nodes = [node for node in topology.nodes if node.device == pool for _ in range(node.count)]
+        nodes.sort(key=lambda node: node.devices, reverse=True)
+        sizes = [node.devices for node in nodes]
+        if (given := shared_out(sizes, _devices(one), _devices(other) or 1, ones, others)) is None:
+            several = " and ".join(f"{count} x ({_said(block)})" for block, count in wanted)
+            raise ConfigError(
+                f"{len(sizes)} nodes of up to {max(sizes, default=0)} {pool} have no room for {several}", param="nodes"
+            )
+        for node, counts in zip(nodes, given, strict=True):
+            found.update([_key(node, [*one * counts[0], *other * counts[1]])] if any(counts) else [])
+    return [
+        Seat(kind, device, count, devices, **dict(roles)) for (kind, device, devices, roles), count in found.items()
+    ]
 
 
 _Key = tuple[str, str, int, tuple[tuple[str, int], ...]]
 
 
-def _key(kind: NodeKind, roles: Counter[Role], devices: int) -> _Key:
-    return kind.name, kind.device, devices, tuple(sorted((role.name.lower(), count) for role, count in roles.items()))
+def _key(kind: NodeKind, groups: Block) -> _Key:
+    roles = Counter(role.name.lower() for role, _ in groups)
+    return kind.name, kind.device, _devices(groups), tuple(sorted(roles.items()))
 
 
-def _blocks(candidate: Candidate) -> Iterator[Block]:
-    if candidate.prefill is None:
-        yield from ([(Role.BOTH, candidate.decode)] for _ in range(candidate.decodes))
-        return
-    prefills: Block = [(Role.PREFILL, candidate.prefill)] * candidate.prefills
-    decodes: Block = [(Role.DECODE, candidate.decode)] * candidate.decodes
+def _wanted(candidate: Candidate) -> list[tuple[str, list[tuple[Block, int]]]]:
+    """By pool, one or two blocks and how many of each."""
+    prefill, decode = candidate.prefill, candidate.decode
+    if prefill is None:
+        return [(decode.pool, [([(Role.BOTH, decode)], candidate.decodes)])]
+    givers, takers = [(Role.PREFILL, prefill)], [(Role.DECODE, decode)]
     if candidate.near:
-        yield from ([*prefills, *decodes] for _ in range(candidate.nodes))
-    else:
-        yield from ([group] for group in [*prefills, *decodes])
+        return [(decode.pool, [([*givers * candidate.prefills, *takers * candidate.decodes], candidate.nodes)])]
+    each = [(givers, candidate.prefills), (takers, candidate.decodes)]
+    if prefill.pool == decode.pool:
+        return [(decode.pool, each)]
+    return [(prefill.pool, each[:1]), (decode.pool, each[1:])]
 
 
 def _devices(block: Block) -> int:

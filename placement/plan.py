@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,14 +12,16 @@ import numpy as np
 
 from core.errors import ConfigError
 from placement.candidates import Candidate, Space
+from placement.crowding import not_measured_together
 from placement.goodput import REPLICATIONS, Goal, half_width
+from placement.latency import Speculation
 from placement.layout import Role
 from placement.packing import Seat, packed
 from placement.pareto import Point, front, point
 from placement.pools import LEAST_REQUESTS
 from placement.prediction import predict
 from placement.profile import ModelFacts
-from placement.search import NUM_RANKED, Found, Objective, Ranked, cheapest, search, sweep
+from placement.search import LONGER_RUN, NUM_RANKED, Found, Objective, Ranked, cheapest, search, sweep
 from placement.shapes import Shape
 from placement.topology import Topology
 from placement.workload import Workload
@@ -64,10 +67,13 @@ class Plan(msgspec.Struct):
     chosen: Entry
     why: str
     verdict: str
+    """Disaggregated against colocated."""
     predicted: dict[str, Spread]
     ranking: list[Entry]
     refused: dict[str, str]
     warnings: list[str]
+    drafts: str | None = None
+    """With drafts against without; None where there was nothing to choose."""
     pareto: list[Point] = []
     """Of the ranked kinds of layouts, for a few budgets each, those that none of these beats in everything."""
     placed: list[Seat] = []
@@ -122,6 +128,7 @@ def make_plan(
         chosen=_entry(chosen, next((entry for entry in ranked if entry.candidate == chosen), None), topology.priced),
         why=_why(ranked, rate, chosen, objective, found),
         verdict=_verdict(searched),
+        drafts=_drafts(ranked, shapes),
         predicted=_predicted(chosen, workload, at, goal),
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
         refused={name: why for result in found for name, why in result.refused.items()},
@@ -157,7 +164,8 @@ def _entry(candidate: Candidate, ranked: Ranked | None, priced: bool) -> Entry:
 def _why(ranked: list[Ranked], rate: float | None, chosen: Candidate, objective: str, found: Sequence[Found]) -> str:
     if rate is not None:
         cost = f"{chosen.devices} devices" if objective != "per-dollar" else f"${chosen.dollars_per_hour:g} an hour"
-        return f"with {cost} it is the cheapest that attains the targets at {rate:g} requests/s"
+        sure = f"in {1 + REPLICATIONS} draws of the requests and a run {LONGER_RUN} times as long"
+        return f"with {cost} it is the cheapest that attains the targets at {rate:g} requests/s, {sure}"
     tried = sum(len(result.evaluated) for result in found)
     left_out = sum(result.pruned for result in found)
     counts = f"{tried} layouts were simulated, {left_out} could not beat the best by their bounds"
@@ -186,6 +194,31 @@ def _verdict(searched: dict[frozenset[Role], Found | str]) -> str:
         f"{word}: {gain - 1:.0%} more; colocated {one.goodput:.3g} requests/s with {one.candidate.name}, "
         f"disaggregated {other.goodput:.3g} with {other.candidate.name}"
     )
+
+
+def _drafts(ranked: list[Ranked], shapes: Sequence[Shape]) -> str | None:
+    """With drafts against without."""
+    speculations = [shape.speculation for shape in shapes]
+    tried = next((one for one in speculations if one is not None), None)
+    if tried is None or None not in speculations:
+        return None
+    by_drafts = [(entry.candidate.decode.group.speculation, entry) for entry in ranked]
+    drafting = next(((how, entry) for how, entry in by_drafts if how is not None), None)
+    plain = next((entry for how, entry in by_drafts if how is None), None)
+    if drafting is None or plain is None:
+        word, lacking = ("with", "without") if plain is None else ("without", "with")
+        return f"{word}: none of the {len(ranked)} best kinds of layouts is {lacking} them; {_brings(tried)}"
+    how, entry = drafting
+    word = "with" if entry.score > plain.score else "without"
+    gain = max(entry.score, plain.score) / min(entry.score, plain.score)
+    return (
+        f"{word}: {gain - 1:.0%} more; with them {entry.goodput:.3g} requests/s by {entry.candidate.name}, "
+        f"without {plain.goodput:.3g} by {plain.candidate.name}; {_brings(how)}"
+    )
+
+
+def _brings(drafts: Speculation) -> str:
+    return f"a step brings {drafts.acceptance_length:.3g} tokens for {drafts.rows} rows"
 
 
 def _pareto(found: Sequence[Found], workload: Workload, goal: Goal, priced: bool) -> list[Point]:
@@ -231,4 +264,6 @@ def _warnings(candidate: Candidate, shapes: dict[str, Shape], workload: Workload
         found += [f"{option.name} is extrapolated: it may have {what}" for what in profile.beyond(group, workload)]
         if profile.source == "roofline":
             found.append(f"{option.name} is a roofline, not measured: expect errors of tens of percent")
-    return list(dict.fromkeys(found))
+    together = max(Counter(group.host for group in candidate.layout.groups).values())
+    crowd = not_measured_together(shapes[candidate.decode.name].profile, together)
+    return list(dict.fromkeys([*found, *([crowd] if crowd else [])]))

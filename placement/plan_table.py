@@ -39,6 +39,7 @@ def summary(plan: Plan) -> str:
         *(f"on: {_seat(seat)}" for seat in plan.placed),
         f"why: {plan.why}",
         f"disaggregate or not: {plan.verdict}",
+        *([f"with drafts or without: {plan.drafts}"] if plan.drafts else []),
         "",
         *_predicted(plan),
     ]

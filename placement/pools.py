@@ -1,8 +1,9 @@
 """What groups of one shape and role can do at most, if the other role costs nothing.
 
 A pool of as many of them as there may be, with ideal groups for the rest of the work, is simulated once. Fewer groups
-do no better for each, as they share less of each other's luck; and with real groups beside them they do no better
-either. So a layout's goodput is bounded by that of its pools, and there are few pools for many layouts.
+do no better for each, as they share less of each other's luck; and with real groups beside them, and a router that does
+not know at all times what they have to do, they do no better either. So a layout's goodput is bounded by that of its
+pools, and there are few pools for many layouts.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def most_each(group: Group, count: int, workload: Workload, handoff_min_tokens: 
 def _pool(group: Group, count: int, handoff_min_tokens: int) -> Layout:
     pool = (replace(group, island=0, contention=ALONE),) * count
     if group.role is Role.BOTH:
-        return Layout(pool)
+        return Layout(pool, report_ms=0.0)
     other = Role.DECODE if group.role is Role.PREFILL else Role.PREFILL
-    return Layout((*pool, replace(_IDEAL, role=other)), handoff_min_tokens=handoff_min_tokens)
+    return Layout((*pool, replace(_IDEAL, role=other)), handoff_min_tokens=handoff_min_tokens, report_ms=0.0)
 
 
 def _part(role: Role, goal: Goal) -> Goal:

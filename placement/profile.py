@@ -3,7 +3,6 @@ that holds. Stored as JSON by `slipstream profile`."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +75,7 @@ class Drafting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     drafter: str
     prompts: str
-    """The file they are from, or random."""
+    """The file they are from, or what else they were."""
     budget: int
     acceptance_length: float
     rows: float
@@ -85,9 +84,7 @@ class Drafting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def speculation(self) -> Speculation:
-        """Rows are whole in the simulator: as many as there were on average, or the next more."""
-        rows = math.ceil(max(self.rows, self.acceptance_length) - 1e-9)
-        return Speculation(self.acceptance_length, rows, self.draft_ms, self.draft_sequence_ms)
+        return Speculation.of(self.acceptance_length, self.rows, self.draft_ms, self.draft_sequence_ms)
 
 
 class Range(msgspec.Struct, frozen=True):

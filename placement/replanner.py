@@ -22,6 +22,7 @@ from core.types import Role
 from placement.arranged import Predictor
 from placement.arrangement import Arrangement
 from placement.change import Change
+from placement.correction import Correction
 from placement.drift import LEAST_COMPARED
 from placement.forecast import Constant, Maker
 from placement.live_log import MOST_REQUESTS
@@ -29,6 +30,7 @@ from placement.load import Load, RoleLoad
 from placement.predictive import Outlook, better, leaner
 from placement.reactive import Look
 from placement.replan_settings import ReplanSettings
+from placement.seen import Seen
 from placement.traffic import Period, Traffic
 
 __all__ = ["Arrangement", "Change", "Load", "ReplanSettings", "Replanner", "RoleLoad"]
@@ -55,6 +57,7 @@ class Replanner:
         if (why := predictor.why_not(arrangement)) is not None:
             raise ConfigError(f"replan: {arrangement}: {why}", param="arrangement")
         self.settings, self.predictor, self.arrangement = settings, predictor, arrangement
+        self._profiled, self._correction = predictor, Correction()
         self.traffic = Traffic(settings, forecast, before)
         self._ended: deque[Served] = deque(maxlen=MOST_REQUESTS)
         self._changed: str | None = None
@@ -88,6 +91,7 @@ class Replanner:
             self._changed = changed
             self._left.clear()
         self._ended.clear()
+        self._correction.drafts(load.drafted)
         if now_s < self._settled_s or self._missing(now_s, load):
             return None
         change = self._predict(now_s, load) or self._react(now_s, load)
@@ -124,11 +128,23 @@ class Replanner:
         self.arrangement, self._missing_s = there, None
         return False
 
+    @property
+    def seen(self) -> Seen:
+        """By which what the profile says is corrected."""
+        return self._correction.seen
+
+    def _correct(self, now_s: float) -> None:
+        """After a change only by those who came when it had settled."""
+        came = self.traffic.came_since(self._adopted_s, now_s)
+        self._correction.look(self._profiled, self.arrangement, came, self._adopted_s + self.settings.settle_s)
+        self.predictor = self._profiled.as_seen(self.seen)
+
     def _predict(self, now_s: float, load: Load) -> Change | None:
         if self._changed is None and now_s < self._predictive_s:
             return None
         if (expected := self.traffic.expected(now_s)) is None:
             return None
+        self._correct(now_s)
         outlook = Outlook(self.settings, self.predictor, expected, load.waiting_requests)
         change = better(outlook, self.arrangement, load)
         if self._goes_back(change, now_s):

@@ -49,7 +49,7 @@ class Interval(Struct, frozen=True):
 
 class Replayed(Struct, frozen=True, kw_only=True):
     """`attainment` and `without` are of all requests but the `left_out`, which no worker can hold; `workers` is how
-    many there were on average."""
+    many there were on average. `warnings`: what is extrapolated."""
 
     start: Arrangement
     requests: int
@@ -60,6 +60,7 @@ class Replayed(Struct, frozen=True, kw_only=True):
     changes: list[Changed]
     intervals: list[Interval]
     left_out: int = 0
+    warnings: list[str] = []
 
 
 def replay(

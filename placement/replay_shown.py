@@ -83,6 +83,7 @@ def table(replayed: Replayed) -> str:
     lines += ["", f"{with_it} attained with {replayed.workers:.3g} workers on average, {without} without"]
     if replayed.left_out:
         lines.append(f"warning: {replayed.left_out} more requests are left out: no worker can hold them")
+    lines += [f"warning: {warning}" for warning in replayed.warnings]
     return "\n".join(lines)
 
 

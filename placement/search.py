@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from core.errors import ConfigError
 from placement.bounds import Demand
 from placement.candidates import Candidate, Option, Space, candidates
-from placement.goodput import Goal, Interval, attains, goodput, goodput_near, interval, next_rate
+from placement.goodput import Goal, Interval, attains, draws, goodput, goodput_near, interval, next_rate
 from placement.layout import Layout, Role
 from placement.native import serve
 from placement.pools import most_each, sized
@@ -104,18 +105,27 @@ def exhaustive(space: Space, workload: Workload, goal: Goal, objective: Objectiv
 def cheapest(
     space: Space, workload: Workload, goal: Goal, rate: float, objective: Objective = "per-device"
 ) -> Candidate:
-    """The layout with the fewest devices, or the lowest price, that attains the goal at `rate` requests/s. Raises
-    ConfigError with the highest rate found if none does."""
+    """The layout with the fewest devices, or the lowest price, that attains the goal at `rate` requests/s for sure.
+    Raises ConfigError with the highest rate found if none does."""
     bounded = _bounded(space, workload, goal, "total", _refused(space))
     able = [candidate for _, bound, candidate in bounded if bound >= rate]
     for candidate in sorted(able, key=lambda candidate: _cost(candidate, objective)):
-        if attains(candidate.layout, sized(workload, candidate.stages), rate, goal):
+        if _surely_attains(candidate, workload, rate, goal):
             return candidate
     best = search(space, workload, goal, "total").ranked[0]
+    devices = sum(map(sum, space.nodes.values()))
     raise ConfigError(
-        f"no layout on {sum(space.pools.values())} devices attains the targets at {rate:g} requests/s: the most is "
-        f"{best.goodput:.3g} requests/s, with {best.candidate.name}; add devices, or relax the targets"
+        f"no layout on {devices} devices attains the targets at {rate:g} requests/s: the most is "
+        f"{best.goodput:.3g} requests/s on average, {best.interval.low:.3g} at the lower end of its 95 % interval, "
+        f"with {best.candidate.name}; add devices, or relax the targets"
     )
+
+
+def _surely_attains(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> bool:
+    """As the workload comes, in each of the other draws, and in a run that is LONGER_RUN times as long."""
+    layout, requests = candidate.layout, sized(workload, candidate.stages)
+    longer = workload.of_length(LONGER_RUN * len(requests))
+    return all(attains(layout, drawn, rate, goal) for drawn in chain([requests], draws(requests), [longer]))
 
 
 def _refused(space: Space) -> dict[str, str]:
@@ -135,7 +145,7 @@ def _bounded(
         for candidate in _fitting(candidates(space), workload, refused)
     ]
     if not rated:
-        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or f"{space.pools} has too few"
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or f"{dict(space.nodes)} have too few"
         raise ConfigError(f"the model can't be placed on these devices: {reasons}")
     if free := [candidate.name for rate, candidate in rated if math.isinf(rate)]:
         raise ConfigError(f"by its latency model {free[0]} serves any rate: profile it", param="latency")
@@ -156,7 +166,7 @@ class _Most:
         key = option.name, role, 0 if role is Role.DECODE else chunk_tokens  # decodes alone are never cut in chunks
         if key not in self.known:
             group = replace(option.group, role=role, chunk_tokens=chunk_tokens)
-            count = self.space.budget(option.pool) // option.devices
+            count = self.space.most_groups(option)
             self.known[key] = most_each(group, count, self.workload, self.space.handoff_min_tokens, self.goal)
         return self.known[key]
 

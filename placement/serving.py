@@ -1,10 +1,10 @@
 """The simulator of our own system, step by step: the definition that `native.py` computes the same results as.
 
 Requests are routed to the decode lane with the fewest of them, and to the prefill lane with the least to compute in its
-island. Lanes fill their steps as the engine's scheduler does: every decode, then chunks of prompts in order of arrival.
-A request holds memory for its tokens on the lane that prefills it until its KV has arrived at the lane that decodes it,
-which reserves room when the prompt is admitted, if it has any; chunks then leave as they are computed. Otherwise all of
-it moves once there is room.
+island, by what lanes last reported and what was sent to them since. Lanes fill their steps as the engine's scheduler
+does: every decode, then chunks of prompts in order of arrival. A request holds memory for its tokens on the lane that
+prefills it until its KV has arrived at the lane that decodes it, which reserves room when the prompt is admitted, if it
+has any; chunks then leave as they are computed. Otherwise all of it moves once there is room.
 """
 
 from __future__ import annotations
@@ -119,12 +119,28 @@ class World:
 
     def _least_live(self) -> LaneState | None:
         able = [lane for lane in self.lanes if lane.routed and lane.spec.role is not Role.PREFILL]
-        return min(able, key=lambda lane: lane.live, default=None)
+        return min(able, key=lambda lane: self._reported(lane).told_live, default=None)
 
     def _least_pending(self, island: int) -> LaneState | None:
         prefill = [lane for lane in self.lanes if lane.routed and lane.spec.role is Role.PREFILL]
         able = [lane for lane in prefill if lane.spec.island == island]
-        return min(able, key=lambda lane: lane.pending, default=None)
+        return min(able, key=lambda lane: self._reported(lane).told_pending, default=None)
+
+    def _reported(self, lane: LaneState) -> LaneState:
+        """With the reports that were due by now; asked also before what it has to do changes."""
+        lane.report(self.now, self.layout.report_ms)
+        return lane
+
+    def _send_to(self, lane: LaneState, *, live: int = 0, pending: int = 0) -> None:
+        """More to do, of which the router knows as it is its own doing."""
+        self._change(lane, live=live, pending=pending)
+        lane.told_live += live
+        lane.told_pending += pending
+
+    def _change(self, lane: LaneState, *, live: int = 0, pending: int = 0) -> None:
+        self._reported(lane)
+        lane.live += live
+        lane.pending += pending
 
     def _route(self, request: Request) -> None:
         request.target = request.prompt + request.emitted
@@ -134,13 +150,15 @@ class World:
             self.stranded.append(request)
             return
         lane = decode
-        ends_at_once = request.emitted + 1 >= request.output
-        handed_over = request.target - request.cached > self.layout.handoff_min_tokens and not ends_at_once
-        if decode.spec.role is Role.DECODE and handed_over:
-            lane = self._least_pending(decode.spec.island) or decode
+        if decode.spec.role is Role.DECODE:
+            prefill = self._least_pending(decode.spec.island) or decode
+            if request.emitted + 1 >= request.output:
+                lane = decode = prefill  # there will be no KV to hand over
+            elif request.target - request.cached > self.layout.handoff_min_tokens:
+                lane = prefill
         request.p, request.d, request.at = lane.index, decode.index, At.WAITING
-        decode.live += 1
-        lane.pending += request.target - request.cached
+        self._send_to(decode, live=1)
+        self._send_to(lane, pending=request.target - request.cached)
         lane.waiting.append(request)
         self._kick(lane)
 
@@ -170,12 +188,16 @@ class World:
         self._compute(lane, None if lane.running is None else lane.step.prompts)
 
     def _slowdown(self, lane: LaneState) -> float:
-        """By the others that compute on its host."""
-        found = 1.0
+        """By the others that compute on its host. If all want more than its cores they take turns: each computes for
+        its part of the time, and has the others beside it for as long as these then have cores."""
+        own, wanted, more = lane.spec.cores, lane.spec.cores, 0.0
         for other in self.lanes:
             if other.spec.host == lane.spec.host and other.computing is not None and other is not lane:
-                found += lane.spec.contention.more(lane.step.prompts, other.computing)
-        return found
+                more += lane.spec.contention.more(lane.step.prompts, other.computing)
+                wanted += other.spec.cores
+        if wanted <= 1.0:
+            return 1.0 + more
+        return wanted * (1.0 + more * (1.0 - own) / (wanted - own)) if wanted > own else wanted
 
     def _compute(self, lane: LaneState, prompts: float | None) -> None:
         """It computes a step with this share of prompts from now on, or none, and the steps of the others on its host
@@ -184,7 +206,7 @@ class World:
             return
         lane.computing = prompts
         for other in self.lanes:
-            contends = other.spec.host == lane.spec.host and other.spec.contention != ALONE
+            contends = other.spec.host == lane.spec.host and (other.spec.contention != ALONE or other.spec.cores > 0)
             if contends and other.running is not None and other is not lane:
                 other.version += 1
                 ends = other.step.slowed(self.now, self._slowdown(other))
@@ -212,10 +234,10 @@ class World:
             lane.prompts.remove(request)
             lane.kv_used -= request.target
             lane.seats -= 1
-            lane.pending -= request.target - request.computed
+            self._change(lane, pending=request.computed - request.target)
         request.target, request.at = request.prompt + request.emitted, At.WAITING
         request.p, request.reserved = request.d, False  # computed again where it decodes
-        lane.pending += request.target - request.cached
+        self._change(lane, pending=request.target - request.cached)
         lane.waiting.appendleft(request)
 
     def _leave(self, lane: LaneState, request: Request) -> None:
@@ -282,13 +304,13 @@ class World:
         request.at = At.DONE
         self.ended.append(request)
         self.last[request.index] = self.now
-        self.lanes[request.d].live -= 1
+        self._change(self.lanes[request.d], live=-1)
 
     def _chunk_done(self, lane: LaneState, request: Request, tokens: int) -> None:
         if request.reserved:
             self._send(request, tokens + request.cached if request.computed == request.cached else tokens)
         request.computed += tokens
-        lane.pending -= tokens
+        self._change(lane, pending=-tokens)
         if request.computed == request.target:
             self._prompt_done(lane, request)
 
@@ -377,23 +399,24 @@ class World:
                 self._release(decode, request)
             elif request in decode.incoming:
                 decode.incoming.remove(request)
-        decode.live -= 1
+        self._change(decode, live=-1)
         request.attempt += 1
 
     def _move(self, request: Request) -> None:
         """Its decode lane is down: another one, wherever it is, if there is one."""
         request.attempt += 1
         request.reserved = False
-        self.lanes[request.d].live -= 1
+        self._change(self.lanes[request.d], live=-1)
         another = self._least_live()
         request.d = request.d if another is None else another.index
-        self.lanes[request.d].live += 1
+        self._send_to(self.lanes[request.d], live=1)
         if request.at is At.HELD:
             self._hand_over(request)
 
     def _repair(self, lane: LaneState) -> None:
         lane.down -= 1
         if lane.down == 0:
+            lane.next_report_ms = 0.0  # it comes back with a report
             stranded, self.stranded = self.stranded, []
             for request in stranded:
                 self._route(request)

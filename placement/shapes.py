@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from core.errors import ConfigError
 from placement.candidates import Fabric, Option, Space
@@ -52,6 +53,8 @@ class Limits:
     speculation: Speculation | None = None
     drafter: str | None = None
     """Without `speculation`: drafts of this one, as it was profiled."""
+    only_drafts: bool = False
+    """Shapes without drafts are left out, where there are some with."""
     learner_devices: Mapping[str, int] = field(default_factory=dict)
     devices: int | None = None
 
@@ -62,7 +65,7 @@ def shapes(profiles: Iterable[Profile], limits: Limits) -> list[Shape]:
         Shape(profile, stages, way)
         for profile in profiles
         for stages in limits.stages
-        for way in [None, *_speculations(profile, limits)]
+        for way in _ways(profile, limits)
     ]
     names = [shape.name for shape in found]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -70,11 +73,14 @@ def shapes(profiles: Iterable[Profile], limits: Limits) -> list[Shape]:
     return found
 
 
-def _speculations(profile: Profile, limits: Limits) -> Iterator[Speculation]:
-    if limits.speculation is not None:
-        yield limits.speculation
-    elif limits.drafter is not None:
-        yield profile.drafting_of(limits.drafter).speculation
+def _ways(profile: Profile, limits: Limits) -> Iterator[Speculation | None]:
+    speculation = limits.speculation
+    if speculation is None and limits.drafter is not None:
+        speculation = profile.drafting_of(limits.drafter).speculation
+    if speculation is None or not limits.only_drafts:
+        yield None
+    if speculation is not None:
+        yield speculation
 
 
 def space_of(topology: Topology, found: Sequence[Shape], limits: Limits, roles: frozenset[Role]) -> Space:
@@ -95,8 +101,7 @@ def space_of(topology: Topology, found: Sequence[Shape], limits: Limits, roles: 
         )
     return Space(
         options=tuple(options),
-        pools=_pools(topology, limits.devices),
-        devices_per_node={kind: topology.most_in_a_node(kind) for kind in topology.pools},
+        nodes=_nodes(topology, limits.devices),
         fabric=_fabric(topology, found[0].profile.model.kv_token_bytes),
         chunk_tokens=limits.chunk_tokens,
         handoff_min_tokens=limits.handoff_min_tokens,
@@ -160,15 +165,19 @@ def _why_not(shape: Shape, topology: Topology, kv_bytes: int) -> str | None:
     return f"{weights:.3g} GB of weights leave no room for KV in the {room:.3g} GB that {devices} devices can give"
 
 
-def _pools(topology: Topology, devices: int | None) -> dict[str, int]:
+def _nodes(topology: Topology, devices: int | None) -> dict[str, tuple[int, ...]]:
+    """Devices of each node by kind, the largest first, and no more than `devices`."""
     pools, total = topology.pools, sum(topology.pools.values())
+    nodes = {kind: tuple(sorted(topology.sizes(kind), reverse=True)) for kind in pools}
     if devices is None:
-        return pools
+        return nodes
     if devices > total:
         raise ConfigError(f"--devices {devices}: the topology has {total}", param="devices")
     if len(pools) > 1:
         raise ConfigError(f"--devices: the topology has {' and '.join(pools)}; set their count there", param="devices")
-    return dict.fromkeys(pools, devices)
+    ((kind, sizes),) = nodes.items()
+    before = accumulate(sizes, initial=0)
+    return {kind: tuple(min(each, devices - used) for each, used in zip(sizes, before, strict=False) if used < devices)}
 
 
 def _fabric(topology: Topology, token_bytes: int) -> Fabric:

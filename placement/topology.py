@@ -72,9 +72,13 @@ class Topology(_Strict, frozen=True):
     def priced(self) -> bool:
         return all(node.dollars_per_hour is not None for node in self.nodes)
 
+    def sizes(self, device: str) -> list[int]:
+        """Devices of each node that has such."""
+        return [node.devices for node in self.nodes if node.device == device for _ in range(node.count)]
+
     def most_in_a_node(self, device: str) -> int:
-        """Devices of a kind in the largest node that has it: groups are laid out as if all of these were so."""
-        return max(node.devices for node in self.nodes if node.device == device)
+        """Devices of a kind in the largest node that has it."""
+        return max(self.sizes(device))
 
     def node_of(self, device: str) -> NodeKind:
         """The one with the least memory, of those with such devices."""

@@ -18,6 +18,8 @@ from placement.traces import Trace, served_workload
 from placement.workload import Workload
 
 LEAST_RATE = 1e-3
+KNOWN_S, KNOWN = 300.0, 1000
+"""The last seconds, or requests if these are fewer, whose rate changes are told against, whatever the pace of plans."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class Traffic:
     def __init__(self, settings: ReplanSettings, forecast: Maker, before: Iterable[Period] = ()) -> None:
         """`before`: what forecasts have seen already, in times of `predictive_s` (`history`)."""
         self._settings, self._make = settings, forecast
-        self._log = LiveLog(max(settings.window_s, settings.recent_s))
+        self._log = LiveLog(max(settings.window_s, settings.recent_s, KNOWN_S))
         self._rng = np.random.default_rng(0)
         self._planned: tuple[float, Expected] | None = None
         self._compared_s = -math.inf
@@ -104,12 +106,16 @@ class Traffic:
         return changed
 
     def planned(self, now_s: float, expected: Expected, *, anew: bool) -> None:
-        """A plan was made for this, or is found to do for it: changes are told against the rate, and if the plan is new
-        against the lengths too."""
+        """A plan was made for this, or is found to do for it: changes are told against the rate that came before it was
+        likely another already, and if the plan is new against the lengths too."""
+        if self._planned is None:
+            self._watch = RateWatch()
         if self._planned is None or anew:
             self._planned = now_s, expected
-            self._watch = RateWatch(self._log.burstiness(self._window(now_s, self._rate_since_s)))
-        self._watch.expect(expected.rate, len(expected.workload))
+        long_s = min(KNOWN_S, KNOWN / expected.rate)
+        known = max(self._rate_since_s, now_s - long_s), now_s - self._watch.suspects_s
+        if (rate := self._log.rate(*known)) is not None:
+            self._watch.expect(max(LEAST_RATE, rate), max(1, self._log.count(*known)), self._log.burstiness(*known))
 
     def met(self, now_s: float, came_s: float = -math.inf) -> Met:
         """Of what has ended lately, and came at `came_s` or later."""
@@ -118,6 +124,10 @@ class Traffic:
     def met_since(self, came_s: float) -> Met:
         """Of what came at `came_s` or later and has ended, as far as it is known."""
         return self._log.met(self._settings.goal.targets, -math.inf, came_s)
+
+    def came_since(self, came_s: float, now_s: float) -> list[Ended]:
+        """Who came at `came_s` or later, in order, as far as it is known."""
+        return self._log.came(self._window(now_s, came_s), self._known(now_s))
 
     def recent(self, now_s: float) -> Expected | None:
         """What has ended lately comes as often as what came lately; None with too few requests to tell."""

@@ -3,7 +3,7 @@
     python -m bench.planning.part PART
 
 PART is a Part as JSON. Once it is ready it prints a line: a worker its Member, the gateway its URL. It ends when its
-standard input does.
+standard input does, or with an error in one line.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ import msgspec
 from cluster.client import ClusterBackend
 from cluster.config import SlipstreamConfig, validated
 from cluster.membership import Member
+from cluster.one_line import one_line
 from cluster.routes import Routes
+from core.errors import Unavailable
 from core.types import Role
+
+_READY_S = 30.0
+"""For workers that listen already to answer their gateway."""
 
 
 class Part(msgspec.Struct):
@@ -47,6 +52,7 @@ async def work(part: Part, config: SlipstreamConfig) -> None:
 
 
 async def answer(part: Part, config: SlipstreamConfig) -> None:
+    """Raises Unavailable if there is a worker that doesn't answer."""
     from cluster.front import Front
 
     async def members() -> list[Member]:
@@ -55,9 +61,15 @@ async def answer(part: Part, config: SlipstreamConfig) -> None:
     backend = ClusterBackend(members, routes=Routes.of(config), expected_workers=len(part.members))
     front = Front(config, Path(part.folder), backend)
     await front.start()
-    await backend.wait_ready()
-    await _until_stdin_ends(front.url)
-    await front.stop()
+    try:
+        async with asyncio.timeout(_READY_S):
+            await backend.wait_ready()
+        await _until_stdin_ends(front.url)
+    except TimeoutError as error:
+        lost = {member.worker_id for member in part.members} - {up.worker_id for up in backend.status().workers}
+        raise Unavailable(f"{', '.join(sorted(lost))} did not answer the gateway in {_READY_S:g} s") from error
+    finally:
+        await front.stop()
 
 
 async def _until_stdin_ends(ready: str) -> None:
@@ -68,7 +80,8 @@ async def _until_stdin_ends(ready: str) -> None:
 def main() -> None:
     part = msgspec.json.decode(sys.argv[1], type=Part)
     config = validated(part.tree)
-    asyncio.run(work(part, config) if part.worker_id else answer(part, config))
+    with one_line():
+        asyncio.run(work(part, config) if part.worker_id else answer(part, config))
 
 
 if __name__ == "__main__":

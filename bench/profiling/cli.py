@@ -24,8 +24,12 @@ from placement.profile import Profile, write_profile
 @click.option("--serving", is_flag=True, help="And what a server adds: gateway, links, hand-off. CPU only.")
 @click.option("--speculation", "drafter", help="And what this drafter takes and brings.")
 @click.option("--draft-tokens", default=4, type=click.IntRange(1), show_default=True, help="That it may draft a step.")
+@click.option("--speculation-rule", help="As for serve.")
+@click.option("--speculation-controller", help="As for serve.")
+@click.option("--speculation-memory", help="As for serve.")
+@click.option("--speculation-weights", multiple=True, metavar="NAME=PATH", help="As for serve; one at a time.")
 @click.option(
-    "--dataset", type=click.Path(path_type=Path), help="Questions that it drafts for. Default: random tokens."
+    "--dataset", type=click.Path(path_type=Path), help="Questions that it drafts for. Default: a few of our own."
 )
 @click.option("--tensor-parallel-size", default=1, type=click.IntRange(1, 64), show_default=True, help="As for serve.")
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), help="As for serve.")
@@ -59,14 +63,16 @@ def _measured(
     drafter: str | None,
     draft_tokens: int,
     dataset: Path | None,
-    **engine: Any,
+    **given: Any,
 ) -> Profile:
     if drafter is None and dataset is not None:
         raise ConfigError("--dataset: it is what a drafter drafts for; give --speculation too", param="dataset")
     from cluster.config import load
     from cluster.machine import usable_cores
 
-    settings = load(None, {name: value for name, value in engine.items() if value is not None}).engine
+    given |= {} if drafter is None else {"speculation": drafter, "speculation_budget": draft_tokens}
+    config = load(None, {name: value for name, value in given.items() if value not in (None, ())})
+    settings, speculation = config.engine, config.speculation.settings
     cores, processes = usable_cores(), settings.ranks * (1 + beside)
     if processes * (threads or 1) > cores:
         raise ConfigError(f"--threads: {processes} x {threads or 1} are more than the {cores} cores here; give fewer")
@@ -77,8 +83,10 @@ def _measured(
 
     with Bars() as progress:
         folder = resolve(model, progress=progress)
+        if speculation is not None:
+            speculation.check_weights(folder, settings.dtype)
         options = Options(model=model, folder=folder, engine=settings, threads=threads, quick=quick, beside=beside)
-        options = replace(options, drafter=drafter, budget=draft_tokens, dataset=dataset)
+        options = replace(options, speculation=speculation, dataset=dataset)
         found = measure(options, progress)
         if not serving:
             return found

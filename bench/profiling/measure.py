@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from bench.engine_speed.roofline import weight_bytes
-from bench.profiling.drafting import measure_drafting
+from bench.profiling.drafting import BATCHES, WHOLE, Effort, measure_drafting
 from bench.profiling.neighbours import Neighbours, Work, neighbours
 from bench.profiling.steps import Stepper
 from bench.setting import setting_of
@@ -26,8 +26,9 @@ from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from placement.devices import kind_of
 from placement.fit import Point
-from placement.grid import FULL, QUICK, Grid, Shape
+from placement.grid import FULL, QUICK, QUICK_DRAFTING_S, Grid, Shape
 from placement.profile import Drafting, ModelFacts, Profile, Setting
+from speculation.settings import Settings
 
 RUNS = 3
 """After one that warms up."""
@@ -44,11 +45,10 @@ class Options:
     beside: int = 0
     """Workers beside which the steps are measured a second time."""
 
-    drafter: str | None = None
-    budget: int = 4
-    """Most draft tokens of a sequence in a step."""
+    speculation: Settings | None = None
+    """Drafts that are measured too."""
     dataset: Path | None = None
-    """Questions that it drafts answers to; None: prompts of random tokens."""
+    """Questions that it drafts answers to; None: some of our own."""
 
     @property
     def grid(self) -> Grid:
@@ -72,17 +72,23 @@ def measure(options: Options, progress: Progress) -> Profile:
             points=alone,
             beside_prompts=beside_prompts,
             beside_decodes=beside_decodes,
-            drafting=_drafting(options, runner, progress),
+            drafting=_drafting(options, runner, alone, progress),
         )
     finally:
         runner.shutdown()
         runner.pool.close()
 
 
-def _drafting(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> tuple[Drafting, ...]:
-    if options.drafter is None:
+def _drafting(
+    options: Options, runner: ModelRunner | GroupRunner, alone: Sequence[Point], progress: Progress
+) -> tuple[Drafting, ...]:
+    if options.speculation is None:
         return ()
-    return (measure_drafting(runner, options.folder, options.drafter, options.budget, options.dataset, progress),)
+    effort = WHOLE
+    if options.quick:
+        step_ms = max(point.ms for point in alone if not point.tokens and 0 < point.rows <= max(BATCHES))
+        effort = Effort.within(QUICK_DRAFTING_S, step_ms / 1e3)
+    return (measure_drafting(runner, options.folder, options.speculation, options.dataset, progress, effort),)
 
 
 def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progress) -> list[tuple[Point, ...]]:

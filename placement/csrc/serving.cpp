@@ -1,4 +1,4 @@
-// What placement/serving_plainly.py defines. Steps that only decode and change nothing else are taken many at a time: the
+// What placement/serving.py defines. Steps that only decode and change nothing else are taken many at a time: the
 // i-th of them takes base + i * slope, so their end is a closed form. What happens meanwhile cuts them short.
 
 #include <algorithm>
@@ -17,11 +17,12 @@ struct Coefficients {
     double at(double x, double y) const { return a + b * x + c * y; }
 };
 
-// These three as placement/native.py declares them.
+// These as placement/native.py declares them.
 struct LaneSpec {
     Coefficients prompt, decode, large_decode;
     double large_rows, shared_ms, every_step_ms, draft_ms, draft_sequence_ms, tokens_per_step, rows, kv_tokens;
     double prompt_contention[2], decode_contention[2];  // beside prompts, beside decodes
+    double cores, report_phase;
     int64_t role, chunk_tokens, max_sequences, island, host;
 };
 struct Link {
@@ -58,8 +59,9 @@ struct Lane {
     double start_ms = 0.0, base_ms = 0.0, slope_ms = 0.0, busy_ms = 0.0;  // of the steps that run, if alone
     double prompt_share = 0.0, done_ms = 0.0, since_ms = 0.0, slowdown = 1.0;  // as lanes.StepClock
     double computing = idle;                                                  // as lanes.LaneState
-    int64_t steps = 0, planned = 0, pending = 0;
-    int seats = 0, live = 0, down = 0, version = 0;
+    double next_report_ms = 0.0;
+    int64_t steps = 0, planned = 0, pending = 0, told_pending = 0;
+    int seats = 0, live = 0, told_live = 0, down = 0, version = 0;
     bool busy = false, starting = false, advances = false;
 
     double work_ms(int64_t count) const {
@@ -92,9 +94,9 @@ struct Event {
 class Serving {
   public:
     Serving(const LaneSpec* specs, int num_lanes, const Link* links, int num_links, const int32_t* paths,
-            int64_t handoff_min_tokens, const Limits& limits, double* first, double* last)
+            int64_t handoff_min_tokens, double report_ms, const Limits& limits, double* first, double* last)
         : lanes_(num_lanes), links_(links), link_free_(num_links), paths_(paths), handoff_min_(handoff_min_tokens),
-          limits_(limits), first_(first), last_(last) {
+          report_ms_(report_ms), limits_(limits), first_(first), last_(last) {
         for (int i = 0; i < num_lanes; ++i) lanes_[i].spec = &specs[i];
     }
 
@@ -144,21 +146,45 @@ class Serving {
 
     // --- routing ---------------------------------------------------------------------------------------------------
 
-    int least_live() const {
+    // As LaneState.report.
+    void report(Lane& lane) const {
+        if (now_ < lane.next_report_ms) return;
+        lane.told_live = lane.live;
+        lane.told_pending = lane.pending;
+        const double phase = lane.spec->report_phase;
+        if (report_ms_ > 0) lane.next_report_ms = (std::floor(now_ / report_ms_ + phase) + 1 - phase) * report_ms_;
+    }
+
+    void change(Lane& lane, int live, int64_t pending) const {
+        report(lane);
+        lane.live += live;
+        lane.pending += pending;
+    }
+
+    // The router knows, as it is its own doing.
+    void send_to(Lane& lane, int live, int64_t pending) const {
+        change(lane, live, pending);
+        lane.told_live += live;
+        lane.told_pending += pending;
+    }
+
+    int least_live() {
         int best = -1;
         for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
             if (lanes_[i].down || lanes_[i].spec->role == prefills) continue;
-            if (best < 0 || lanes_[i].live < lanes_[best].live) best = i;
+            report(lanes_[i]);
+            if (best < 0 || lanes_[i].told_live < lanes_[best].told_live) best = i;
         }
         return best;
     }
 
-    int least_pending(int64_t island) const {
+    int least_pending(int64_t island) {
         int best = -1;
         for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
             const LaneSpec& spec = *lanes_[i].spec;
             if (lanes_[i].down || spec.role != prefills || spec.island != island) continue;
-            if (best < 0 || lanes_[i].pending < lanes_[best].pending) best = i;
+            report(lanes_[i]);
+            if (best < 0 || lanes_[i].told_pending < lanes_[best].told_pending) best = i;
         }
         return best;
     }
@@ -171,14 +197,16 @@ class Serving {
         r.d = least_live();
         if (r.d < 0) return stranded_.push_back(index);
         r.p = r.d;
-        const bool ends_at_once = r.emitted + 1 >= r.output;
-        if (lanes_[r.d].spec->role == decodes && !ends_at_once && r.target - r.cached > handoff_min_) {
-            if (const int p = least_pending(lanes_[r.d].spec->island); p >= 0) r.p = p;
+        if (lanes_[r.d].spec->role == decodes) {
+            const int p = least_pending(lanes_[r.d].spec->island);
+            const bool ends_at_once = r.emitted + 1 >= r.output;
+            if (p >= 0 && (ends_at_once || r.target - r.cached > handoff_min_)) r.p = p;
+            if (ends_at_once) r.d = r.p;  // there will be no KV to hand over
         }
-        ++lanes_[r.d].live;
+        send_to(lanes_[r.d], 1, 0);
         r.at = At::waiting;
         Lane& lane = lanes_[r.p];
-        lane.pending += r.target - r.cached;
+        send_to(lane, 0, r.target - r.cached);
         lane.waiting.push_back(index);
         if (lane.waiting.size() == 1) cut_short(r.p);  // behind another that has to wait it would change nothing
         kick(r.p);
@@ -216,21 +244,23 @@ class Serving {
     double slowdown(int index) const {
         const Lane& lane = lanes_[index];
         const LaneSpec& spec = *lane.spec;
-        double found = 1.0;
+        double wanted = spec.cores, more = 0.0;
         for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
             const Lane& other = lanes_[i];
             if (other.spec->host != spec.host || other.computing == idle || i == index) continue;
             const double prompts = other.computing, decodes = 1.0 - prompts;
             const double prompt = spec.prompt_contention[0] * prompts + spec.prompt_contention[1] * decodes;
             const double decode = spec.decode_contention[0] * prompts + spec.decode_contention[1] * decodes;
-            found += prompt * lane.prompt_share + decode * (1.0 - lane.prompt_share) - 1.0;
+            more += prompt * lane.prompt_share + decode * (1.0 - lane.prompt_share) - 1.0;
+            wanted += other.spec->cores;
         }
-        return found;
+        if (wanted <= 1.0) return 1.0 + more;
+        return wanted > spec.cores ? wanted * (1.0 + more * (1.0 - spec.cores) / (wanted - spec.cores)) : wanted;
     }
 
     static bool contends(const LaneSpec& spec) {
         return std::max({spec.prompt_contention[0], spec.prompt_contention[1], spec.decode_contention[0],
-                         spec.decode_contention[1]}) > 1.0;
+                         spec.decode_contention[1]}) > 1.0 || spec.cores > 0;
     }
 
     // It computes a step with this share of prompts from now on, or none, and the steps of the others on its host take
@@ -291,14 +321,14 @@ class Serving {
             std::erase(lane.prompts, index);
             lane.kv_used -= r.target;
             --lane.seats;
-            lane.pending -= r.target - r.computed;
+            change(lane, 0, r.computed - r.target);
         }
         ++preemptions;
         r.target = r.prompt + r.emitted;
         r.at = At::waiting;
         r.p = r.d;  // computed again where it decodes
         r.reserved = false;
-        lane.pending += r.target - r.cached;
+        change(lane, 0, r.target - r.cached);
         lane.waiting.push_front(index);
     }
 
@@ -439,7 +469,7 @@ class Serving {
         Request& r = requests_[index];
         r.at = At::done;
         last_[index] = now_;
-        --lanes_[r.d].live;
+        change(lanes_[r.d], -1, 0);
         const bool late = first_[index] - arrivals_[index] > limits_.ttft_ms;  // counted when the first token came
         if (!late && now_ - first_[index] > limits_.tpot_ms * (r.output - 1) && index >= limits_.from) ++missed_;
     }
@@ -448,7 +478,7 @@ class Serving {
         Request& r = requests_[index];
         const int fresh = r.computed == r.cached ? tokens + r.cached : tokens;
         r.computed += tokens;
-        lane.pending -= tokens;
+        change(lane, 0, -tokens);
         if (r.reserved) send(r, fresh);
         if (r.computed == r.target) prompt_done(lane, index);
     }
@@ -554,7 +584,7 @@ class Serving {
         const bool elsewhere = r.p != r.d && r.at != At::joined && r.at != At::decoding;
         if (elsewhere && r.reserved) release(r.d, r.target);
         if (elsewhere) std::erase(lanes_[r.d].incoming, index);
-        --lanes_[r.d].live;
+        change(lanes_[r.d], -1, 0);
         ++r.attempt;
     }
 
@@ -567,7 +597,8 @@ class Serving {
         lane.chunks.clear();
         lane.kv_used = lane.context = 0.0;
         lane.seats = 0;
-        lane.pending = 0;
+        lane.pending = lane.told_pending = lane.told_live = 0;
+        lane.next_report_ms = 0.0;
         ++lane.version;
         lane.busy = false;
     }
@@ -577,14 +608,15 @@ class Serving {
         Request& r = requests_[index];
         ++r.attempt;
         r.reserved = false;
-        --lanes_[r.d].live;
+        change(lanes_[r.d], -1, 0);
         if (const int d = least_live(); d >= 0) r.d = d;
-        ++lanes_[r.d].live;
+        send_to(lanes_[r.d], 1, 0);
         if (r.at == At::held) hand_over(index);
     }
 
     void repair(int index) {
         if (--lanes_[index].down) return;
+        lanes_[index].next_report_ms = 0.0;  // it comes back with a report
         std::vector<int> stranded;
         stranded.swap(stranded_);
         for (int i : stranded) route(i);
@@ -600,6 +632,7 @@ class Serving {
     std::vector<double> link_free_;
     const int32_t* paths_;
     int64_t handoff_min_, missed_ = 0;
+    double report_ms_;
     const Limits& limits_;
     const double* arrivals_ = nullptr;
     double *first_, *last_;
@@ -609,12 +642,13 @@ class Serving {
 }  // namespace
 
 extern "C" int64_t simulate_serving(const LaneSpec* lanes, int64_t num_lanes, const Link* links, int64_t num_links,
-                                    const int32_t* paths, int64_t handoff_min_tokens, const Limits* limits,
+                                    const int32_t* paths, int64_t handoff_min_tokens, double report_ms,
+                                    const Limits* limits,
                                     const Outage* outages, int64_t num_outages, int64_t num_requests, const double* arrivals,
                                     const int32_t* prompt, const int32_t* output, const int32_t* cached, double* first,
                                     double* last, double* busy_ms) {
     Serving serving(lanes, static_cast<int>(num_lanes), links, static_cast<int>(num_links), paths, handoff_min_tokens,
-                    *limits, first, last);
+                    report_ms, *limits, first, last);
     const bool whole = serving.run(static_cast<int>(num_requests), arrivals, prompt, output, cached, outages,
                 static_cast<int>(num_outages));
     for (int64_t i = 0; i < num_lanes; ++i) busy_ms[i] = serving.lanes()[i].busy_ms;

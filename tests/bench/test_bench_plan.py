@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from bench.planning.choice import rates_of
 from bench.planning.comparison import Comparison, Run
 from bench.planning.load import outcome_of, serving
 from bench.planning.others import Others
+from bench.planning.part import Part, answer
 from bench.planning.report import table
 from bench.serving.timeline import Timeline
 from cluster.cli import cli
+from cluster.config import validated
 from cluster.machine import usable_cores
+from cluster.membership import Member
 from core.errors import ConfigError, Unavailable
+from core.types import Role
+from engine.kv_layout import KVLayout
 from placement.outcome import Outcome, Targets
 from placement.profile import Setting, write_profile
 from tests.placement.pipelines import workload
@@ -133,6 +139,16 @@ def test_a_part_that_does_not_come_up_is_an_error(model) -> None:
         serving(tree, model / "none", Setting(device="cpu")),
     ):
         pytest.fail("it can't have been ready")
+
+
+async def test_a_worker_that_dies_before_its_gateway_is_ready_is_named(model, monkeypatch) -> None:
+    monkeypatch.setattr("bench.planning.part._READY_S", 0.1)
+    monkeypatch.setattr("cluster.front.ACQUAINTANCE_S", 0.1)
+    tree = TREE | {"model": str(model), "gateway": {"port": 0}, "cluster": {"colocated": True, "decode_replicas": 1}}
+    layout = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", block_size=16, fingerprint="a")
+    dead = Member(worker_id="both-0", address="127.0.0.1:1", role=Role.BOTH, layout=layout)
+    with pytest.raises(Unavailable, match="both-0 did not answer the gateway in"):
+        await asyncio.wait_for(answer(Part(tree, str(model), members=[dead]), validated(tree)), 10)
 
 
 def planned(model: Path, folder: Path, *flags: str):

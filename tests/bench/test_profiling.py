@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from bench.profiling.drafting import measure_drafting
+from bench.profiling.drafting import Effort, measure_drafting
 from bench.profiling.neighbours import Work, neighbours
 from bench.profiling.steps import DECODES, Stepper
 from cluster.cli import cli
@@ -25,6 +26,7 @@ from engine.runner import ModelRunner
 from placement.grid import FULL, QUICK, Shape
 from placement.layout import Role
 from placement.profile import read_profile
+from speculation.settings import Settings
 from tests.tiny import save_byte_tokenizer
 
 
@@ -141,8 +143,16 @@ def test_others_stand_still_while_steps_are_measured_alone(model) -> None:
         eventually(lambda: process.status() == psutil.STATUS_STOPPED)
 
 
-def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_path) -> None:
+def save_tokenizer_of_questions(model: Path) -> None:
+    """The tiny vocabulary has no blank."""
     save_byte_tokenizer(model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "_"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_path) -> None:
+    save_tokenizer_of_questions(model)
     flags = ["--quick", "--threads", 1, "--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
     flags += ["--serving", "--speculation", "prompt_lookup", "--draft-tokens", 3]
     profiled(model, *flags, "--out", tmp_path / "stored.json")
@@ -151,7 +161,7 @@ def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_p
     assert stored.serving.handoff_gap_ms > 0  # two processes and the way between them: more than any hiccup hides
     assert stored.served(Role.BOTH).decode.a >= stored.latency.decode.a
     found = stored.drafting_of("prompt_lookup")
-    assert (found.prompts, found.budget) == ("random", 3)
+    assert (found.prompts, found.budget) == ("questions of our own", 3)
     assert 1.0 <= found.acceptance_length <= found.rows <= 4.0
     assert found.speculation.rows in (1, 2, 3, 4)
 
@@ -159,9 +169,26 @@ def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_p
 def test_a_drafter_is_measured_with_the_questions_of_a_file(model, tmp_path, runner) -> None:
     save_byte_tokenizer(model)
     (tmp_path / "asked.jsonl").write_text('{"turns": ["abcabcabcabcabcabc"]}\n')
-    found = measure_drafting(runner, model, "prompt_lookup", 2, tmp_path / "asked.jsonl", Silent())
-    assert found.prompts == "asked.jsonl"
+    settings = Settings(drafters=("prompt_lookup",), max_budget=2, max_memory_bytes=2**20)
+    found = measure_drafting(runner, model, settings, tmp_path / "asked.jsonl", Silent(), Effort(2, 16))
+    assert (found.drafter, found.prompts, found.budget) == ("prompt_lookup", "asked.jsonl", 2)
     assert found.rows <= 3.0
+
+
+@pytest.mark.parametrize("step_s", [1e-4, 0.01, 0.05, 0.3])
+def test_drafts_are_measured_as_much_as_there_is_time_for(step_s: float) -> None:
+    """In batches of two sizes, each answer in as many steps as it has tokens."""
+    effort = Effort.within(20.0, step_s)
+    assert 2 * effort.rounds * effort.max_tokens * step_s <= 20.0
+    assert (effort == Effort()) is (step_s < 0.03)
+    assert Effort.within(20.0, 10.0) == Effort(2, 16)
+
+
+def test_a_drafter_that_needs_weights_is_measured_with_them_only(model, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="this drafter needs some"):
+        profiled(model, "--speculation", "draft_model", "--out", tmp_path / "stored.json")
+    with pytest.raises(ConfigError, match="weights has no meaning without a drafter"):
+        profiled(model, "--speculation-weights", f"draft_model={model}", "--out", tmp_path / "stored.json")
 
 
 def test_questions_without_a_drafter_are_refused(model, tmp_path) -> None:

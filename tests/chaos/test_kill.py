@@ -21,6 +21,7 @@ def test_whoever_is_killed_no_token_is_wrong_no_request_hangs_and_nothing_is_lef
         clients=6,
         cases_each=1,
         calm_s=1.0,
+        pause_s=0.5,
     )
     verdict = asyncio.run(torment(tmp_path, plan))
     assert [kill.kind for kill in verdict.kills] == list(plan.kinds)

@@ -35,7 +35,7 @@ async def attending(monkeypatch: pytest.MonkeyPatch, *answers: Orders | Exceptio
             raise answer
         return answer
 
-    async def set_role(_role: Role, _tokens: int) -> None:
+    def set_role(_role: Role, _tokens: int) -> None:
         pass
 
     node = cast("WorkerNode", SimpleNamespace(set_role=set_role))

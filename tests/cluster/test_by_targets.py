@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from cluster.cli import cli
 from cluster.config import SlipstreamConfig
 from cluster.config import load as load_config
 from cluster.hardware import of_cores
-from cluster.stored_profiles import Way, profile_arguments, profile_of, ways
+from cluster.replan_setup import grounds_of
+from cluster.stored_profiles import Settings, Way, profile_arguments, profile_of, ways
 from core.errors import ConfigError
 from placement.native import load
-from placement.profile import Setting, write_profile
+from placement.profile import Drafting, Setting, write_profile
 from placement.topology import NodeKind, Topology, Wire
 from tests.placement.profiles import profile
 from tests.tiny import save_byte_tokenizer, save_tiny_llama
@@ -35,17 +37,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TOKENS = {"hybrid": 3.0, "prompt_lookup": 1.0, "draft_model": 3.0}
+"""That a step brings with drafts."""
+
+
+def drafts(name: str) -> Drafting:
+    return Drafting(
+        drafter=name,
+        prompts="random",
+        budget=4,
+        acceptance_length=TOKENS[name],
+        rows=5.0,
+        draft_ms=1.0,
+        draft_sequence_ms=0.1,
+    )
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Way]:
     """A machine of two cores with a cache of its own, whose steps take what a latency model says. The ways that were
     measured, in order."""
     found: list[Way] = []
 
-    def measure(folder: Path, way: Way, device: str, engine: dict[str, str], path: Path) -> None:
+    def measure(folder: Path, way: Way, device: str, settings: Settings, path: Path) -> None:
         found.append(way)
         path.parent.mkdir(parents=True, exist_ok=True)
         known = profile(setting=Setting(device=device, threads=way.threads, beside=way.beside))
-        write_profile(replace(known, model=replace(known.model, name=str(folder), weight_bytes=10**6)), path)
+        drafting = tuple(drafts(name) for name in settings.get("speculation", ()))
+        named = replace(known.model, name=str(folder), weight_bytes=10**6)
+        write_profile(replace(known, model=named, drafting=drafting), path)
 
     load()  # the simulator is compiled once for a machine, and stays where it is
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
@@ -89,14 +109,16 @@ def test_what_was_measured_once_is_kept_until_something_changes(folder: Path, me
 
 @pytest.mark.parametrize(("device", "serving"), [("cpu", True), ("H100", False)])
 def test_what_serving_adds_is_measured_where_it_can_be(tmp_path: Path, device: str, serving: bool) -> None:
-    arguments = profile_arguments(tmp_path, Way(2), device, {"kv_cache_memory": "1GiB"}, tmp_path / "profile.json")
+    settings = {"kv_cache_memory": ("1GiB",), "speculation_weights": ("a=/a", "b=/b")}
+    arguments = profile_arguments(tmp_path, Way(2), device, settings, tmp_path / "profile.json")
     assert ("--serving" in arguments) is serving
     assert {"--quick", "--tensor-parallel-size", "--kv-cache-memory"} <= set(arguments)
+    assert arguments[-4:] == ["--speculation-weights", "a=/a", "--speculation-weights", "b=/b"]
 
 
 def test_another_model_or_version_has_a_profile_of_its_own(measured: list[Way], tmp_path: Path, monkeypatch) -> None:
     def ask(fingerprint: str) -> Path:
-        return profile_of(tmp_path, fingerprint, Way(1), "cpu", {}, lambda _: None).path
+        return profile_of(tmp_path, "m", fingerprint, Way(1), "cpu", {}, lambda _: None).path
 
     paths = [ask("f00"), ask("f00"), ask("f01")]
     monkeypatch.setattr(machine, "version", lambda name: "99.0")
@@ -129,6 +151,60 @@ def test_replanning_goes_by_the_same_targets_and_profile(folder: Path, measured:
     assert Path(found.replan.profile).is_file()
 
 
+@pytest.mark.parametrize("tokens", [1.0, 3.0])
+def test_it_drafts_if_that_is_worth_it_and_says_so(folder: Path, measured: list[Way], monkeypatch, tokens) -> None:
+    monkeypatch.setitem(TOKENS, "hybrid", tokens)
+    found, said = config(folder)
+    worth = tokens > 1.0
+    assert found.speculation.drafter == (("hybrid",) if worth else ())
+    assert f"with drafts or without: {'with' if worth else 'without'}: " in said
+    assert f"a step brings {tokens:g} tokens for 5 rows" in said
+    assert "about 20 s more" in said
+    assert "--dataset takes" in said
+    assert not worth or found.speculation.budget == 4
+
+
+def test_who_says_who_drafts_is_heard(folder: Path, measured: list[Way]) -> None:
+    found, said = config(folder, speculation="prompt_lookup", speculation_budget=3)
+    assert (found.speculation.drafter, found.speculation.budget) == (("prompt_lookup",), 3)
+    assert "with drafts or without" not in said
+    found, said = config(folder, speculation="none")
+    assert (found.speculation.drafter, "draft" in said) == ((), False)
+    found, _ = config(folder, speculation="draft_model", speculation_weights=(f"draft_model={folder}",))
+    assert found.speculation.weights == {"draft_model": str(folder)}
+    with pytest.raises(ConfigError, match="--dataset: questions are for drafts, and there are to be none"):
+        config(folder, Asked(SLO, lengths=LENGTHS, dataset=folder), speculation="none")
+
+
+def test_drafts_are_measured_again_when_what_they_are_measured_with_has_changed(
+    folder: Path, measured: list[Way], tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    asked = Asked(SLO, lengths=LENGTHS, dataset=questions)
+    with pytest.raises(ConfigError, match=r"questions\.jsonl can't be read: No such file"):
+        config(folder, asked)
+    questions.write_text("{}")
+    _, said = config(folder, asked)
+    assert "--dataset takes" not in said
+    config(folder, asked)
+    assert len(measured) == 2
+    os.utime(questions, (0, 0))
+    config(folder, asked)
+    assert len(measured) == 4
+
+
+def test_a_model_may_be_known_by_several_names_and_replanning_knows_it_by_the_one_that_is_served(
+    folder: Path, measured: list[Way], tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    for name in (folder, tmp_path / "link"):
+        found, _ = config(name, Asked("ttft=5000,tpot=500", lengths=LENGTHS), device="cpu", replan="advise")
+        grounds = grounds_of(found, round(found.cluster.cpus_per_worker or 0))
+        assert grounds is not None
+        assert grounds.profile.model.name == str(name)
+    assert len(measured) == 2
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -155,8 +231,8 @@ def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path
     """Of 406 KB as it is stored, and 127 as int8."""
     room = of_cores(1, 300_000, 10.0)
     with pytest.raises(ConfigError, match=r"the model does not fit: 0\.000406 GB of weights"):
-        by_targets._profiles(load_config(None, {"model": str(folder)}), room, str)
-    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), room, str)
+        by_targets._profiles(load_config(None, {"model": str(folder)}), {}, room, str)
+    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), {}, room, str)
     assert measured == [Way(1, 1, 0)]
 
 
@@ -172,6 +248,7 @@ def test_targets_out_of_reach_are_answered_with_what_is_reachable(folder: Path, 
     [
         (("--rate", "2"), "--rate has no meaning without --slo"),
         (("--lengths", LENGTHS), "--lengths has no meaning without --slo"),
+        (("--dataset", "q.jsonl"), "--dataset has no meaning without --slo"),
         (("--slo", SLO, "--plan", "p.json"), "--plan: it is a configuration too; give it, or --config, or --slo"),
         (("--slo", "ttft=1"), "--slo: 'ttft=1' has no tpot"),
         (("--slo", SLO, "--lengths", LENGTHS, "--trace", "t.csv"), "give a --trace, or --lengths"),

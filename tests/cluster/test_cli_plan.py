@@ -103,6 +103,28 @@ def test_no_more_devices_are_taken_than_allowed(files) -> None:
         run("small", *files, *SLO, *LENGTHS, "--devices", 5)
 
 
+TWO_KINDS = (
+    "nodes: [{name: a, device: L40S, devices: 1, memory_gb: 48}, {name: b, device: H100, devices: 4, memory_gb: 80}]\n"
+    "links: [{within: b, gb_per_s: 100}, {between: [a, b], gb_per_s: 10}]"
+)
+
+
+@pytest.mark.parametrize(("asked", "left"), [("2", {"L40S": 1, "H100": 2}), ("H100=3", {"L40S": 1, "H100": 1})])
+def test_the_learner_gets_devices_of_a_kind_that_has_them(large: Path, tmp_path: Path, asked: str, left) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_KINDS)
+    flags = ("--topology", tmp_path / "two.yaml", "--slo", "ttft=2000,tpot=200", *LENGTHS, "--objective", "total")
+    found = planned(large, *flags, "--learner-devices", asked)
+    assert max(entry["devices"] for entry in found["ranking"]) <= sum(left.values())
+    assert found["chosen"]["devices"] >= left["H100"]
+
+
+@pytest.mark.parametrize("asked", ["4", "L40S=1"])
+def test_devices_that_the_learner_cannot_have_are_refused_with_the_numbers(large, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_KINDS)
+    with pytest.raises(ConfigError, match=f"--learner-devices {asked}: the topology has 1 L40S and 4 H100, and one"):
+        run(large, "--topology", tmp_path / "two.yaml", *SLO, *LENGTHS, "--learner-devices", asked)
+
+
 def test_the_configuration_is_one_that_serve_takes(files, tmp_path: Path) -> None:
     found = planned("small", *files, *SLO, *LENGTHS, "--chunk-tokens", 1024, "--out", tmp_path / "serve.yaml")
     config = load(tmp_path / "serve.yaml", {})
@@ -239,6 +261,8 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_
         ((*SLO, *LENGTHS, "--chunk-tokens", "512;x"), "--chunk-tokens: '512;x' is not a list of sizes"),
         ((*SLO, *LENGTHS, "--chunk-tokens", "51²"), "--chunk-tokens: '51²' is not a list of sizes"),
         ((*SLO, "--lengths", "prompt=5000,output=5"), "the workload is empty"),
+        ((*SLO, *LENGTHS, "--learner-devices", "gpu=1"), "'gpu=1' is no number of devices, nor KIND=NUMBER of 4 cpu"),
+        ((*SLO, *LENGTHS, "--learner-devices", "-1"), "'-1' is no number of devices, nor KIND=NUMBER of 4 cpu"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_to_do(files, arguments, message: str) -> None:

@@ -69,6 +69,16 @@ def test_the_table_and_the_picture_say_the_same(files, tmp_path: Path) -> None:
     assert {"with replanning", "without", "prefill", "decode", "both"} <= set(texts)
 
 
+def test_workers_that_draft_are_replayed_so(files) -> None:
+    fast = (*files, "--workers", 2, "--slo", "ttft=3000,tpot=7")
+    with pytest.raises(ConfigError, match="out of reach"):
+        run(*fast)
+    drafts = ("--speculation", "hybrid", "--acceptance-length", 3)
+    assert replayed(*fast, *drafts)["without"] > 0.02
+    with pytest.raises(ConfigError, match="--speculation hybrid: the profile does not know it"):
+        run(*fast, "--speculation", "hybrid")
+
+
 def test_a_forecast_may_begin_with_an_earlier_trace(files) -> None:
     """Which has a season of a minute, in periods of 6 s."""
     flags = ("--forecast", "holt-winters", "--season", 60, "--interval", 1, "--warm-start", files[0])

@@ -102,6 +102,26 @@ def test_models_are_kept_on_a_claim_if_there_is_one() -> None:
     assert [pod["volumes"][0]["persistentVolumeClaim"]["claimName"] for pod in pods] == ["models", "models"]
 
 
+def test_a_pod_has_longer_to_end_than_who_drains_in_it() -> None:
+    tree = TREE | {"gateway": {"drain_timeout_s": 90.5}}
+    ray_cluster = rayservice(helm_values(tree, SEATS, GB))["spec"]["rayClusterConfig"]
+    pods = [group["template"]["spec"] for group in (ray_cluster["headGroupSpec"], *ray_cluster["workerGroupSpecs"])]
+    assert [pod["terminationGracePeriodSeconds"] for pod in pods] == [101, 101]
+
+
+@pytest.mark.parametrize("secret", ["", "redis"])
+def test_what_ray_knows_is_kept_in_redis_if_there_is_one(secret: str) -> None:
+    values = helm_values(TREE, SEATS, GB)
+    assert "gcsFaultToleranceOptions" not in rayservice(values)["spec"]["rayClusterConfig"]
+    values["redis"] |= {"address": "redis:6379", "existingSecret": secret}
+    jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+    spec = rayservice(values)["spec"]
+    jsonschema.validate(spec, SPEC)
+    found = spec["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    password = {"valueFrom": {"secretKeyRef": {"name": "redis", "key": "redis-password"}}}
+    assert found == {"redisAddress": "redis:6379"} | ({"redisPassword": password} if secret else {})
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

@@ -9,13 +9,14 @@ import pytest
 
 from cluster.config import SlipstreamConfig, load
 from cluster.hardware import of_cores
-from cluster.replan_setup import Grounds, arrangement_as_configured, grounds_of, replanner_of
+from cluster.replan_setup import Grounds, arrangement_as_configured, grounds_of, predictor_of, replanner_of
 from cluster.resources import share_out
 from core.errors import ConfigError
 from core.types import Role
 from placement.arrangement import Arrangement
+from placement.latency import Speculation
 from placement.outcome import Targets
-from placement.profile import write_profile
+from placement.profile import Drafting, write_profile
 from tests.placement.profiles import profile
 
 
@@ -105,6 +106,27 @@ def test_a_profile_of_other_workers_is_refused(
     with pytest.raises(ConfigError) as caught:
         grounds_of(config(made, **settings), threads)
     assert message in caught.value.message
+
+
+def test_workers_that_draft_are_predicted_to_draft_and_a_profile_has_to_know_how_well(tmp_path: Path) -> None:
+    drafts = Drafting(
+        drafter="hybrid",
+        prompts="random",
+        budget=4,
+        acceptance_length=2.5,
+        rows=4.2,
+        draft_ms=1.0,
+        draft_sequence_ms=0.5,
+    )
+    path = tmp_path / "drafting.json"
+    write_profile(profile(drafting=(drafts,)), path)
+    drafting = config(path, speculation="hybrid")
+    grounds = grounds_of(drafting, 1)
+    assert grounds is not None
+    assert predictor_of(drafting, grounds).group.speculation == Speculation(2.5, 5, 1.0, 0.5)
+    assert predictor_of(config(path), grounds).group.speculation is None
+    with pytest.raises(ConfigError, match=r"knows nothing of drafts by suffix, .* profile with --speculation suffix"):
+        grounds_of(config(path, speculation="suffix"), 1)
 
 
 def test_nothing_is_read_while_nobody_replans() -> None:

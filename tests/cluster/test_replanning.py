@@ -25,6 +25,7 @@ from placement.arrangement import Arrangement
 from placement.live_log import MOST_REQUESTS, Met
 from placement.load import Load, RoleLoad
 from placement.replanner import Change, Replanner
+from placement.seen import Seen
 from placement.traces import read_trace
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", block_size=16, fingerprint="a")
@@ -66,6 +67,7 @@ class Script:
     def __init__(self, *changes: Arrangement | None, most_workers: int = 4) -> None:
         self.settings = SimpleNamespace(recent_s=10.0, most_workers=most_workers)
         self.arrangement = CONFIGURED
+        self.seen = Seen(prompts=1.5)
         self.traffic = self
         self.recorded: list[Served] = []
         self.loads: list[Load] = []
@@ -117,6 +119,7 @@ async def test_what_was_reported_is_recorded_once_and_the_status_says_how_it_sta
     assert world.script.loads[0].of(P).workers == 1
     status = world.replanning.report(report(), 2.0)
     assert (status.attainment, status.goodput_rps, status.plan_id) == (0.75, 1.5, 0)
+    assert status.correction == {"prompts": 1.5, "decodes": 1.0}
 
 
 async def test_a_gateway_that_says_nothing_any_more_is_not_counted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import LlamaForCausalLM
 
+from cluster import attendance, worker
 from cluster.config import SlipstreamConfig, load
 from cluster.front import offer
 from cluster.local import LocalCluster, local_cluster
+from cluster.membership import Member, Membership, Orders, Plan
 from core.metrics import GatewayMetrics
 from core.types import Request, Role, SamplingParams, SpeculationWish
 from core.wire import SpeculationCounters
@@ -27,6 +30,7 @@ from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.tokenizer import ServedModel
 from speculation.drafters.registry import registered
+from speculation.in_batch import InBatch
 from tests.e2e.conftest import save_tokenizer
 from tests.speculation.copier import COPIER
 
@@ -97,6 +101,12 @@ def counted(cluster: LocalCluster, worker: str) -> SpeculationCounters | None:
     return cluster.nodes[worker].status().counters.speculation
 
 
+async def drafters_made(cluster: LocalCluster, name: str) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while counted(cluster, name) is None:
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 async def test_greedy_output_is_that_of_transformers_and_drafts_are_counted_where_they_were_made(
     tiny: tuple[LlamaForCausalLM, Path], layout: str
@@ -160,12 +170,47 @@ async def test_a_worker_that_is_given_another_role_speculates_from_then_on(
         [before] = await run(cluster, request("before", PROMPTS[2]))
         assert (before.drafted, counted(cluster, "prefill-0")) == (0, None)
         underway = asyncio.create_task(run(cluster, request("underway", PROMPTS[1])))
-        await left.set_role(Role.BOTH, 512)
+        left.set_role(Role.BOTH, 512)
+        await drafters_made(cluster, "prefill-0")
         [after] = await run(cluster, request("after", PROMPTS[2]))
         [overtaken] = await underway
     assert before.token_ids == after.token_ids == expected(model, PROMPTS[2])
     assert overtaken.token_ids == expected(model, PROMPTS[1])
     assert after.drafted > 0
+
+
+async def test_a_worker_is_heard_of_and_decodes_while_its_drafters_are_made(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Role] = []
+    readable = threading.Event()
+    readable.set()
+    make, announce = worker.make_speculator, Membership.announce
+
+    def announced(membership: Membership, member: Member, now: float) -> Orders:
+        heard.append(member.role)
+        return announce(membership, member, now)
+
+    def slowly(*given: Any) -> InBatch:
+        assert readable.wait(TIMEOUT_S)
+        return make(*given)
+
+    monkeypatch.setattr(attendance, "ANNOUNCE_PERIOD_S", 0.01)
+    monkeypatch.setattr(Membership, "announce", announced)
+    monkeypatch.setattr(worker, "make_speculator", slowly)
+    async with local_cluster(config(**COPYING), tiny[1]) as cluster:
+        readable.clear()
+        await cluster.remove_worker("decode-0")
+        cluster.membership.plan = Plan(plan_id=1, wanted={Role.BOTH: 1})
+        async with asyncio.timeout(TIMEOUT_S):
+            while heard.count(Role.BOTH) < 4:
+                await asyncio.sleep(0.01)
+        [meanwhile] = await run(cluster, request("meanwhile", PROMPTS[2]))
+        readable.set()
+        await drafters_made(cluster, "prefill-0")
+        [after] = await run(cluster, request("after", PROMPTS[2]))
+    assert meanwhile.drafted == 0 < after.drafted
+    assert meanwhile.token_ids == after.token_ids
 
 
 @contextlib.asynccontextmanager

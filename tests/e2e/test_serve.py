@@ -14,9 +14,12 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Server, start
+from tests.e2e.storm import footprint, settled, storm, total
 
 pytestmark = pytest.mark.e2e
 RECOVERY_S = 60.0
+STORM = 1000
+"""Requests."""
 
 
 def client(server: Server) -> openai.OpenAI:
@@ -111,6 +114,21 @@ def test_a_client_that_disconnects_frees_its_blocks_within_a_second(server: Serv
     left = time.monotonic()
     wait_until(lambda: idle(server))
     assert time.monotonic() - left < 1.5  # a second, and a heartbeat until the metrics say so
+
+
+async def test_of_a_storm_every_request_ends_once_and_nothing_grows(server: Server) -> None:
+    await storm(server.url, 500, seed=0)  # first use of everything, and of memory that allocators keep
+    before, memory = await settled(server), footprint(server)
+    ends = await storm(server.url, STORM, seed=1)
+    after, memory_after = await settled(server), footprint(server)
+    assert min(ends.count(kind) for kind in ("done", "left", "gave up")) > 50
+    success = "vllm:request_success_total"
+    ended = total(after, success) - total(before, success)
+    # A client that gives up at once may be gone before its request is read, and is then none.
+    assert STORM - ends.count("gave up") <= ended <= STORM
+    assert memory_after[0] - memory[0] < 40
+    assert memory_after[1] - memory[1] < 16
+    assert memory_after[2] - memory[2] < 8
 
 
 def test_killed_workers_are_replaced_and_no_request_is_lost(server: Server) -> None:

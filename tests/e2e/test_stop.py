@@ -54,7 +54,7 @@ def assert_drained(server: Server, number: signal.Signals) -> None:
 
 
 def test_ray_keeps_to_the_loopback_address_and_sighup_drains(folder: Path) -> None:
-    server = start(folder)
+    server = start(folder, "--colocated")
     agents = [p for p in server.tree if p.cmdline()[0].startswith("ray::") and p.cmdline()[0].endswith("Agent")]
     listens = {c.laddr.ip for p in agents for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert_drained(server, signal.SIGHUP)
@@ -63,12 +63,12 @@ def test_ray_keeps_to_the_loopback_address_and_sighup_drains(folder: Path) -> No
 
 
 def test_what_a_killed_launcher_leaves_goes_with_the_next_start_and_sigterm_drains(folder: Path) -> None:
-    killed = start(folder)
+    killed = start(folder, "--colocated")
     processes, where = killed.tree, session(killed)
     with killed.process:
         killed.process.kill()
     assert where.exists()
-    server = start(folder)
+    server = start(folder, "--colocated")
     still_there, still_alive = where.exists(), alive(processes)
     assert_drained(server, signal.SIGTERM)
     assert not still_there

@@ -80,6 +80,25 @@ def test_no_more_steps_are_in_flight_than_the_runner_works_on() -> None:
         flying.pop().end()
 
 
+def test_what_comes_while_steps_run_is_told_at_once() -> None:
+    """Routers go by it; the loop takes it in when a step has ended."""
+    runner = HandRunner()
+    with engine_over(runner) as harness:
+        flying = []
+        for name in "ab":
+            harness.engine.add(sequence(name, 5, max_tokens=1))
+            flying.append(runner.next())
+        harness.engine.add(sequence("c", 7, max_tokens=1))
+        harness.engine.reserve(sequence("d", 9))
+        stats = harness.engine.stats
+        assert stats.num_running + stats.num_waiting == 4
+        assert stats.num_waiting_tokens == 5 + 5 + 7
+        runner.let_go()
+        for step in flying:
+            step.end()
+        harness.ends()
+
+
 def test_an_abort_in_flight_frees_when_its_step_is_done_and_tells_nothing() -> None:
     runner = HandRunner()
     with engine_over(runner) as harness:

@@ -56,6 +56,7 @@ def _groups(draw: st.DrawFn, role: Role) -> Group:
         island=draw(st.sampled_from([0, 0, 0, 1])),
         host=draw(st.integers(0, 1)),
         contention=draw(_contention),
+        cores=draw(st.just(0.0) | _irregular(0.2, 1.0)),
     )
 
 
@@ -78,4 +79,5 @@ def layouts(draw: st.DrawFn) -> Layout:
         {pair: draw(st.integers(0, 1)) for pair in pairs},
         handoff_min_tokens=draw(st.sampled_from([0, 0, 100])),
         outages=tuple(draw(st.lists(outage, max_size=2))),
+        report_ms=draw(st.sampled_from([0.0, 250.0, 250.0]) | _irregular(10.0, 1000.0)),
     )

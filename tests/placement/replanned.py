@@ -12,8 +12,9 @@ from core.types import Role
 from placement.arrangement import Arrangement
 from placement.goodput import Goal
 from placement.load import Load, RoleLoad
-from placement.outcome import Targets
+from placement.outcome import Outcome, Targets
 from placement.replanner import Change, Replanner, ReplanSettings
+from placement.seen import Seen
 from placement.workload import Workload
 from tests.placement.served import served
 
@@ -31,6 +32,12 @@ class Counted:
         prompts = (arrangement.prefill + arrangement.both / 2) * 1000 / (rate * workload.prompt_tokens.mean())
         outputs = (arrangement.decode + arrangement.both / 2) * 100 / (rate * workload.output_tokens.mean())
         return float(min(1.0, prompts, outputs))
+
+    def outcome(self, arrangement: Arrangement, workload: Workload, rate: float) -> Outcome | None:
+        return None
+
+    def as_seen(self, seen: Seen) -> Counted:
+        return self
 
     def prompt_ms(self, tokens: float, chunk_tokens: int) -> float:
         return tokens

@@ -51,6 +51,20 @@ def test_each_further_worker_costs_as_much() -> None:
     assert served(layout, [100] * 3, [1] * 3, [0.0] * 3).outcome.ttft_ms == pytest.approx([40.0] * 3)
 
 
+def test_where_more_threads_compute_than_there_are_cores_they_take_turns() -> None:
+    """Three workers of one core each, on two."""
+    fast = Layout((group(Role.BOTH, cores=0.5),) * 3)
+    assert served(fast, [100] * 2, [1] * 2, [0.0] * 2).outcome.ttft_ms == pytest.approx([20.0] * 2)
+    assert served(fast, [100] * 3, [1] * 3, [0.0] * 3).outcome.ttft_ms == pytest.approx([30.0] * 3)
+    slow = Layout((group(Role.BOTH, cores=0.5, contention=SLOW),) * 3)
+    assert served(slow, [100] * 3, [1] * 3, [0.0] * 3).outcome.ttft_ms == pytest.approx([1.5 * 30.0] * 3)
+
+
+def test_workers_that_take_all_cores_halve_each_others_speed_and_are_never_beside_each_other() -> None:
+    layout = Layout((group(Role.BOTH, cores=1.0, contention=SLOW),) * 2)
+    assert served(layout, [100] * 2, [1] * 2, [0.0] * 2).outcome.ttft_ms == pytest.approx([40.0] * 2)
+
+
 def test_what_the_other_computes_matters() -> None:
     """The first decodes in steps of 6 ms, beside 20 ms of a prompt, then beside decodes, then alone."""
     contention = Contention(decode=(1.5, 3.0))
@@ -70,6 +84,8 @@ def test_a_step_with_both_is_slowed_by_what_is_in_either() -> None:
 def test_nobody_is_faster_beside_others() -> None:
     with pytest.raises(ConfigError, match="1 or more times as long"):
         Layout((group(Role.BOTH, contention=Contention(prompt=(0.9, 1.0))),))
+    with pytest.raises(ConfigError, match=r"cores is 1\.5"):
+        Layout((group(Role.BOTH, cores=1.5),))
 
 
 def test_contention_is_what_the_same_steps_take_longer() -> None:

@@ -20,8 +20,8 @@ def counts(rate: float, shape: float, requests: int, rng: np.random.Generator) -
 
 
 def watch(rate: float, shape: float = 1.0, known_from: float = math.inf, **options: float) -> RateWatch:
-    made = RateWatch(shape, **options)
-    made.expect(rate, known_from)
+    made = RateWatch(**options)
+    made.expect(rate, known_from, shape)
     return made
 
 

@@ -88,6 +88,34 @@ def test_short_prompts_are_prefilled_where_they_are_decoded() -> None:
     assert serve(layout, [101], [2]).outcome.tpot_ms == pytest.approx([107.0])
 
 
+@pytest.mark.parametrize(
+    ("at_ms", "report_ms", "ttft_ms"), [(30.0, 0.0, 20.0), (30.0, 250.0, 28.0), (130.0, 250.0, 20.0)]
+)
+def test_the_router_knows_what_groups_have_reported(at_ms: float, report_ms: float, ttft_ms: float) -> None:
+    """The second group is idle after 21 ms and says so at 125: until then both count one request, and the first is
+    taken, which decodes: the prompt waits for the end of a step, and goes along with the next."""
+    layout = Layout((group(Role.BOTH),) * 2, report_ms=report_ms)
+    served = serve(layout, [100, 100, 100], [50, 1, 1], [0.0, 1.0, at_ms])
+    assert served.outcome.ttft_ms[2] == pytest.approx(ttft_ms)
+
+
+def test_the_router_knows_what_it_has_sent_since() -> None:
+    layout = Layout((group(Role.BOTH),) * 3, report_ms=1e6)
+    assert serve(layout, [100] * 6, [1] * 6).outcome.ttft_ms == pytest.approx([30.0] * 6)
+
+
+def test_a_group_that_comes_back_reports_at_once() -> None:
+    layout = Layout((group(Role.BOTH),) * 2, outages=(Outage(0, 5.0, 10.0),), report_ms=1e6)
+    served = serve(layout, [100, 100], [1, 1], [0.0, 16.0])
+    assert served.outcome.ttft_ms == pytest.approx([25.0, 20.0])
+
+
+def test_a_request_of_one_token_is_done_where_it_is_prefilled() -> None:
+    served = serve(apart(link=Link(1.0)), [100, 100], [50, 1], [0.0, 30.0])
+    assert served.outcome.ttft_ms == pytest.approx([20.0, 20.0])
+    assert served.outcome.e2e_ms[1] == pytest.approx(20.0)
+
+
 def test_speculation_gains_several_tokens_a_step_for_more_rows() -> None:
     speculation = Speculation(acceptance_length=2.0, rows=4, draft_ms=1.0)
     layout = Layout((group(Role.BOTH, chunk_tokens=2048, speculation=speculation),))
@@ -154,6 +182,7 @@ def test_requests_wait_when_nobody_is_left() -> None:
         (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, prompt=Coefficients(1, -1, 0))),)), "prompt is .*-1"),
         (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_ms=16.0)),)), "can't save 16.0 ms"),
         (lambda: Layout((group(Role.BOTH),), outages=(Outage(1, 0.0, 1.0),)), "one of 1 groups"),
+        (lambda: Layout((group(Role.BOTH),), report_ms=-1.0), "report_ms is -1.0, not 0 or more"),
         (lambda: serve(Layout((group(Role.BOTH, kv_tokens=100),)), [100], [9]), "room for 100 tokens .* needs 110"),
     ],
 )

@@ -5,6 +5,7 @@ tolerations; head: whether it has the gateway.
 {{- define "slipstream.pod" -}}
 {{- $values := .root.Values -}}
 spec:
+  terminationGracePeriodSeconds: {{ add 10 (ceil $values.config.gateway.drain_timeout_s) }}
   containers:
     - name: {{ .name }}
       image: {{ printf "%s:%s" $values.image.repository $values.image.tag | quote }}

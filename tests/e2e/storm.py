@@ -1,20 +1,16 @@
-"""A thousand requests, many of them dropped by the client somewhere: each ends once, and nothing is left or grows."""
+"""A storm of requests, many of them dropped by the client somewhere, and what it leaves of a server."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import re
-from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
-from tests.e2e.conftest import Server, start
+from tests.e2e.conftest import Server
 
-pytestmark = pytest.mark.e2e
-NUM_REQUESTS = 1000
 CONCURRENCY = 32
 
 
@@ -76,22 +72,3 @@ def footprint(server: Server) -> tuple[int, int, int]:
         sum(p.num_fds() for p in replicas),
         sum(p.num_threads() for p in replicas),
     )
-
-
-async def test_every_request_ends_once_and_nothing_grows(folder: Path) -> None:
-    server = start(folder)
-    try:
-        await storm(server.url, 500, seed=0)  # first use of everything, and of memory that allocators keep
-        before, memory = await settled(server), footprint(server)
-        ends = await storm(server.url, NUM_REQUESTS, seed=1)
-        after, memory_after = await settled(server), footprint(server)
-    finally:
-        server.stop()
-    assert min(ends.count(kind) for kind in ("done", "left", "gave up")) > 50
-    success = "vllm:request_success_total"
-    ended = total(after, success) - total(before, success)
-    # A client that gives up at once may be gone before its request is read, and is then none.
-    assert NUM_REQUESTS - ends.count("gave up") <= ended <= NUM_REQUESTS
-    assert memory_after[0] - memory[0] < 40
-    assert memory_after[1] - memory[1] < 16
-    assert memory_after[2] - memory[2] < 8

@@ -1,0 +1,29 @@
+"""Workers that share the cores of a machine: what of that was never measured."""
+
+from __future__ import annotations
+
+from placement.profile import Profile
+
+
+def crowded(profile: Profile, workers: int, cores: int) -> str | None:
+    """What is taken for true of so many workers on one machine with so many cores; None if they were measured beside
+    each other, and of devices that nobody shares."""
+    threads = workers * profile.setting.devices
+    if profile.setting.device != "cpu" or threads <= cores:
+        return not_measured_together(profile, workers)
+    return (
+        f"{workers} workers on one machine are extrapolated: they compute with {threads} threads on {cores} cores, and "
+        f"are taken to get turns there, so that each takes {threads / cores:.3g} times as long while all compute"
+    )
+
+
+def not_measured_together(profile: Profile, workers: int) -> str | None:
+    """The same where each has cores of its own."""
+    measured = profile.setting.beside + 1
+    if profile.setting.device != "cpu" or workers <= measured:
+        return None
+    cost = "as much as the first" if measured > 1 else "nothing"
+    return (
+        f"{workers} workers on one machine are extrapolated: no more than {measured} were measured at a time, and a "
+        f"further one is taken to cost {cost}; profile with --beside {workers - 1}"
+    )
