@@ -24,6 +24,8 @@ STATUS = ReplanStatus(
     decided={"reactive": 1, "predictive": 2},
     attainment=0.75,
     goodput_rps=1.5,
+    correction={"prompts": 1.25, "decodes": 1.0},
+    acceptance_length=2.5,
     decisions=[DECIDED],
 )
 
@@ -40,6 +42,7 @@ async def test_the_plan_and_what_was_decided_lately_are_shown(gateway: MakeGatew
     shown = (await server.client.get("/replanning")).json()
     assert (shown["plan_id"], shown["wanted"]) == (3, {"prefill": 1, "decode": 2})
     assert shown["decisions"][0]["why"] == "tokens are slow"
+    assert (shown["correction"], shown["acceptance_length"]) == ({"prompts": 1.25, "decodes": 1.0}, 2.5)
 
 
 async def test_the_series_say_what_is_planned_and_what_is_reached(gateway: MakeGateway) -> None:
@@ -50,3 +53,4 @@ async def test_the_series_say_what_is_planned_and_what_is_reached(gateway: MakeG
     assert server.sample("slipstream:replans_total", replica="0", by="predictive", mode="on") == 2
     assert server.sample("slipstream:slo_attainment", replica="0") == 0.75
     assert server.sample("slipstream:goodput_rps", replica="0") == 1.5
+    assert server.sample("slipstream:profile_correction", replica="0", work="prompts") == 1.25
