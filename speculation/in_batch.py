@@ -66,6 +66,22 @@ class Round:
     verify_seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class Rest:
+    """What is left of a Budgets.rest, and whose it is."""
+
+    request_ids: list[str]
+    left: int
+
+    def covers(self, candidates: Sequence[Candidate], num_other_tokens: int) -> bool:
+        return (
+            self.left > 0
+            and not num_other_tokens
+            and len(candidates) == len(self.request_ids)
+            and all(c.sequence.request_id == own for c, own in zip(candidates, self.request_ids, strict=True))
+        )
+
+
 class InBatch:
     """Implements engine.drafts.Speculator. `rules` has one for each drafter. Steps are settled in the order in which
     they were proposed for."""
@@ -90,7 +106,9 @@ class InBatch:
         self._stats = stats
         self._vocab_size = vocab_size
         self._max_budget = max_budget
-        self._rounds: deque[Round] = deque()
+        self._rounds: deque[Round | None] = deque()  # None: the controller rests
+        self._rest = Rest([], 0)
+        self._num_rested = 0
         self._wishes: dict[str, Wishes] = {}
 
     @property
@@ -100,12 +118,17 @@ class InBatch:
     @property
     def reads_logits(self) -> bool:
         """For the step that was proposed for last. Which rules judge it is for its requests to say too."""
-        judging = self._rounds[-1].parts if self._rounds else ()
+        last = self._rounds[-1] if self._rounds else None
+        judging = last.parts if last is not None else ()
         return self._crew.reads_top or any(part.rule.reads_laws for part in judging)
 
     # --- before the step -------------------------------------------------------------------------------------------
 
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:
+        if self._rest.covers(candidates, num_other_tokens):
+            self._rest.left -= 1
+            self._rounds.append(None)
+            return None
         wishes = [self._wishes_of(candidate.sequence) for candidate in candidates]
         requests = self._crew.requests([candidate.sequence for candidate in candidates])
         load = Load(
@@ -121,6 +144,7 @@ class InBatch:
         budgets = replace(budgets, drafters=drafters)
         round_ = Round(requests, load, budgets, num_other_tokens + len(candidates))
         self._rounds.append(round_)
+        self._rest = Rest([c.sequence.request_id for c in candidates] if budgets.rest else [], budgets.rest)
         if not self._crew or not budgets.candidates.any():
             return None
         started = time.perf_counter()
@@ -184,6 +208,7 @@ class InBatch:
         step = Step(schedule, batch, output)
         verdicts: list[int | Verdict] = output.token_ids[step.first_rows].tolist()
         round_ = self._rounds[0]
+        assert round_ is not None, "there are drafts in the step"
         for part in round_.parts:
             rows = step.logit_rows_of(part.candidates)
             outcome = part.rule.verify(
@@ -197,7 +222,8 @@ class InBatch:
 
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
         started = time.perf_counter()
-        round_ = self._rounds.popleft() if any(chunk.decodes for chunk in schedule.chunks) else None
+        decodes = any(chunk.decodes for chunk in schedule.chunks)
+        round_ = self._rounds.popleft() if decodes else None
         if round_ is not None:
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
                 self._count(part, outcome, round_)
@@ -208,6 +234,9 @@ class InBatch:
         if round_ is not None:
             round_.verify_seconds += time.perf_counter() - started
             self._record(round_, output.seconds)
+        elif decodes:
+            self._num_rested += 1
+            self.counters.step_seconds += output.seconds
 
     def forget(self, sequence: EngineSequence) -> None:
         self._wishes.pop(sequence.request_id, None)
@@ -242,7 +271,7 @@ class InBatch:
 
     def _teach(self, step: Step, round_: Round | None) -> None:
         """Where nothing was drafted, drafters that need not know every row are told as much as the allowance lets."""
-        started, plain = time.perf_counter(), round_ is not None and not round_.parts and step.only_decodes
+        started, plain = time.perf_counter(), step.only_decodes and (round_ is None or not round_.parts)
         spared = plain and not self._allowance.left
         for name in self._crew:
             if spared and not self._crew[name].needs.taps:
@@ -283,7 +312,9 @@ class InBatch:
             step_seconds=step_seconds,
             draft_seconds=round_.draft_seconds,
             verify_seconds=round_.verify_seconds if round_.parts else 0.0,
+            rested=self._num_rested,
         )
+        self._num_rested = 0
         self.counters.time(timing)
         tally = Tally(np.zeros(len(round_.requests), np.int64), np.ones(len(round_.requests), np.int64))
         for part, outcome in zip(round_.parts, round_.outcomes, strict=True):

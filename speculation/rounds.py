@@ -152,6 +152,9 @@ class Budgets:
     """[requests] who drafts."""
     floor: float = 0.0
     """What a drafter may leave out: see protocols.Drafter.propose."""
+    rest: int = 0
+    """Of a plain step: so many more that decode the same requests and nothing else are plain as well, and the
+    controller need not be asked about them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,8 @@ class Timing:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     """The rule, the commit, and telling everyone."""
+    rested: int = 0
+    """Plain steps since the one recorded before that the controller was not asked about (Budgets.rest)."""
 
     @property
     def seconds(self) -> float:

@@ -37,6 +37,6 @@ class BaseController:
         return np.minimum(load.limits, self.limits.max_budget)
 
 
-def plain_step(drafters: Sequence[str]) -> Budgets:
+def plain_step(drafters: Sequence[str], rest: int = 0) -> Budgets:
     nothing = np.zeros(len(drafters), np.int64)
-    return Budgets(nothing, nothing, drafters)
+    return Budgets(nothing, nothing, drafters, rest=rest)

@@ -35,12 +35,14 @@ HALVED = 8
 """Of so many steps that speculate one has half the budgets, for the same reason."""
 GAPS = (4, 256)
 """Steps before another try: at first, and at most."""
+UNAFFORDABLE = 16
+"""Steps before it is looked again whether there is the money for a try."""
 USES = 4
 """Steps for which budgets that were found best are used."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 128
 """Rounds of a class before it may be written off while others are drafted for; steps until it is tried again."""
-THINNED, EACH = 64, 8
-"""After so many plain steps in a row one of so many is looked at, for all: looking takes time between steps."""
+REST = 8
+"""Steps at most until the controller is asked again: asking and telling it take time between steps."""
 REFRESH = (8, 128)
 """Steps that speculate before a plain one: as many as make that cost REFRESHING, within these bounds."""
 REFRESHING = 0.005
@@ -54,7 +56,7 @@ class Goodput(BaseController):
         self._time = StepTime(len(limits.drafters))
         self._purse = Purse()
         self._patience = Patience()
-        self._since_plain = self._plain_in_a_row = 0
+        self._since_plain = 0
         self._refresh = float(REFRESH[0])
         self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
         self._found = (np.zeros(0, np.int64), 1.0)
@@ -70,7 +72,7 @@ class Goodput(BaseController):
         if not (room.any() and self._time.known and self._purse.affords(0.0) and self._since_plain < self._refresh):
             return plain_step(drafters)
         if not self._patience.looks(load):
-            return plain_step(drafters)
+            return plain_step(drafters, self._patience.rest())
         if not self._time.added_known:
             return self._budgets(self._try(load, drafters, room), drafters)
         known = np.array([stats.known(drafter) for drafter in drafters])
@@ -97,24 +99,17 @@ class Goodput(BaseController):
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         if not budgets.tokens.any():
-            self._record_plain(load, timing)
+            self._since_plain = 0
+            if (expected := self._time.record_plain(load, timing.seconds)) is not None:
+                self._purse.account_plain(expected, 1 + timing.rested)
             return
         self._since_plain += 1
-        self._plain_in_a_row = 0
         if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take
             return
         speculation = self._speculation(tally.drafted, budgets.drafters)
         plain, seconds = self._time.record(load, speculation, timing.seconds)
+        self._purse.account_plain(plain, timing.rested)
         self._purse.account(plain, seconds, float(tally.emitted.mean()))
-
-    def _record_plain(self, load: Load, timing: Timing) -> None:
-        self._since_plain = 0
-        self._plain_in_a_row += 1
-        steps = EACH if self._plain_in_a_row > THINNED else 1
-        if self._plain_in_a_row % steps:
-            return
-        if (expected := self._time.record_plain(load, timing.seconds)) is not None:
-            self._purse.account_plain(expected, steps)
 
     def _budgets(self, tokens: NDArray[np.int64], drafters: Sequence[str]) -> Budgets:
         return Budgets(tokens, tokens, drafters)
@@ -190,6 +185,12 @@ class Patience:
         self._wait = max(0, self._wait - 1)
         return changed or self._wait == 0
 
+    def rest(self) -> int:
+        """How many further steps of the same batch nobody needs to look; they are taken as waited."""
+        steps = min(self._wait - 1, REST)
+        self._wait -= steps
+        return steps
+
     @property
     def next_try(self) -> tuple[int, int]:
         return TRIES[self._tries % len(TRIES)]
@@ -203,7 +204,7 @@ class Patience:
         if self._wait > 0:
             return False
         if not affordable:
-            self._wait = GAPS[0]
+            self._wait = UNAFFORDABLE
             return False
         self._gap = GAPS[0] if rich else min(2 * self._gap, GAPS[1])
         self._wait = 0 if rich else self._gap

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speculation.acceptance import Acceptance
+from speculation.controllers.base import plain_step
 from speculation.laws import DraftLaw
 from speculation.protocols import Controller
 from speculation.rounds import Load, Outcome, Tally, Timing
@@ -65,6 +66,8 @@ class Run:
     """That plain steps would have taken for the tokens."""
     budgets: list[NDArray[np.int64]] = field(default_factory=list)
     drafters: list[Sequence[str]] = field(default_factory=list)
+    asked: list[bool] = field(default_factory=list)
+    """Whether the controller was: it may rest."""
 
     def speedup(self, start: int = 0) -> float:
         """From a step on."""
@@ -84,11 +87,14 @@ def simulate(
     """Steps of a batch of these classes, which may change with the step."""
     hardware, rng, run = hardware or Hardware(), np.random.default_rng(seed), Run()
     stats = Acceptance(max_budget)
+    before, rest, rested = list[str](), 0, 0
     for step in range(steps):
-        now = classes(step) if callable(classes) else classes
+        now = list(classes(step) if callable(classes) else classes)
         contexts = np.full(len(now), 200 + step % 400)
         load = Load(now, contexts, np.full(len(now), room))
-        budgets = controller.budget(load, stats)
+        rests, before = rest > 0 and now == before, now
+        budgets = plain_step([""] * len(now)) if rests else controller.budget(load, stats)
+        rest = rest - 1 if rests else budgets.rest
         drafted, emitted, draft_seconds = np.zeros(len(now), np.int64), np.ones(len(now), np.int64), 0.0
         for name in sorted({budgets.drafters[r] for r in np.flatnonzero(budgets.tokens)}):
             some = np.flatnonzero((budgets.tokens > 0) & (np.array(budgets.drafters) == name))
@@ -104,8 +110,12 @@ def simulate(
         slow = 5.0 if rng.random() < hardware.hiccups else 1.0
         ideal, noise = hardware.step(rows, int(contexts.sum())), slow * float(rng.lognormal(0.0, hardware.noise))
         verify_seconds = VERIFY if budgets.tokens.any() else 0.0
-        timing = Timing(len(now), int(contexts.sum()), rows, ideal * noise, draft_seconds, verify_seconds)
-        controller.record(load, budgets, Tally(drafted, emitted), timing)
+        rested += rests
+        if not rests:
+            timing = Timing(len(now), int(contexts.sum()), rows, ideal * noise, draft_seconds, verify_seconds, rested)
+            controller.record(load, budgets, Tally(drafted, emitted), timing)
+            rested = 0
+        run.asked.append(not rests)
         run.seconds.append(ideal + draft_seconds + verify_seconds)
         run.plain_seconds.append(hardware.step(len(now), int(contexts.sum())) * float(emitted.mean()))
         run.budgets.append(budgets.tokens)

@@ -53,6 +53,11 @@ def test_it_comes_close_to_the_best_budget(alpha: float, batch: int) -> None:
     assert found > 0.9 * best
 
 
+def test_while_nothing_is_worth_it_the_controller_rests() -> None:
+    asked = run(SimulatedDrafter(0.0), 1, 1000).asked
+    assert np.mean(asked[500:]) < 0.3
+
+
 def test_budgets_fall_as_the_batch_grows() -> None:
     mean = [np.mean(run(SimulatedDrafter(0.95), batch, 400).budgets[200:]) for batch in (1, 4, 16)]
     assert mean[0] > 1.5 * mean[1] > 2 * mean[2] > 0

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from core.types import Grammar, GrammarKind, SamplingParams
+from engine.drafts import Candidate
 from engine.runner import ModelRunner
 from engine.sequence import Sequence as EngineSequence
 from engine.structured.grammars import Grammars
 from speculation.acceptance import Acceptance
-from speculation.controllers.base import BaseController, Limits
+from speculation.controllers.base import BaseController, Limits, plain_step
 from speculation.in_batch import InBatch
 from speculation.laws import DraftLaw
-from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Needs
+from speculation.protocols import Controller
+from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Needs, Tally, Timing
 from speculation.rules.registry import RULES
 from speculation.tree import DraftBatch, offsets_of
 from tests.engine import test_reproducible as reproducible
@@ -84,7 +86,7 @@ class Prompter:
 
 
 class Moods(BaseController):
-    """Budgets of every size, none included."""
+    """Budgets of every size, none included, and rests."""
 
     def __init__(self, drafters: Sequence[str] = ("prompter",), seed: int = 0) -> None:
         super().__init__(Limits(BUDGET, tuple(drafters)))
@@ -93,14 +95,35 @@ class Moods(BaseController):
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
         room = self.room(load)
         asked = self._rng.integers(0, room + 1) * self._rng.integers(0, 2)
-        return Budgets(asked, asked, [self.limits.drafters[0]] * len(room))
+        rest = 0 if asked.any() else int(self._rng.integers(0, 4))
+        return Budgets(asked, asked, [self.limits.drafters[0]] * len(room), rest=rest)
 
 
-def in_batch(drafter: Prompter, rule: str = "sampled", vocab: int = VOCAB) -> InBatch:
+class Rests(BaseController):
+    """Wants no drafts, and to be asked again after so many steps."""
+
+    def __init__(self, rest: int) -> None:
+        super().__init__(Limits(BUDGET, ("prompter",)))
+        self.asked: list[int] = []
+        """Requests in the step."""
+        self.rested: list[int] = []
+        self._rest = rest
+
+    def budget(self, load: Load, stats: Acceptance) -> Budgets:
+        self.asked.append(len(load.classes))
+        return plain_step(["prompter"] * len(load.classes), self._rest)
+
+    def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
+        self.rested.append(timing.rested)
+
+
+def in_batch(
+    drafter: Prompter, rule: str = "sampled", vocab: int = VOCAB, controller: Controller | None = None
+) -> InBatch:
     return InBatch(
         {drafter.name: drafter},
         {drafter.name: RULES[rule]},
-        Moods(),
+        controller or Moods(),
         Acceptance(BUDGET),
         vocab_size=vocab,
         max_budget=BUDGET,
@@ -180,6 +203,23 @@ def test_what_a_drafter_is_shown_is_what_the_model_says_of_its_tokens(model: Mod
         assert seen.top_ids is not None
         assert seen.taps[1].shape[0] == len(seen.indices)
         assert seen.top_ids[:, 0].tolist() == [text[index + 1] for index in seen.indices]
+
+
+def test_a_controller_that_rests_is_asked_again_when_its_steps_are_over(model: ModelRunner) -> None:
+    job, controller = reproducible.Job(20, SamplingParams(max_tokens=23, temperature=0.0)), Rests(4)
+    speculator = in_batch(Prompter(), controller=controller)
+    outputs(LateRunner(model, 1), [job], num_blocks=64, step_tokens=64, speculator=speculator)
+    assert controller.rested == [0, 4, 4, 4, 4]  # 22 steps decode, and the last one rests
+
+
+def test_or_when_other_requests_are_decoded_or_a_prompt_beside_them() -> None:
+    controller = Rests(100)
+    speculator = in_batch(Prompter(), controller=controller)
+    job = reproducible.Job(20, SamplingParams(max_tokens=23, temperature=0.0))
+    a, b = (Candidate(job.sequence(name), BUDGET) for name in "ab")
+    for candidates, num_other_tokens in (([a], 0), ([a], 0), ([a, b], 0), ([a, b], 0), ([b], 0), ([b], 5), ([b], 0)):
+        assert speculator.propose(candidates, num_other_tokens) is None
+    assert controller.asked == [1, 2, 1, 1]
 
 
 def test_grammars_are_followed_and_bend_no_text(tmp_path: Path) -> None:
