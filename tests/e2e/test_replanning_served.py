@@ -1,4 +1,4 @@
-"""`slipstream serve --replan on`: workers are added and given up while requests run, and none of these is lost."""
+"""`slipstream serve --replan on`: workers are given up and added while requests run, and none of these is lost."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from tests.placement.profiles import profile
 
 pytestmark = pytest.mark.e2e
 
-SLOW = StepLatency(Coefficients(10.0, 0.1, 0.0), Coefficients(20.0, 0.0, 4.0), Coefficients(200.0, 0.0, 4.0), 100)
-"""A worker decodes no more than eight sequences in steps of 52 ms. The tiny model is faster, so nobody misses a target:
-what happens is what the forecast asks for."""
+SLOW = StepLatency(Coefficients(10.0, 0.1, 0.0), Coefficients(40.0, 0.0, 8.0), Coefficients(400.0, 0.0, 8.0), 100)
+"""The tiny model is several times as fast, so nobody misses a target: what happens is what the forecast asks for, with
+this profile or, once it is corrected as far as can be, with steps half as long."""
 OUTPUT = 20
-MANY, FEW = 16.0, 2.5
-"""Requests per second: more than one such worker decodes, and less."""
+MANY, FEW = 12.0, 2.0
+"""Requests per second. Even with steps half as long one worker decodes about ten, so the former takes two; the latter
+takes one even by the profile as it is, which decodes about four. More than two are not asked for: where there are two
+cores, a forecast knows that a third worker would take turns with them."""
 PATIENCE_S = 180.0
 
 
@@ -34,7 +36,7 @@ class Load:
     """Requests at a rate that can be changed."""
 
     def __init__(self, url: str) -> None:
-        self.rate = MANY
+        self.rate = FEW
         self.statuses: Counter[int | str] = Counter()
         self._client = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=100))
         self._under_way: set[asyncio.Task[None]] = set()
@@ -97,6 +99,11 @@ def alive(server: Server) -> int:
     return sum(line.startswith("vllm:num_requests_running{") for line in server.metrics().splitlines())
 
 
+async def one_worker_left(server: Server) -> None:
+    await until(lambda: alive(server) == 1, "doing with one worker")
+    await until(lambda: len(server.replicas("worker")) == 1, "the end of the other")
+
+
 @pytest.fixture
 def made(folder: Path, tmp_path: Path) -> Path:
     """A profile of workers that decode slowly."""
@@ -107,15 +114,15 @@ def made(folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-async def test_workers_are_added_and_given_up_as_traffic_grows_and_falls_and_no_request_is_lost(
+async def test_workers_are_given_up_and_added_as_traffic_grows_and_falls_and_no_request_is_lost(
     folder: Path, made: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "traffic.jsonl"
     flags = {
         "replan": "on",
         "replan-profile": made,
-        "replan-slo": "ttft=2000,tpot=60",
-        "replan-max-workers": 3,
+        "replan-slo": "ttft=2000,tpot=150",
+        "replan-max-workers": 2,
         "replan-interval": 0.5,
         "replan-horizon": 600,
         "cpus-per-worker": 0.5,
@@ -124,16 +131,20 @@ async def test_workers_are_added_and_given_up_as_traffic_grows_and_falls_and_no_
     server = start(folder, *(f"--{name}={value}" for name, value in flags.items()))
     try:
         async with under_load(server.url) as load:
-            await until(lambda: alive(server) == 3, "a third worker")
-            assert len(server.replicas("worker")) == 3
+            await until(lambda: alive(server) == 2, "metrics of both workers")
+            await one_worker_left(server)
+            load.rate = MANY
+            await until(lambda: alive(server) == 2, "a second worker")
+            assert len(server.replicas("worker")) == 2
+            await until(lambda: shown(server)["correction"]["decodes"] < 1, "a correction of the profile")
             load.rate = FEW
-            await until(lambda: alive(server) == 2, "doing with two workers")
-            await until(lambda: len(server.replicas("worker")) == 2, "the end of the third")
+            await one_worker_left(server)
+            await until(lambda: shown(server)["plan_id"] >= 3, "showing the last change")  # it is a second old
             status = shown(server)
             await until(lambda: plan_in_metrics(server) == shown(server)["plan_id"], "metrics of the plan")
         assert set(load.statuses) == {200}, load.statuses
         assert status["mode"] == "on"
-        assert status["plan_id"] == len(status["decisions"]) >= 2
+        assert status["plan_id"] == len(status["decisions"]) >= 3
         assert all(decided["carried_out"] for decided in status["decisions"])
         assert len(log.read_bytes().splitlines()) >= load.statuses[200] - 20  # the last second is still to be told of
     finally:
