@@ -52,6 +52,8 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     """Of transfers that were committed."""
     endings: Counter[str] = field(default_factory=Counter)
+    reasons: list[str] = field(default_factory=list)
+    """Of those that were not."""
     wrong: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
@@ -171,6 +173,8 @@ class Pair:
         outcome = str(said["outcome"])
         if outcome == "committed":
             result.seconds.append(time.monotonic() - started)
+        else:
+            result.reasons.append(outcome)
         result.endings[outcome.split(": ")[0]] += 1
         if said["fault"]:
             result.wrong.append(f"transfer {number}: {said['fault']}")
