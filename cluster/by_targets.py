@@ -108,7 +108,7 @@ def _check_undecided(given: SlipstreamConfig) -> None:
 def _drafter(given: SlipstreamConfig, asked: Asked) -> str | None:
     """Those that are named, or the one that needs no weights; None where none is to draft."""
     if given.speculation.drafter:
-        return ",".join(given.speculation.drafter)
+        return given.speculation.together
     if "drafter" not in given.speculation.model_fields_set:
         return _TRAINING_FREE
     if asked.dataset is not None:

@@ -358,6 +358,11 @@ class SpeculationSection(Section):
         return self
 
     @property
+    def together(self) -> str | None:
+        """Who drafts, as a profile names them; None without a drafter."""
+        return ",".join(self.drafter) or None
+
+    @property
     def settings(self) -> Settings | None:
         """None without a drafter. Raises ConfigError for what does not go together."""
         if not self.drafter:

@@ -53,8 +53,8 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
 
 
 def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated:
-    """A cluster of Ray's may have more nodes, which are
-    taken to be like this one. Raises ConfigError for workers that can't be simulated."""
+    """A cluster of Ray's may have more nodes, which are taken to be like this one. Raises ConfigError for workers that
+    can't be simulated as they are configured."""
     engine, settings = config.engine, settings_of(config)
     limits = Limits(
         stages=(engine.pipeline_parallel_size,),
@@ -62,7 +62,7 @@ def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated:
         max_sequences=engine.sequences,
         kv_cache_bytes=engine.kv_cache_bytes,
         handoff_min_tokens=config.cluster.handoff_min_tokens or 0,
-        drafter=_drafter(config),
+        drafter=config.speculation.together,
     )
     further_nodes = config.cluster.ray_address is not None
     return simulated(grounds.profile, grounds.topology, limits, config.replan.targets, further_nodes=further_nodes)
@@ -96,11 +96,6 @@ def arrangement_as_configured(config: SlipstreamConfig) -> Arrangement:
     return Arrangement(**counts, chunk_tokens=config.engine.batched_tokens(prompts))
 
 
-def _drafter(config: SlipstreamConfig) -> str | None:
-    """As a profile names those that draft together."""
-    return ",".join(config.speculation.drafter) or None
-
-
 def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:
     setting, engine = profile.setting, config.engine
     pairs: dict[str, tuple[object, object]] = {
@@ -123,7 +118,7 @@ def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:
             f"replan.profile: it is of {setting.device}, and the workers compute on {engine.device}",
             param="replan_profile",
         )
-    drafter = _drafter(config)
+    drafter = config.speculation.together
     if drafter is not None and drafter not in {known.drafter for known in profile.drafting}:
         raise ConfigError(
             f"replan.profile: {config.replan.profile} knows nothing of drafts by {drafter}, and the workers have them; "

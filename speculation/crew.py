@@ -77,7 +77,7 @@ class Crew:
     @property
     def reads_rows(self) -> bool:
         """Whether one of them wants to see rows that nobody drafted for."""
-        return self.reads_top or any(drafter.needs.taps for drafter in self._drafters.values())
+        return any(drafter.needs.taps or drafter.needs.top for drafter in self._drafters.values())
 
     def step_took(self, seconds: float) -> None:
         self._step_s = _FADING * self._step_s + (1 - _FADING) * seconds if self._step_s else seconds

@@ -58,9 +58,8 @@ async def _measure(lender: Lender, pool: KVPool, name: TransportName, num_tokens
     before = _bare(name, nbytes)
     took, overlapped = await _take_all(lender, pool, name, num_tokens, rounds)
     alone = await measure_wire(lender, pool, name, num_tokens, rounds)
-    bare = {
-        key: (rate + after) / 2 for (key, rate), after in zip(before.items(), _bare(name, nbytes).values(), strict=True)
-    }
+    after = _bare(name, nbytes)
+    bare = {loop: statistics.mean((before[loop], after[loop])) for loop in before}
 
     def rates(seconds: float) -> dict[str, float]:
         rate = nbytes / seconds

@@ -8,6 +8,7 @@ from cluster.drafted import Drafts
 from core.types import Role
 from core.wire import DrafterCounters, SpeculationCounters, WorkerCounters, WorkerStatus
 from placement.load import NOTHING, Drafted
+from tests.statuses import status
 
 
 def worker(name: str, generated: int, drafted: int, accepted: int, role: Role = Role.DECODE) -> WorkerStatus:
@@ -21,18 +22,7 @@ def worker(name: str, generated: int, drafted: int, accepted: int, role: Role = 
         accepted_per_position=[],
     )
     speculation = SpeculationCounters(drafters=[counters], switched_off=[], draft_seconds=0.0, verify_seconds=0.0)
-    return WorkerStatus(
-        worker_id=name,
-        role=role,
-        num_running=1,
-        num_waiting=0,
-        num_waiting_tokens=0,
-        num_free_blocks=10,
-        num_blocks=20,
-        block_size=16,
-        max_num_seqs=8,
-        counters=WorkerCounters(generated_tokens=generated, speculation=speculation),
-    )
+    return status(name, role, counters=WorkerCounters(generated_tokens=generated, speculation=speculation))
 
 
 def test_what_was_counted_since_the_last_time_is_told_of_all_who_decode() -> None:

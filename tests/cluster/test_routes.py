@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from cluster.break_even import MIN_OBSERVATIONS, BreakEven
@@ -12,21 +10,7 @@ from cluster.router import Candidate
 from cluster.routes import Routes
 from core.types import Finish, FinishReason, Request, Role, SamplingParams, TokenDelta
 from core.wire import WorkerCounters, WorkerStatus
-
-
-def status(worker_id: str, role: Role, **counters: Any) -> WorkerStatus:
-    return WorkerStatus(
-        worker_id=worker_id,
-        role=role,
-        num_running=0,
-        num_waiting=0,
-        num_waiting_tokens=0,
-        num_free_blocks=100,
-        num_blocks=100,
-        block_size=16,
-        max_num_seqs=8,
-        counters=WorkerCounters(**counters),
-    )
+from tests.statuses import status
 
 
 def route_of(routes: Routes, max_tokens: int, emitted: int = 0, prompt: int = 50) -> tuple[str | None, str]:
@@ -61,14 +45,10 @@ def test_a_tokens_prefill_costs_what_it_took_however_much_was_cached_and_wheneve
 
 
 def _counted(prompts: int, hits: int, computed: int) -> WorkerStatus:
-    return status(
-        "p",
-        Role.PREFILL,
-        prompt_tokens=prompts,
-        prefix_cache_hits=hits,
-        step_tokens=computed,
-        step_seconds=computed * 0.001,
+    counters = WorkerCounters(
+        prompt_tokens=prompts, prefix_cache_hits=hits, step_tokens=computed, step_seconds=computed * 0.001
     )
+    return status("p", Role.PREFILL, counters=counters)
 
 
 @pytest.mark.parametrize(("max_tokens", "emitted", "alone"), [(0, 0, True), (1, 0, True), (2, 0, False), (5, 4, True)])

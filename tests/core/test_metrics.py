@@ -10,6 +10,7 @@ from core.errors import Overloaded
 from core.metrics import NUM_REMEMBERED_WORKERS, GatewayMetrics, WorkerCollector
 from core.types import FinishReason, Role, Slo
 from core.wire import DrafterCounters, SpeculationCounters, WorkerCounters, WorkerStatus
+from tests.statuses import status
 
 GATEWAY = {"model_name": "m", "role": "gateway", "replica": "0"}
 
@@ -103,18 +104,8 @@ def test_refusals_are_counted_by_error(registry: CollectorRegistry, metrics: Gat
 
 
 def worker(worker_id: str, role: Role = Role.DECODE, **counters: int) -> WorkerStatus:
-    return WorkerStatus(
-        worker_id=worker_id,
-        role=role,
-        num_running=2,
-        num_waiting=1,
-        num_waiting_tokens=30,
-        num_free_blocks=1,
-        num_blocks=4,
-        block_size=16,
-        max_num_seqs=8,
-        counters=WorkerCounters(**counters),
-    )
+    busy = {"num_running": 2, "num_waiting": 1, "num_waiting_tokens": 30, "num_free_blocks": 1, "num_blocks": 4}
+    return status(worker_id, role, counters=WorkerCounters(**counters), **busy)
 
 
 def of(registry: CollectorRegistry, name: str, worker_id: str, role: str = "decode") -> float | None:
