@@ -113,6 +113,7 @@ class Engine:
         self._flying: deque[tuple[Schedule, StepBatch, Future[StepOutput]]] = deque()
         self._max_flying = scheduler.config.max_steps_in_flight
         self._oldest_since: float | None = None
+        self._stopped = False
         self.failure: InternalError | None = None
         self._giving = threading.Lock()
         self._num_given = self._num_given_tokens = self._num_taken = self._num_taken_tokens = 0
@@ -204,20 +205,25 @@ class Engine:
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
+    def turn(self, wait: bool = False) -> bool:
+        """Carry out the commands, after waiting for one if `wait`, and take a step, on the calling thread: for whoever
+        turns the loop himself instead of starting its thread. False if there is nothing more to do before a command."""
+        try:
+            self._carry_out_commands(wait)
+            return not self._stopped and self._step()
+        except Exception as error:  # noqa: BLE001 - whatever is wrong in here, every request gets its end
+            self._tell(Report(updates=self._fail(error)))
+            return False
+
     def _run(self) -> None:
         _name_thread(THREAD_NAME)
-        idle = goes_on = True
-        while goes_on:
-            try:
-                goes_on = self._carry_out_commands(wait=idle)
-                idle = not (goes_on and self._turn())
-            except Exception as error:  # noqa: BLE001 - whatever is wrong in here, every request gets its end
-                self._tell(Report(updates=self._fail(error)))
-                idle = True
+        busy = False
+        while not self._stopped:
+            busy = self.turn(wait=not busy)
         while self._flying:
             self._tell(self._take_in_oldest())
 
-    def _turn(self) -> bool:
+    def _step(self) -> bool:
         """Submit the next step, if there is one, and take in the oldest, once it is done or no other may be submitted
         before. False if there was nothing to do: only a command can change that, or the end of the oldest step."""
         schedule = self._scheduler.schedule()
@@ -239,16 +245,16 @@ class Engine:
         if report.updates or report.granted or report.opened or report.computed:
             self._on_report(report)
 
-    def _carry_out_commands(self, wait: bool) -> bool:
-        """Run what is queued, after waiting for a first command if `wait`. False once stop was asked for."""
+    def _carry_out_commands(self, wait: bool) -> None:
+        """Run what is queued, after waiting for a first command if `wait`, up to the one to stop."""
         try:
             command = self._commands.get(block=wait)
             while command is not None:
                 command()
                 command = self._commands.get_nowait()
+            self._stopped = True
         except queue.Empty:
-            return True
-        return False
+            pass
 
     def _submit(self, schedule: Schedule) -> None:
         if not self._flying:

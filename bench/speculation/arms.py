@@ -1,19 +1,19 @@
 """Who answers the questions: an engine that speculates or one that doesn't, over the same model and memory.
 
-Only one of them works at a time. Answers owe nothing to those before but what a drafter has learnt: there is no prefix
-cache.
+Both are turned by one thread, a step of the one after a step of the other, and each has a clock that stands still
+meanwhile: whatever else the machine does meets both alike. Answers owe nothing to those before but what a drafter has
+learnt: there is no prefix cache.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from cluster.config import EngineSection
-from core.errors import InternalError, SlipstreamError
+from core.errors import SlipstreamError
 from core.types import FinishReason, Request, Role, SamplingParams, TokenLogprobs
 from engine.block_manager import BlockManager
 from engine.drafts import Draft, Speculator, Verdict
@@ -24,13 +24,10 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
 from engine.step import StepBatch, StepOutput
 
-_LOOK_S = 1.0
-"""How often to look whether the engine is still there."""
-
 
 @dataclass(slots=True)
 class Answer:
-    """Times are in seconds from when the question was asked."""
+    """Times are in seconds from when the question was asked, by its arm's clock."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -78,47 +75,53 @@ class Watched:
 
 
 class Arm:
-    """An engine with a thread of its own. `batch`: most questions at a time."""
+    """An engine that is turned by whoever asks. `batch`: most questions at a time."""
 
-    def __init__(self, runner: ModelRunner, batch: int, speculator: Speculator | None = None) -> None:
+    def __init__(
+        self, runner: ModelRunner, batch: int, speculator: Speculator | None = None, blocks: BlockManager | None = None
+    ) -> None:
+        """`blocks`: of the runner's pool; give arms that are turned by turns the same."""
         config = SchedulerConfig(
             max_num_seqs=batch,
             max_num_batched_tokens=max(EngineSection().batched_tokens(Role.BOTH), batch),
             max_model_len=runner.config.max_position_embeddings,
         )
-        blocks = BlockManager(runner.pool.num_blocks, runner.layout.block_size, enable_prefix_caching=False)
-        self._engine = Engine(_Lent(runner), Scheduler(config, blocks), self._take, speculator=speculator)
+        scheduler = Scheduler(config, blocks or blocks_of(runner))
+        self._engine = Engine(_Lent(runner), scheduler, self._take, speculator=speculator)
         self._answers: list[Answer] = []
-        self._asked = 0.0
+        self._turned = self._turning_since = 0.0
         self._num_open = 0
+        self._busy = False
         self._error: SlipstreamError | None = None
-        self._done = threading.Event()
-        self._engine.start()
 
     def answer(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[Answer]:
         """All of them at once, to their ends. Raises what ended one before its time."""
-        self._done.clear()
+        (answers,) = answer_by_turns([self], prompts, sampling)
+        return answers
+
+    def ask(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[Answer]:
+        """What the answers will be, once `turn` has said so."""
         self._answers, self._num_open = [Answer() for _ in prompts], len(prompts)
-        sequences = [
-            EngineSequence(Request(request_id=str(index), prompt_token_ids=prompt, sampling=params, deadline=0.0))
-            for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
-        ]
-        self._asked = time.perf_counter()
-        for sequence in sequences:
-            self._engine.add(sequence)
-        while not self._done.wait(_LOOK_S):
-            if not self._engine.alive:
-                raise InternalError("the engine's loop has ended; why is on standard error")
+        self._turned = 0.0
+        for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            request = Request(request_id=str(index), prompt_token_ids=prompt, sampling=params, deadline=0.0)
+            self._engine.add(EngineSequence(request))
+        return self._answers
+
+    def turn(self) -> bool:
+        """One of the engine's loop. False once every answer has ended. Raises what ended one before its time."""
+        self._turning_since = time.perf_counter()
+        self._busy = self._engine.turn(wait=not self._busy)
+        self._turned += time.perf_counter() - self._turning_since
         if self._error is not None:
             raise self._error
-        return self._answers
+        return self._num_open > 0
 
     def close(self) -> None:
         self._engine.stop()
 
     def _take(self, report: Report) -> None:
-        """On the engine's thread."""
-        now = time.perf_counter() - self._asked
+        now = self._turned + time.perf_counter() - self._turning_since
         for update in report.updates:
             answer = self._answers[int(update.sequence.request_id)]
             if answer.token_ids:
@@ -132,8 +135,21 @@ class Arm:
                 self._num_open -= 1
                 if update.finish.reason is FinishReason.ERROR:
                     self._error = update.finish.to_error()
-        if not self._num_open:
-            self._done.set()
+
+
+def answer_by_turns(
+    arms: Sequence[Arm], prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
+) -> list[list[Answer]]:
+    """Of each arm. They take one step at a time, in their order, until all have ended."""
+    answers = [arm.ask(prompts, sampling) for arm in arms]
+    left = list(arms)
+    while left:
+        left = [arm for arm in left if arm.turn()]
+    return answers
+
+
+def blocks_of(runner: ModelRunner) -> BlockManager:
+    return BlockManager(runner.pool.num_blocks, runner.layout.block_size, enable_prefix_caching=False)
 
 
 class _Lent:

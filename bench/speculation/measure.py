@@ -1,5 +1,5 @@
-"""Pairs the answers: each batch of questions is put to an engine that speculates and to one that doesn't, one right
-after the other and in turns first, so that whatever else the machine does meets both alike.
+"""Pairs the answers: each batch of questions is put to an engine that speculates and to one that doesn't, which take
+their steps by turns.
 
 A greedy answer must be the same from both. Where it is not, the model's two best logits before the first other token
 must lie within MARGINS of each other: there rounding decides, which differs with the number of rows of a step.
@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from bench.exactness import MARGIN
 from bench.prompts import num_equal
 from bench.setting import setting_of
-from bench.speculation.arms import Answer, Arm, Watched
+from bench.speculation.arms import Answer, Arm, Watched, answer_by_turns, blocks_of
 from bench.speculation.questions import Question, read_questions
 from bench.speculation.report import Drafts, Pair, Seconds, by_task
 from core.errors import ConfigError
@@ -118,10 +118,10 @@ def _asked(options: Options) -> dict[str, Any]:
 
 
 def _num_blocks(questions: Sequence[Question], options: Options) -> int:
-    """For the longest questions together, each with its answer, a draft, and a block to spare."""
+    """For the longest questions together, each with its answer, a draft, and a block to spare, in both arms."""
     batch, extra = max(options.batches), options.max_tokens + max(entry.max_budget for entry in options.entries)
     longest = sorted((len(question.token_ids) for question in questions), reverse=True)[:batch]
-    return sum(-(-(length + extra) // BLOCK_SIZE) + 1 for length in longest)
+    return 2 * sum(-(-(length + extra) // BLOCK_SIZE) + 1 for length in longest)
 
 
 # --- one way to speculate, at one batch size -----------------------------------------------------------------------
@@ -138,7 +138,8 @@ class Trial:
         self._num_asked = 0
         self._speculator = make_speculator(entry, runner, batch)
         self._watched = Watched(self._speculator)
-        self._plain, self._drafting = Arm(runner, batch), Arm(runner, batch, self._watched)
+        blocks = blocks_of(runner)
+        self._plain, self._drafting = Arm(runner, batch, None, blocks), Arm(runner, batch, self._watched, blocks)
 
     def close(self) -> None:
         self._plain.close()
@@ -153,28 +154,23 @@ class Trial:
         """By made-up questions, so that the first one doesn't wait for threads to start."""
         made_up = random.Random(0).choices(range(self._vocab_size), k=_WARM_UP_TOKENS)
         params = SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0.0)
-        for arm in (self._plain, self._drafting):
-            arm.answer([made_up] * batch, [params] * batch)
+        answer_by_turns([self._plain, self._drafting], [made_up] * batch, [params] * batch)
 
     def ask(self, questions: Sequence[Question], sampling: Sequence[SamplingParams]) -> None:
         """A batch, of both."""
         prompts = [question.token_ids for question in questions]
         before = self._seconds
         self._watched.judged.clear()
-        answers = {arm: arm.answer(prompts, sampling) for arm in self._in_turns()}
+        plain_ones, drafted_ones = answer_by_turns([self._plain, self._drafting], prompts, sampling)
         seconds = self._seconds.part_since(before, len(questions))
         drafts = [Drafts() for _ in questions]
         for judged in self._watched.judged:
             drafts[judged.index].add(judged.draft, judged.path)
-        for index, question in enumerate(questions):
-            plain, drafted = answers[self._plain][index], answers[self._drafting][index]
+        for index, (question, plain, drafted) in enumerate(zip(questions, plain_ones, drafted_ones, strict=True)):
             self.pairs.append(Pair(question.task, self._num_asked, plain, drafted, drafts[index], seconds))
             if sampling[index].temperature < GREEDY_TEMPERATURE and plain.token_ids != drafted.token_ids:
                 self.divergences.append(self._divergence(question, plain, drafted))
         self._num_asked += 1
-
-    def _in_turns(self) -> tuple[Arm, Arm]:
-        return (self._drafting, self._plain) if self._num_asked % 2 else (self._plain, self._drafting)
 
     @property
     def _seconds(self) -> Seconds:

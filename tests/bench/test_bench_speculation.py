@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 
 import speculation.rules.sampled
 from bench.cli import bench
-from bench.speculation.arms import Answer, Arm
+from bench.speculation.arms import Answer, Arm, answer_by_turns, blocks_of
 from bench.speculation.entries import USELESS
 from bench.speculation.plot import svg
 from bench.speculation.report import Drafts, Pair, Seconds, by_task, interval, summary
 from bench.speculation.step_times import ROWS, draft_of, free_rows, verification
+from core.types import SamplingParams
 from engine.drafts import Draft
 from engine.runner import ModelRunner
 from speculation.dice import KeyedDice
@@ -276,18 +278,33 @@ def test_right_drafts_are_accepted_and_change_no_answer(model: Path, dataset: Pa
     assert nothing_known["divergences"] == all_known["divergences"] == []
 
 
-def test_both_sides_of_a_pair_go_first_in_turns(
+def test_both_sides_of_a_pair_take_their_steps_by_turns(
     model: Path, dataset: Path, scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, Arm]] = []
-    answer = Arm.answer
-    monkeypatch.setattr(
-        Arm, "answer", lambda arm, prompts, of: asked.append((len(prompts), arm)) or answer(arm, prompts, of)
-    )
+    turned: list[Arm] = []
+    turn = Arm.turn
+    monkeypatch.setattr(Arm, "turn", lambda arm: turned.append(arm) or turn(arm))
     measured(model, dataset, "--drafters", "scripted", "--batch", "2")
-    plain, drafting = asked[0][1], asked[1][1]
+    plain, drafting = turned[:2]
     assert plain is not drafting
-    assert asked[2:] == [(2, arm) for arm in (plain, drafting, drafting, plain) * 2]
+    assert turned == [plain, drafting] * (len(turned) // 2)
+
+
+def test_the_clock_of_a_side_stands_still_while_the_other_takes_its_turn(model: Path) -> None:
+    runner = ModelRunner.load(model, dtype="float32", device="cpu", threads=1, block_size=16, num_blocks=32)
+    blocks = blocks_of(runner)
+    arms = [Arm(runner, 1, None, blocks), Arm(runner, 1, None, blocks)]
+    turn = arms[1].turn
+    arms[1].turn = lambda: time.sleep(0.05) or turn()  # type: ignore[method-assign]
+    answers = answer_by_turns(arms, [[1, 2, 3]], [SamplingParams(max_tokens=8, temperature=0.0)])
+    assert [one.token_ids for (one,) in answers] == [answers[0][0].token_ids] * 2
+    assert answers[0][0].seconds < 0.2
+    assert answers[0][0].steps == answers[1][0].steps == 7
+    assert blocks.num_free == runner.pool.num_blocks
+    for arm in arms:
+        arm.close()
+    runner.shutdown()
+    runner.pool.close()
 
 
 def accept_all(batch: DraftBatch, rows: TargetRows, dice: KeyedDice) -> Outcome:
