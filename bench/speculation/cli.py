@@ -26,6 +26,7 @@ _OF_ANSWERS = (
     "num_prompts",
     "max_tokens",
     "temperature",
+    "ignore_eos",
     "plot",
 )
 _OF_STEPS = ("context", "runs")
@@ -44,6 +45,7 @@ _OF_STEPS = ("context", "runs")
 @click.option("--num-prompts", default=80, type=click.IntRange(1), help="Spread over the file. [default: 80]")
 @click.option("--max-tokens", default=1024, type=click.IntRange(2), help="Of an answer; default: 1024, as Spec-Bench.")
 @click.option("--temperature", default=0.0, type=click.FloatRange(0), help="[default: 0, greedy]")
+@click.option("--ignore-eos", is_flag=True, help="Answers have all of --max-tokens, with and without drafts.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the speed-ups to this .svg file.")
 @click.option("--context", default=256, type=click.IntRange(1), help="In the cache, of --step-times. [default: 256]")
 @click.option("--runs", default=7, type=click.IntRange(1), help="Of each step of --step-times. [default: 7]")
@@ -108,7 +110,7 @@ def _answers(
         from bench.speculation.table import line
         from engine.checkpoints import Silent, resolve
 
-        asked = ("num_prompts", "max_tokens", "temperature", "threads", "dtype", "device")
+        asked = ("num_prompts", "max_tokens", "temperature", "ignore_eos", "threads", "dtype", "device")
         options = Options(dataset=dataset, entries=entries, batches=batches, **{name: flags[name] for name in asked})
         folder = resolve(model, progress=Silent())
         result = {"model": model, **measure(folder, options, lambda one: click.echo(line(one), err=True))}

@@ -46,6 +46,7 @@ class Options:
     num_prompts: int
     max_tokens: int
     temperature: float
+    ignore_eos: bool
     threads: int | None
     dtype: str
     device: str
@@ -103,9 +104,8 @@ def _run(
 
 
 def _sampling(options: Options, model: ServedModel) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=model.eos_token_ids
-    )
+    ends = () if options.ignore_eos else model.eos_token_ids
+    return SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, stop_token_ids=ends)
 
 
 def _asked(options: Options) -> dict[str, Any]:
@@ -113,6 +113,7 @@ def _asked(options: Options) -> dict[str, Any]:
         "dataset": str(options.dataset),
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
+        "ignore_eos": options.ignore_eos,
         "budget": options.entries[0].max_budget,
     }
 

@@ -35,13 +35,13 @@ HALVED = 8
 """Of so many steps that speculate one has half the budgets, for the same reason."""
 GAPS = (4, 256)
 """Steps before another try: at first, and at most."""
-UNAFFORDABLE = 16
+UNAFFORDABLE = 64
 """Steps before it is looked again whether there is the money for a try."""
 USES = 4
 """Steps for which budgets that were found best are used."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 128
 """Rounds of a class before it may be written off while others are drafted for; steps until it is tried again."""
-REST = 8
+REST = 32
 """Steps at most until the controller is asked again: asking and telling it take time between steps."""
 REFRESH = (8, 128)
 """Steps that speculate before a plain one: as many as make that cost REFRESHING, within these bounds."""

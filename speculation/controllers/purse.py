@@ -9,7 +9,7 @@ step that takes longer is paid back before the next.
 
 from __future__ import annotations
 
-SHARE = 0.005
+SHARE = 0.003
 """Of the time of plain work, for trying."""
 START, ENOUGH, CAP = 2.0, 1.5, 8.0
 """In plain steps, by what the last one would have taken."""
