@@ -99,7 +99,7 @@ def _healthy(url: str) -> bool:
 
 def bare_prefill_ms(folder: Path, prompts: list[list[int]], threads: int) -> float:
     """Median time of one prefill step on an engine that does nothing else."""
-    from cluster.config import EngineSection
+    from cluster.config.engine import EngineSection
     from cluster.worker import load_runner
     from core.types import Request, SamplingParams
     from engine.batching import build_batch

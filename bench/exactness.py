@@ -88,7 +88,7 @@ def compare(expected: Reference, got: list[int]) -> str:
 
 
 async def run_case(folder: Path, case: Case, references: list[Reference], max_tokens: int) -> dict[str, int]:
-    from cluster.config import load
+    from cluster.config.loading import load
     from cluster.local import local_cluster
     from core.types import Request, SamplingParams
     from engine.model_config import ModelConfig

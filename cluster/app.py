@@ -25,9 +25,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from cluster.at_hand import at_hand
-from cluster.attendance import Attendance
 from cluster.client import ClusterBackend
-from cluster.config import SlipstreamConfig, on_device
+from cluster.config.loading import on_device
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import Group, groups_of
 from cluster.membership import Member, Membership, Orders, Plan
 from cluster.recorder import Report
@@ -38,7 +38,7 @@ from cluster.routes import Routes
 from cluster.serve_scale import scale_deployment
 from cluster.traffic_log import TrafficLog
 from core.errors import Unavailable
-from core.replan_metrics import ReplanStatus
+from core.replan_metrics import Decided, ReplanStatus
 from core.tracing import export_spans
 from core.types import Role
 from engine.kv_layout import KVLayout
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 APP_NAME = "slipstream"
 HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
 SHUTDOWN_SLACK_S = 5.0
-LEAVE_TIMEOUT_S = 2.0
-"""Serve's handles wait for a deployment that is gone."""
+LEAVE_TIMEOUT_S = 0.5
+"""Serve's handles wait for a deployment that is gone, so when everything ends this is what its end takes."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """Of a resource that Ray gives the head node only."""
 
@@ -101,13 +101,15 @@ class Worker:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, group: Group, folder: str, threads: int, controller: DeploymentHandle
     ) -> None:
-        from cluster.worker import drafter_bytes, load_runner, make_node  # torch is not needed to deploy
+        # Torch is not needed to deploy, nor in the other replicas.
+        from cluster.attendance import Attendance
+        from cluster.worker import load_runner, make_node
 
         self._config = config = group.config
         self._controller = controller
         worker_id = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # the process, for who looks at a metric's label
         path = await asyncio.to_thread(at_hand, config, folder)
-        runner = await asyncio.to_thread(load_runner, path, config.engine, threads, drafter_bytes(config))
+        runner = await asyncio.to_thread(load_runner, path, config.engine, threads, config.speculation.settings)
         _trace(config, "slipstream-worker", worker_id)
         node = ray.get_runtime_context().get_node_id()
         role = await controller.admit.remote(worker_id, runner.layout, node, group.roles)
@@ -182,6 +184,7 @@ class Gateway:
             report=report if config.replan.mode != "off" or log is not None else None,
         )
         _trace(config, "slipstream-gateway", f"gateway-{os.getpid()}")
+        self._backend = backend
         self._front = Front(config, await asyncio.to_thread(at_hand, config, folder), backend)
         await self._front.start()
 
@@ -195,6 +198,11 @@ class Gateway:
     async def ready(self) -> tuple[bool, str]:
         """Whether a request would be served, and if not, why."""
         return self._front.ready()
+
+    async def decided(self) -> list[Decided]:
+        """What replanning decided lately."""
+        status = self._backend.status().replanning
+        return [] if status is None else status.decisions
 
     async def drain(self) -> None:
         """Refuse new requests and wait for the running ones, drain_timeout_s at most."""
@@ -236,11 +244,10 @@ def build(
     config = on_device(config, "cuda" if shares[0].gpus else "cpu")
     groups = groups_of(config)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-    common: dict[str, Any] = {**HEALTH, "logging_config": quiet}
+    common: dict[str, Any] = {**HEALTH, "logging_config": quiet, "graceful_shutdown_wait_loop_s": 0.1}
     drained: dict[str, Any] = {
         "max_constructor_retry_count": 2,
         "graceful_shutdown_timeout_s": config.gateway.drain_timeout_s + SHUTDOWN_SLACK_S,
-        "graceful_shutdown_wait_loop_s": 0.1,
         **common,
     }
     controller = serve.deployment(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 
 
 def at_hand(config: SlipstreamConfig, folder: str) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from cluster.membership import ANNOUNCE_PERIOD_S, Member, Orders
 from cluster.node import WorkerNode
 from core.errors import Unavailable

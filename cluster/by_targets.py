@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checks import weight_bytes
-from cluster.config import PREFILL_SHAPE, SlipstreamConfig, load, overlaid, read_tree
+from cluster.config.cluster import PREFILL_SHAPE
+from cluster.config.loading import load, overlaid, read_tree
+from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import topology_here
 from cluster.planning import Searched, kv_cache_bytes_on, planned, workload_of
 from cluster.stored_profiles import Settings, Stored, Way, profile_of, ways
@@ -66,11 +68,12 @@ def config_for(
     workload = _workload(asked, say)
     topology = topology_here(on_cpu=given.engine.device == "cpu")
     drafter = _drafter(given, asked)
-    stored = _profiles(given, _measured(given, drafter, asked), topology, say)
+    replanning = flags.get(_REPLAN, "off") != "off"
+    most_workers = flags.get("replan_max_workers") if replanning else None
+    stored = _profiles(given, _measured(given, drafter, asked), topology, most_workers or 1, say)
     profiles = [one.profile for one in stored]
     limits = _limits(given, drafter, topology)
     objective: Objective = "total" if asked.rate is None else "per-device"
-    replanning = flags.get(_REPLAN, "off") != "off"
     plan = partial(planned, topology=topology, limits=limits, workload=workload, goal=goal, objective=objective)
     plan = partial(plan, rate=asked.rate, drafter=drafter, weights=given.speculation.weights)
     found = plan(profiles, any_role=replanning)
@@ -137,9 +140,9 @@ def _measured(given: SlipstreamConfig, drafter: str | None, asked: Asked) -> Set
 
 
 def _profiles(
-    given: SlipstreamConfig, settings: Settings, topology: Topology, say: Callable[[str], None]
+    given: SlipstreamConfig, settings: Settings, topology: Topology, most_workers: int, say: Callable[[str], None]
 ) -> list[Stored]:
-    """One of each way to share the machine that the model can be split in."""
+    """One of each way to share the machine that the model can be split in, and so many workers have room in."""
     from engine.checkpoints import resolve
     from engine.checkpoints.bars import Bars
     from engine.weights import fingerprint
@@ -151,9 +154,16 @@ def _profiles(
     able = [way for way in ways(topology) if _fits(weights, config, way, topology)]
     if not able:
         raise ConfigError(f"the model does not fit: {weights / 1e9:.3g} GB of weights; {topology.source}")
+    (node,) = topology.nodes
+    roomy = [way for way in able if way.tp * way.threads * most_workers <= node.devices]
+    if not roomy:
+        most = max(node.devices // (way.tp * way.threads) for way in able)
+        raise ConfigError(
+            f"--replan-max-workers {most_workers}: --slo plans for {most} workers here at the most; lower it",
+            param="replan_max_workers",
+        )
     identity = fingerprint(folder, config, engine.quantization or "")
-    device = topology.nodes[0].device
-    return [profile_of(folder, given.model, identity, way, device, settings, say) for way in able]
+    return [profile_of(folder, given.model, identity, way, node.device, settings, say) for way in roomy]
 
 
 def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bool:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.config import EngineSection, SlipstreamConfig
+from cluster.config.engine import EngineSection
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import groups_of
 from cluster.machine import available_memory
 from core.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from cluster.config import load, overlaid
+from cluster.config.loading import load, overlaid
 from cluster.one_line import one_line
 from cluster.options import ListOptions, config_options
 from core.errors import ConfigError

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cluster.checks import cache_bytes, process_bytes
-from cluster.config import SlipstreamConfig, validated
+from cluster.config.loading import validated
+from cluster.config.tree import SlipstreamConfig
 from core.errors import ConfigError
 from core.files import write_text
 from core.types import Role

@@ -7,7 +7,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from cluster.client import ClusterBackend
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from cluster.limits import max_model_len
 from cluster.notation import parse_bytes
 from core.errors import InternalError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from core.types import Role
 
 

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from cluster.checklist import Checklist
 from cluster.checks import check_kv_transport, check_memory, hold_port
-from cluster.config import SlipstreamConfig, on_device
+from cluster.config.loading import on_device
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import groups_of
 from cluster.machine import has_gpu, usable_cores
 from cluster.ray_nodes import check_there, nodes_of
@@ -23,9 +24,11 @@ from cluster.resources import Share, share_on
 from cluster.session import session_folder
 from cluster.signals import Stop, Stopped, stop_signals
 from core.errors import ConfigError
+from core.replan_metrics import Decided
 
 READY_TIMEOUT_S = 300.0
 CALL_TIMEOUT_S = 10.0
+DELETE_TIMEOUT_S = 60.0
 POLL_S = 0.1
 
 
@@ -72,7 +75,7 @@ def _serve_held(
     ):
         url = _wait_ready(config, handle, stop, checklist)
         _print_urls(config, url, checklist, console)
-        _watch(stop, say)
+        _watch(config, handle, stop, say)
         stopping = time.monotonic()
         console.quiet = console.is_terminal and stop.signum == signal.SIGHUP  # the terminal has gone
         _drain(config, handle, say)
@@ -213,7 +216,12 @@ def _delete(say: Callable[[str], None]) -> None:
     from cluster.app import APP_NAME
 
     try:
-        ray_serve.delete(APP_NAME)  # Serve itself goes with the cluster, or stays if the cluster is not ours
+        ray_serve.delete(APP_NAME, _blocking=False)  # Serve goes with the cluster, or stays if the cluster is not ours
+        deadline = time.monotonic() + DELETE_TIMEOUT_S
+        while APP_NAME in ray_serve.status().applications:  # Serve's own wait looks once a second
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it is still there after {DELETE_TIMEOUT_S:g} s")
+            time.sleep(POLL_S)
     except (RayError, RayServeException, TimeoutError) as error:
         say(f"the application {APP_NAME} could not be deleted from the cluster: {_last_line(str(error))}")
 
@@ -288,16 +296,19 @@ def _print_urls(config: SlipstreamConfig, url: str, checklist: Checklist, consol
     )
 
 
-def _watch(stop: Stop, say: Callable[[str], None]) -> None:
-    """Wait for the signal; say so when the application changes its health."""
+def _watch(config: SlipstreamConfig, handle: Any, stop: Stop, say: Callable[[str], None]) -> None:
+    """Wait for the signal; say so when the application changes its health, and what replanning decides."""
     from ray import serve as ray_serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     from cluster.app import APP_NAME
 
-    last = "running"
+    last, said_s = "running", 0.0
     while not stop.wait(1.0):
+        for decided in _decided(handle, said_s) if config.replan.mode != "off" else ():
+            say(f"replanning: {decided}")
+            said_s = decided.at_s
         try:
             app = ray_serve.status().applications.get(APP_NAME)
             now = app.status.value.lower() if app is not None else "gone"
@@ -306,6 +317,18 @@ def _watch(stop: Stop, say: Callable[[str], None]) -> None:
         if now != last:
             say(f"cluster is {now}")
             last = now
+
+
+def _decided(handle: Any, since_s: float) -> list[Decided]:
+    """What replanning has decided since; nothing while the gateway does not answer."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        lately: list[Decided] = handle.decided.remote().result(timeout_s=1.0)
+    except (RayError, RayServeException, TimeoutError):
+        return []
+    return [decided for decided in lately if decided.at_s > since_s]
 
 
 def _drain(config: SlipstreamConfig, handle: Any, say: Callable[[str], None]) -> None:

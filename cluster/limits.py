@@ -3,7 +3,7 @@ not hold, so both take it from here."""
 
 from __future__ import annotations
 
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from cluster.attendance import Attendance
 from cluster.client import ClusterBackend
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import group_of
 from cluster.membership import Member, Membership, Orders, Plan
 from cluster.node import WorkerNode
 from cluster.recorder import Report
 from cluster.replanning import Replan, Replanning
 from cluster.routes import Routes
-from cluster.worker import drafter_bytes, load_runner, make_node
+from cluster.worker import load_runner, make_node
 from core.replan_metrics import ReplanStatus
 from core.types import Role
 
@@ -75,7 +75,9 @@ class LocalCluster:
     async def _start_worker(self, worker_id: str, role: Role) -> WorkerNode:
         group = group_of(self._config, role)
         engine = group.config.engine
-        runner = await asyncio.to_thread(load_runner, self._folder, engine, self._threads, drafter_bytes(self._config))
+        runner = await asyncio.to_thread(
+            load_runner, self._folder, engine, self._threads, self._config.speculation.settings
+        )
         node = make_node(worker_id, role, runner, self._config, self._folder)
         address = await node.start("127.0.0.1")
         self.nodes[worker_id] = node

@@ -11,7 +11,7 @@ import click
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from cluster.config import leaves
+from cluster.config.tree import leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
 

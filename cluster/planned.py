@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.config import validated
+from cluster.config.loading import validated
 from core.errors import ConfigError
 from placement.candidates import Candidate
 from placement.packing import packed

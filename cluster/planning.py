@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.config import EngineSection, load
+from cluster.config.engine import EngineSection
+from cluster.config.loading import load
 from cluster.machine import cpu_name, usable_cores, versions
 from cluster.planned import config_of, one_shape, why_not
 from core.errors import ConfigError

@@ -6,15 +6,16 @@ import logging
 
 from msgspec import Struct
 
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from core.errors import ConfigError
 from core.types import Role
 from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
-from placement.crowding import crowded
+from placement.crowding import crowded_cluster
 from placement.forecast import maker
 from placement.goodput import Goal
 from placement.profile import Profile, read_profile
+from placement.reachable import arrangements
 from placement.replanner import Replanner, ReplanSettings
 from placement.shapes import Limits
 from placement.topology import Topology
@@ -45,9 +46,10 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
     warm_start = config.replan.warm_start
     earlier = [] if warm_start is None else history(read_trace(warm_start), settings_of(config).predictive_s)
     grounds = Grounds(profile, topology_here(), tuple(earlier))
-    replanner_of(config, grounds)
-    together = predictor_of(config, grounds).on_a_node(config.most_workers)
-    if warning := crowded(profile, together, grounds.topology.most_in_a_node(profile.setting.device)):
+    workers = predictor_of(config, grounds)
+    if stuck := _stuck(_replanner(config, grounds, workers)):
+        logger.warning("replan: %s", stuck)
+    if warning := crowded_cluster(profile, grounds.topology, workers, config.most_workers):
         logger.warning("replan.profile: %s", warning)
     return grounds
 
@@ -70,9 +72,7 @@ def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated:
 
 def replanner_of(config: SlipstreamConfig, grounds: Grounds) -> Replanner:
     """Raises ConfigError for workers that can't be simulated as they are configured."""
-    settings, predictor = settings_of(config), predictor_of(config, grounds)
-    forecast = maker(config.replan.forecast, warm=[period.rate for period in grounds.before])
-    return Replanner(settings, predictor, arrangement_as_configured(config), forecast, grounds.before)
+    return _replanner(config, grounds, predictor_of(config, grounds))
 
 
 def settings_of(config: SlipstreamConfig) -> ReplanSettings:
@@ -94,6 +94,24 @@ def arrangement_as_configured(config: SlipstreamConfig) -> Arrangement:
     prompts = Role.PREFILL if Role.PREFILL in roles else Role.BOTH
     counts = {role.value: roles.get(role, 0) for role in Role}
     return Arrangement(**counts, chunk_tokens=config.engine.batched_tokens(prompts))
+
+
+def _replanner(config: SlipstreamConfig, grounds: Grounds, workers: Simulated) -> Replanner:
+    forecast = maker(config.replan.forecast, warm=[period.rate for period in grounds.before])
+    return Replanner(settings_of(config), workers, arrangement_as_configured(config), forecast, grounds.before)
+
+
+def _stuck(replanner: Replanner) -> str | None:
+    """Why replanning can change nothing; None if it can."""
+    settings, now = replanner.settings, replanner.arrangement
+    numbers = range(1, settings.most_workers + 1) if settings.most_workers else (now.workers,)
+    reachable = (to for count in numbers for to in arrangements(count, settings.least_workers, settings.chunk_tokens))
+    if any(to != now and replanner.predictor.why_not(to) is None for to in reachable):
+        return None
+    return (
+        f"nothing can be changed while there is no other way to use {now.workers} worker{'s' * (now.workers > 1)}: "
+        "allow more with --replan-max-workers, or other steps with --replan-chunk-tokens"
+    )
 
 
 def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:

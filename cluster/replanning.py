@@ -127,20 +127,19 @@ class Replanning:
             return
         self._advised = change.to
         self._decided[change.by] += 1
-        self._decisions.append(
-            Decided(
-                at_s=time.time(),
-                by=change.by,
-                to=str(change.to),
-                why=change.why,
-                before=change.before,
-                after=change.after,
-                gain=change.gain,
-                cost=change.cost,
-                carried_out=on,
-            )
+        decided = Decided(
+            at_s=time.time(),
+            by=change.by,
+            to=str(change.to),
+            why=change.why,
+            before=change.before,
+            after=change.after,
+            gain=change.gain,
+            cost=change.cost,
+            carried_out=on,
         )
-        logger.warning("%s to %s: %s", "changing" if on else "would change", change.to, change.why)
+        self._decisions.append(decided)
+        logger.warning("%s", decided)
         if on:
             await self._carry_out(change.to, now)
 
@@ -168,11 +167,13 @@ class Replanning:
 
     @property
     def status(self) -> ReplanStatus:
-        plan = self._membership.plan
+        plan, goal = self._membership.plan, self._replanner.settings.goal
         return ReplanStatus(
             mode=self._mode,
             plan_id=plan.plan_id,
             wanted={role.value: count for role, count in plan.wanted.items()},
+            arrangement=str(arrangement_of(plan, self._configured)),
+            targets={"ttft_ms": goal.targets.ttft_ms, "tpot_ms": goal.targets.tpot_ms, "share": goal.share},
             decided=dict(self._decided),
             attainment=self._attainment,
             goodput_rps=self._goodput_rps,

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from cluster.planning import limits_of, topology_of
 from core.errors import ConfigError
 from placement.arranged import Simulated, simulated
-from placement.crowding import crowded
+from placement.crowding import crowded_cluster
 from placement.forecast import maker
 from placement.goodput import Goal
 from placement.profile import Profile, read_profile
@@ -66,8 +66,7 @@ def replayed(asked: Asked) -> Replayed:
     forecast = maker(asked.forecast, _season(asked, settings), [period.rate for period in before])
     replanner = Replanner(settings, workers, start, forecast, before)
     found = replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
-    together = workers.on_a_node(max(asked.workers, asked.max_workers or 0))
-    warning = crowded(profile, together, topology.most_in_a_node(profile.setting.device))
+    warning = crowded_cluster(profile, topology, workers, max(asked.workers, asked.max_workers or 0))
     return replace(found, warnings=[warning] if warning else [])
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import Group, groups_of
 from cluster.ray_nodes import RayNode
 from core.errors import ConfigError

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.break_even import BreakEven, FirstGaps
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from cluster.dispatch import Dispatch
 from cluster.prefixes import KnownPrefixes, digests_of
 from cluster.router import Candidate, Prompt, Reason, Route, choose

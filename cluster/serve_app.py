@@ -15,7 +15,8 @@ from ray import serve
 
 from cluster.app import build
 from cluster.checks import check_kv_transport
-from cluster.config import SlipstreamConfig, overlaid
+from cluster.config.loading import overlaid
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import groups_of
 from cluster.ray_nodes import nodes_of
 from cluster.resources import Share, share_on

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from cluster.config import EngineSection, SlipstreamConfig
+from cluster.config.engine import EngineSection
+from cluster.config.tree import SlipstreamConfig
 from cluster.limits import max_model_len
 from cluster.node import WorkerNode
 from core.types import Role
@@ -18,18 +19,21 @@ from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.structured.grammars import Grammars
 from speculation.make import make_observer, make_speculator
+from speculation.settings import Settings
 
 
-def load_runner(folder: Path, engine: EngineSection, threads: int, kept_bytes: int = 0) -> ModelRunner | GroupRunner:
+def load_runner(
+    folder: Path, engine: EngineSection, threads: int, speculation: Settings | None = None
+) -> ModelRunner | GroupRunner:
     """The model with its KV cache, on this process's device or those of a group of processes, ready for its first
-    request. Each process computes on `threads` cores. A GPU's cache leaves `kept_bytes` for drafters."""
+    request. Each process computes on `threads` cores. A GPU's cache leaves room for drafters."""
     # On a thread that ends: OpenMP keeps a team of threads for each that has computed, and once all teams together have
     # more threads than there are cores, none of them waits for work without going to sleep.
     with ThreadPoolExecutor(1, "load") as loading:
-        return loading.submit(_load, folder, engine, threads, kept_bytes).result()
+        return loading.submit(_load, folder, engine, threads, speculation).result()
 
 
-def _load(folder: Path, engine: EngineSection, threads: int, kept_bytes: int) -> ModelRunner | GroupRunner:
+def _load(folder: Path, engine: EngineSection, threads: int, speculation: Settings | None) -> ModelRunner | GroupRunner:
     tp_size, pp_size = engine.tensor_parallel_size, engine.pipeline_parallel_size
     load = ModelRunner.load if engine.ranks == 1 else partial(GroupRunner.load, tp_size=tp_size, pp_size=pp_size)
     runner = load(
@@ -38,20 +42,14 @@ def _load(folder: Path, engine: EngineSection, threads: int, kept_bytes: int) ->
         device=engine.device,
         block_size=engine.block_size,
         kv_cache_bytes=None if engine.kv_cache_memory is None else engine.kv_cache_bytes,
-        gpu=_gpu_share(engine, kept_bytes),
+        gpu=_gpu_share(engine, 0 if speculation is None else speculation.device_bytes),
         enforce_eager=engine.enforce_eager,
         threads=threads,
         quantization=engine.quantization,
         adapters=read_adapters(engine.adapters, folder, engine.max_lora_rank),
     )
-    runner.warm_up()
+    runner.warm_up(0 if speculation is None else speculation.max_budget)
     return runner
-
-
-def drafter_bytes(config: SlipstreamConfig) -> int:
-    """What drafters take of the device of a worker."""
-    settings = config.speculation.settings
-    return 0 if settings is None else settings.device_bytes
 
 
 def _gpu_share(engine: EngineSection, kept_bytes: int) -> GpuShare:

@@ -24,6 +24,9 @@ class Decided(Struct, frozen=True, kw_only=True):
     cost: float
     carried_out: bool
 
+    def __str__(self) -> str:
+        return f"{'changing' if self.carried_out else 'would change'} to {self.to}: {self.why}"
+
 
 class ReplanStatus(Struct, frozen=True, kw_only=True):
     mode: Literal["advise", "on"]
@@ -31,6 +34,10 @@ class ReplanStatus(Struct, frozen=True, kw_only=True):
     """How many plans there have been since the cluster's configuration, which is 0."""
     wanted: dict[str, int]
     """Workers by role, of the plan that is carried out."""
+    arrangement: str
+    """The same in words, with the size of steps, as decisions have it."""
+    targets: dict[str, float]
+    """`ttft_ms` and `tpot_ms`, that the `share` of requests is to meet."""
     decided: dict[str, int]
     """Changes that were decided, by `reactive` and `predictive`."""
     attainment: float | None

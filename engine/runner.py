@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from core.errors import InternalError
-from core.types import SamplingParams, TokenLogprobs
+from core.types import TokenLogprobs
 from engine.attention import PagedAttention
 from engine.cuda.attention import KernelAttention, make_parts, make_static
 from engine.cuda.choice import graph_sizes, why_eager
@@ -35,8 +35,9 @@ from engine.plan import Choices, Plan, blocks_in, make_plan
 from engine.quantization.make import linear_maker
 from engine.sampler import sample
 from engine.scoring import score
-from engine.step import KVSink, Runner, SamplingRow, StepBatch, StepOutput
+from engine.step import KVSink, StepBatch, StepOutput
 from engine.vocabulary import Vocabulary, read_vocabulary
+from engine.warm_up import RowTime, time_rows, warm_up
 from engine.weights import Weights
 
 
@@ -67,6 +68,8 @@ class ModelRunner:
         self.folder: Path | None = None
         """Where the weights are from."""
         self.native = native
+        self.row_times: list[RowTime] = []
+        """Of steps that verify, timed when it was warmed up."""
         self._model: Model | None = model
         self._adapters = adapters
         self._group = group
@@ -171,11 +174,16 @@ class ModelRunner:
             future.set_exception(error)
         return future
 
-    def warm_up(self) -> None:
-        """Run a prompt and a decode step, so that the first request doesn't wait for kernels to be made, and capture
-        decode steps. Writes to block 0: only before the first sequence."""
-        warm_up(self, min(self.layout.block_size, self.config.max_position_embeddings))
+    def warm_up(self, draft_tokens: int = 0) -> None:
+        """Run a prompt and a decode step, so that the first request doesn't wait for kernels to be made, capture decode
+        steps, and time steps that verify up to so many draft tokens. Writes to the first blocks: only before the first
+        sequence."""
+        size, longest = self.layout.block_size, self.config.max_position_embeddings
+        warm_up(self, min(size, longest))
         self._capture()
+        if draft_tokens:
+            room = min(self.pool.num_blocks * size, longest)
+            self.row_times = time_rows(self, 1 + draft_tokens, room, size)
 
     def vocabulary(self) -> Vocabulary:
         """What others may share of the model. Raises ModelError for one that has no such parts as ours have."""
@@ -263,24 +271,3 @@ class ModelRunner:
 def _native(plan: Plan, device: torch.device, dtype: str) -> bool:
     """Whether our own kernels run; they are compiled on the way where that has not been done."""
     return device.type == "cpu" and dtype == "bfloat16" and not plan.enforce_eager and library.load()
-
-
-def warm_up(runner: Runner, num_tokens: int) -> None:
-    """A prompt of so many tokens, which fit a block, all but one of them after that one, and a decode step."""
-    rows = np.arange(num_tokens, dtype=np.int64)
-    block = np.zeros(1, np.int64)
-    row = SamplingRow(SamplingParams(max_tokens=1, top_p=0.9, top_k=20), position=0)
-    for count, context in {(num_tokens, 0), (num_tokens - 1, 1), (1, 0)}:
-        if not count:
-            continue
-        batch = StepBatch(
-            token_ids=np.zeros(count, np.int64),
-            positions=rows[context : context + count],
-            slots=rows[context : context + count],
-            query_starts=np.array([0, count]),
-            context_lens=np.array([context]),
-            block_tables=(block,),
-            logit_rows=np.array([count - 1]),
-            sampling=(row,),
-        )
-        runner.submit(batch).result()

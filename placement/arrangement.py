@@ -24,5 +24,6 @@ class Arrangement(Struct, frozen=True):
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.BOTH: self.both}[role]
 
     def __str__(self) -> str:
-        counts = [f"{self.of(role)} {role.value}" for role in Role if self.of(role)]
+        names = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "of both roles"}
+        counts = [f"{self.of(role)} {name}" for role, name in names.items() if self.of(role)]
         return f"{' + '.join(counts) or 'no workers'}, steps of {self.chunk_tokens} tokens"

@@ -56,6 +56,7 @@ class Space:
     learner_devices: Mapping[str, int] = field(default_factory=dict)
     roles: frozenset[Role] = frozenset(Role)
     refused: Mapping[str, str] = field(default_factory=dict)
+    _free: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for pool in {option.pool for option in self.options} | set(self.learner_devices):
@@ -79,10 +80,12 @@ class Space:
 
     def free(self, pool: str) -> list[int]:
         """Devices to serve with, of each node that has some."""
-        budget = self.budget(pool)
-        before = accumulate(self.nodes.get(pool, ()), initial=0)
-        left = (min(devices, budget - used) for devices, used in zip(self.nodes.get(pool, ()), before, strict=False))
-        return [devices for devices in left if devices > 0]
+        if pool not in self._free:
+            budget, nodes = self.budget(pool), self.nodes.get(pool, ())
+            before = accumulate(nodes, initial=0)
+            left = (min(devices, budget - used) for devices, used in zip(nodes, before, strict=False))
+            self._free[pool] = [devices for devices in left if devices > 0]
+        return self._free[pool]
 
     def budget(self, pool: str) -> int:
         return sum(self.nodes.get(pool, ())) - self.learner_devices.get(pool, 0)
@@ -178,16 +181,15 @@ class Candidate:
     def layout(self) -> Layout:
         if self.prefill is None:
             alone = self.space.hosts((self.decode, self.decodes))[0]
-            groups = tuple(self._group(self.decode, Role.BOTH, host) for host in alone)
-            return Layout(groups, overhead_ms=self.overhead_ms)
+            return Layout((*self._groups(self.decode, Role.BOTH, alone),), overhead_ms=self.overhead_ms)
         hosts = self._hosts(self.prefill)
-        prefills = [self._group(self.prefill, Role.PREFILL, host) for host in hosts[0]]
-        decodes = [self._group(self.decode, Role.DECODE, host) for host in hosts[1]]
-        takers = range(len(prefills), len(prefills) + len(decodes))
-        paths = {(giver, taker): giver % self.num_links for giver, taker in product(range(len(prefills)), takers)}
+        prefills = self._groups(self.prefill, Role.PREFILL, hosts[0])
+        decodes = self._groups(self.decode, Role.DECODE, hosts[1])
+        takers, links = range(len(prefills), len(prefills) + len(decodes)), self.num_links
+        paths = {(giver, taker): giver % links for giver, taker in product(range(len(prefills)), takers)}
         return Layout(
             (*prefills, *decodes),
-            (self.link,) * self.num_links,
+            (self.link,) * links,
             paths,
             self.space.handoff_min_tokens,
             overhead_ms=self.overhead_ms,
@@ -223,6 +225,10 @@ class Candidate:
         if prefill.pool == self.decode.pool:
             return self.space.hosts(one, other)
         return [self.space.hosts(one)[0], self.space.hosts(other)[0]]
+
+    def _groups(self, option: Option, role: Role, hosts: list[int]) -> list[Group]:
+        on = {host: self._group(option, role, host) for host in set(hosts)}
+        return [on[host] for host in hosts]
 
     def _group(self, option: Option, role: Role, host: int) -> Group:
         island = host if self.near else 0

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from placement.arranged import Simulated
 from placement.profile import Profile
+from placement.topology import Topology
+
+
+def crowded_cluster(profile: Profile, topology: Topology, cluster: Simulated, workers: int) -> str | None:
+    """What is taken for true of a cluster that comes to have so many workers."""
+    return crowded(profile, cluster.on_a_node(workers), topology.most_in_a_node(profile.setting.device))
 
 
 def crowded(profile: Profile, workers: int, cores: int) -> str | None:

@@ -9,16 +9,25 @@ the law.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from placement.live_log import Ended, LiveLog
+from placement.traces import served_workload
 from placement.workload import Workload
 
+KNOWN_S, KNOWN = 300.0, 1000
+"""The last seconds, or requests if these are fewer, that changes are told against, whatever the pace of plans."""
+LOOK_S, LATELY_S = 5.0, 20.0
+"""Between two looks at lengths, and of which they take what has ended, whatever the pace of plans."""
 MOST_COMPARED = 200
 """Requests of either sample: distances are between all pairs."""
 LEAST_COMPARED = 20
+_LEAST_LATELY = 2 * LEAST_COMPARED
+"""Requests that a look takes, also of slow traffic."""
 SLIGHT = 0.03
 """About as far as lengths are apart that vary as much as their mean, and of which one is half as long again."""
 _LIKELY = math.log(20)
@@ -73,6 +82,37 @@ class RateWatch:
     @property
     def _surest(self) -> _Sum:
         return max(self._more, self._less, key=lambda side: side.value)
+
+
+class LengthWatch:
+    """Whether lengths are no longer what they were: those of what has ended lately against those expected. Where these
+    are few, what has ended since and is not so lately any more makes them up to KNOWN."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+        self.expect(-math.inf, ())
+
+    def expect(self, now_s: float, like: Iterable[Ended]) -> None:
+        """From now on."""
+        self._looked_s, self._before = now_s, list(like)
+        self._lately: list[Ended] = []
+
+    def look(self, now_s: float, log: LiveLog) -> float | None:
+        """If lengths have changed, when the first request came that has others. Looks every LOOK_S, if asked as often
+        or oftener."""
+        if now_s - self._looked_s < LOOK_S:
+            return None
+        told = [*self._lately, *sorted(log.ended(self._looked_s), key=lambda one: one.told_s)]
+        self._looked_s = now_s
+        recent = sum(one.told_s > now_s - LATELY_S for one in told)
+        older = max(0, len(told) - max(recent, _LEAST_LATELY))
+        self._before += told[:older][: max(0, KNOWN - len(self._before))]
+        self._lately = told[older:]
+        if min(len(self._before), len(self._lately)) < LEAST_COMPARED:
+            return None
+        lately = sorted(self._lately, key=lambda one: one.came_s)
+        before, now = (served_workload(one.served for one in of) for of in (self._before, lately))
+        return lately[changed_at(now)].came_s if lengths_differ(before, now, rng=self._rng) else None
 
 
 def lengths_differ(

@@ -43,15 +43,13 @@ class Interval:
 def attains(layout: Layout, workload: Workload, rate: float, goal: Goal) -> bool:
     """Whether the share meets the targets, after warm-up, and in the second half too: if queues still grow there, the
     run is not in a steady state and a longer one would fail."""
-    settled, late = (
-        _limits(goal, len(workload), start) for start in (int(len(workload) * WARM_UP), len(workload) // 2)
-    )
-    served = serve_unless_missed(layout, workload, rate, settled)
-    return served is not None and late.kept(served.outcome)
+    settled, late = int(len(workload) * WARM_UP), len(workload) // 2
+    limits = Limits(goal.targets, *(_allowed(goal, len(workload), start) for start in (settled, late)))
+    return serve_unless_missed(layout, workload, rate, limits) is not None
 
 
-def _limits(goal: Goal, requests: int, start: int) -> Limits:
-    return Limits(goal.targets, start, math.floor((1 - goal.share) * (requests - start) + 1e-9))
+def _allowed(goal: Goal, requests: int, start: int) -> tuple[int, int]:
+    return start, math.floor((1 - goal.share) * (requests - start) + 1e-9)
 
 
 def goodput(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, floor: float = 0.0) -> float:

@@ -69,7 +69,8 @@ class StepClock:
 class LaneState:
     """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps; `computing`: the
     share of prompts in it, or in the last if the next may begin at this instant, None if it does not compute. `live`
-    requests are to decode here, and `pending` tokens of prompts to be computed; `told_*`: as the router knows them."""
+    requests are to decode here, and `pending` tokens of prompts to be computed; `told_*`: as the router knows them, and
+    how many more tokens there is memory for."""
 
     index: int
     spec: Lane
@@ -91,6 +92,7 @@ class LaneState:
     pending: int = 0
     told_live: int = 0
     told_pending: int = 0
+    told_free: int = 0
     next_report_ms: float = 0.0
     down: int = 0
     version: int = 0
@@ -112,6 +114,7 @@ class LaneState:
         phase = self.spec.report_phase
         if now_ms >= self.next_report_ms:
             self.told_live, self.told_pending = self.live, self.pending
+            self.told_free = math.floor(self.spec.kv_tokens - self.kv_used + 0.5)
             if every_ms:
                 self.next_report_ms = (math.floor(now_ms / every_ms + phase) + 1 - phase) * every_ms
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
 
 from core.errors import ConfigError
 from core.wire import STATUS_PERIOD_S
@@ -103,7 +104,8 @@ class Layout:
         if not roles - {Role.PREFILL}:
             raise ConfigError("the layout has no group that decodes", param="groups")
         for number, group in enumerate(self.groups):
-            _check_group(number, group)
+            if number == 0 or group is not self.groups[number - 1]:
+                _check_group(number, group)
         for number, link in enumerate(self.links):
             if not (link.ms_per_token >= 0 and link.latency_ms >= 0):
                 raise ConfigError(f"link {number}: times are 0 or more, not {link}", param="links")
@@ -116,18 +118,19 @@ class Layout:
             if not (0 <= outage.group < len(self.groups) and outage.at_ms >= 0 and 0 <= outage.for_ms < float("inf")):
                 raise ConfigError(f"{outage}: needs one of {len(self.groups)} groups and times of 0 or more")
 
-    def lanes(self) -> list[Lane]:
+    @cached_property
+    def lanes(self) -> tuple[Lane, ...]:
         """Groups report by turns, as they would if they had started whenever."""
         apart = 1 / len(self.groups)
         groups = enumerate(self.groups)
-        return [lane for number, group in groups for lane in [_lane(number, group, number * apart)] * group.stages]
+        return tuple(lane for number, group in groups for lane in [_lane(number, group, number * apart)] * group.stages)
 
     def check(self, workload: Workload) -> None:
         """Raise ConfigError for a request that some group could never hold. Prefill groups see output tokens only of
         requests that another group lost."""
         longest_prompt = int(workload.prompt_tokens.max())
         longest = int((workload.prompt_tokens.astype(int) + workload.output_tokens).max())
-        for lane in self.lanes():
+        for lane in self.lanes:
             held = longest_prompt if lane.role is Role.PREFILL and not self.outages else longest
             needed = held + lane.speculation.acceptance_length
             if needed > lane.kv_tokens:

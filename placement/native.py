@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +54,18 @@ def serve(layout: Layout, workload: Workload, rate: float) -> Served:
 
 @dataclass(frozen=True)
 class Limits:
-    """No more than `allowed` of the requests from the place `start` on may miss a target."""
+    """No more than so many of the requests from a place on may miss a target: for each of two (place, so many)."""
 
     targets: Targets
-    start: int
-    allowed: int
+    settled: tuple[int, int]
+    late: tuple[int, int]
 
     def kept(self, outcome: Outcome) -> bool:
-        return int((~outcome.attained(self.targets)[self.start :]).sum()) <= self.allowed
+        missed = ~outcome.attained(self.targets)
+        return all(int(missed[start:].sum()) <= allowed for start, allowed in (self.settled, self.late))
 
 
-NO_LIMITS = Limits(Targets(float("inf"), float("inf")), 0, 0)
+NO_LIMITS = Limits(Targets(float("inf"), float("inf")), (0, 0), (0, 0))
 
 
 def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits: Limits) -> Served | None:
@@ -72,14 +75,14 @@ def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits:
         served = serving.serve_plainly(layout, workload, rate)
         return served if limits.kept(served.outcome) else None
     layout.check(workload)
-    lanes = layout.lanes()
+    lanes = layout.lanes
     arrivals = workload.arrivals_ms(rate)
     first, last, busy = np.zeros(len(workload)), np.zeros(len(workload)), np.zeros(len(lanes))
     preemptions = library.simulate_serving(
-        *((_LaneSpec * len(lanes))(*map(_lane_spec, lanes)), len(lanes)),
+        *(_lane_specs(lanes), len(lanes)),
         (_Link * len(layout.links))(*(_Link(link.ms_per_token, link.latency_ms) for link in layout.links)),
         *(len(layout.links), _paths(layout, lanes), layout.handoff_min_tokens, layout.report_ms),
-        _Limits(limits.targets.ttft_ms - layout.overhead_ms, limits.targets.tpot_ms, limits.start, limits.allowed),
+        _Limits(limits.targets.ttft_ms - layout.overhead_ms, limits.targets.tpot_ms, limits.settled, limits.late),
         *_outages(layout, lanes),
         *(len(workload), arrivals, _contiguous(workload.prompt_tokens), _contiguous(workload.output_tokens)),
         *(_contiguous(workload.cached_tokens), first, last, busy),
@@ -135,7 +138,7 @@ class _Link(ctypes.Structure):
 class _Limits(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_double) for name in ("ttft_ms", "tpot_ms")),
-        *((name, ctypes.c_int64) for name in ("start", "allowed")),
+        *((name, ctypes.c_int64 * 2) for name in ("settled", "late")),
     )
 
 
@@ -175,6 +178,21 @@ def _packed(pipelines: Pipelines) -> _Pipelines:
     )
 
 
+def _lane_specs(lanes: Sequence[Lane]) -> ctypes.Array[_LaneSpec]:
+    """A lane like the one before it is a copy of that, but for its place and when it reports."""
+    specs, before = (_LaneSpec * len(lanes))(), None
+    for number, lane in enumerate(lanes):
+        alike, before = before is not None and _alike(lane) == _alike(before), lane
+        specs[number] = specs[number - 1] if alike else _lane_spec(lane)
+        specs[number].island, specs[number].host = lane.island, lane.host
+        specs[number].report_phase = lane.report_phase
+    return specs
+
+
+_PLACES = {"group", "island", "host", "report_phase"}
+_alike = attrgetter(*(field.name for field in fields(Lane) if field.name not in _PLACES))
+
+
 def _lane_spec(lane: Lane) -> _LaneSpec:
     latency, speculation = lane.latency, lane.speculation
     return _LaneSpec(
@@ -187,13 +205,16 @@ def _lane_spec(lane: Lane) -> _LaneSpec:
     )
 
 
-def _paths(layout: Layout, lanes: list[Lane]) -> Lengths:
+def _paths(layout: Layout, lanes: Sequence[Lane]) -> Lengths:
     """The link from each lane to each, or -1. # [lanes * lanes]"""
-    links = [layout.paths.get((giver.group, taker.group), -1) for giver in lanes for taker in lanes]
-    return np.array(links, np.int32)
+    links = np.full((len(layout.groups),) * 2, -1, np.int32)
+    if layout.paths:
+        links[tuple(np.array([*layout.paths]).T)] = [*layout.paths.values()]
+    groups = [lane.group for lane in lanes]
+    return links[np.ix_(groups, groups)].ravel()
 
 
-def _outages(layout: Layout, lanes: list[Lane]) -> tuple[ctypes.Array[_Outage], int]:
+def _outages(layout: Layout, lanes: Sequence[Lane]) -> tuple[ctypes.Array[_Outage], int]:
     found = [
         _Outage(outage.at_ms, outage.at_ms + outage.for_ms, number)
         for outage in layout.outages

@@ -5,6 +5,7 @@ from __future__ import annotations
 from placement.packing import Seat
 from placement.pareto import Point, thinned
 from placement.plan import Entry, Plan, Spread
+from placement.slo import shown_ms
 
 _SHOWN = ("p50", "p90", "p99")
 _FRONT = 8
@@ -60,11 +61,7 @@ def _predicted(plan: Plan) -> list[str]:
 
 
 def _with_interval(spread: Spread) -> str:
-    return f"{_ms(spread.mean)} ({_ms(max(0.0, spread.low))} to {_ms(spread.high)})"
-
-
-def _ms(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{shown_ms(spread.mean)} ({shown_ms(max(0.0, spread.low))} to {shown_ms(spread.high)})"
 
 
 def _ranked(entry: Entry) -> str:
@@ -75,7 +72,7 @@ def _ranked(entry: Entry) -> str:
 
 
 def _point(point: Point) -> str:
-    latencies = f"{_ms(point.ttft_ms):>10}{_ms(point.tpot_ms):>10}"
+    latencies = f"{shown_ms(point.ttft_ms):>10}{shown_ms(point.tpot_ms):>10}"
     return f"{point.goodput_rps:>10.3g}{latencies}{_cost(point):>26}  {point.name}"
 
 

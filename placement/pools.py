@@ -17,7 +17,7 @@ from placement.layout import ALONE, Group, Layout, Role
 from placement.outcome import Targets
 from placement.workload import Workload
 
-SLACK = 1.05
+SLACK = 1.08
 """A sample of requests may treat fewer groups a little better than many."""
 REQUESTS_PER_STAGE = 150
 LEAST_REQUESTS = 2000

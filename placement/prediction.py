@@ -39,7 +39,7 @@ def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | 
     cpu_s = time.process_time() - started
     outcome = served.outcome
     attainment = None if targets is None else outcome.attainment(targets)
-    groups = np.array([lane.group for lane in layout.lanes()])
+    groups = np.array([lane.group for lane in layout.lanes])
     return Prediction(
         requests=len(workload),
         rate_rps=rate,

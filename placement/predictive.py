@@ -73,7 +73,7 @@ class Outlook:
         gain, cost = more_each_s * settings.horizon_s, moving.disturbed + max(0.0, more_each_s) * moving.delay_s
         why = (
             f"attainment {before:.0%} -> {after:.0%} expected at {self.expected}: {gain:+.0f} requests within targets "
-            f"in {settings.horizon_s:g} s, and {cost:.0f} at most without for the change"
+            f"in {settings.horizon_s:g} s, less {cost:.0f} for the change at the most"
         )
         return Change(to=to, by="predictive", why=why, gain=gain, cost=cost, before=before, after=after)
 

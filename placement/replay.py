@@ -195,7 +195,7 @@ class _Run:
     def _use(self, lanes: list[LaneState], role: types.Role, chunk_tokens: int, *, is_open: bool = True) -> None:
         number = self.lanes.index(lanes)
         roles = [Role[role.name] if n == number else Role.BOTH for n in range(len(self.lanes))]
-        specs = self.workers.layout_of(roles, chunk_tokens).lanes()
+        specs = self.workers.layout_of(roles, chunk_tokens).lanes
         for lane in lanes:
             self.world.use(lane, specs[lane.index], is_open=is_open)
 

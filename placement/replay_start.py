@@ -10,6 +10,7 @@ from placement.arrangement import Arrangement
 from placement.native import serve
 from placement.predictive import Outlook
 from placement.replan_settings import ReplanSettings
+from placement.slo import shown_ms
 from placement.traffic import Expected
 from placement.workload import Workload
 
@@ -66,6 +67,6 @@ def _check_reachable(found: list[Arrangement], settings: ReplanSettings, predict
     raise ConfigError(
         f"ttft={targets.ttft_ms:g} ms and tpot={targets.tpot_ms:g} ms are out of reach for {share:.0%} of the first "
         f"{len(first)} requests: without load {best.attainment(targets):.0%} attain them, and 9 in 10 have TTFT "
-        f"{np.percentile(best.ttft_ms, 90):.3g} ms and TPOT {np.percentile(best.tpot_ms, 90):.3g} ms",
+        f"{shown_ms(np.percentile(best.ttft_ms, 90))} ms and TPOT {shown_ms(np.percentile(best.tpot_ms, 90))} ms",
         param="slo",
     )

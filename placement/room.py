@@ -4,18 +4,19 @@ of it free, and how much depends on what is put together."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 
 def most_beside(nodes: Sequence[int], one: int, other: int) -> list[int]:
     """Of nodes with so many devices: beside 0, 1, … groups of `one` devices, how many of `other` fit. As long as the
     former fit."""
-    return _with_each(nodes, one, other)[-1]
+    return _with_each(tuple(nodes), one, other)[-1]
 
 
 def shared_out(nodes: Sequence[int], one: int, other: int, ones: int, others: int) -> list[tuple[int, int]] | None:
     """How many of either go to each node, the first nodes first. None if they don't fit."""
-    known = _with_each(nodes, one, other)
+    known = _with_each(tuple(nodes), one, other)
     if ones >= len(known[-1]) or known[-1][ones] < others:
         return None
     found: list[tuple[int, int]] = []
@@ -31,7 +32,8 @@ def shared_out(nodes: Sequence[int], one: int, other: int, ones: int, others: in
     return found[::-1]
 
 
-def _with_each(nodes: Sequence[int], one: int, other: int) -> list[list[int]]:
+@lru_cache(maxsize=256)
+def _with_each(nodes: tuple[int, ...], one: int, other: int) -> list[list[int]]:
     """most_beside of no node, of the first, of the first two, and so on."""
 
     def with_another(best: list[int], devices: int) -> list[int]:

@@ -20,6 +20,7 @@ from placement.goodput import Goal, Interval, attains, draws, goodput, goodput_n
 from placement.layout import Layout, Role
 from placement.native import serve
 from placement.pools import most_each, sized
+from placement.slo import shown_ms
 from placement.workload import Workload
 
 Objective = Literal["per-device", "per-dollar", "total"]
@@ -283,7 +284,7 @@ def _unreachable(refused: dict[str, str], tried: list[Candidate], workload: Work
         for name, values in (("TTFT", outcome.ttft_ms), ("TPOT", outcome.tpot_ms)):
             reached = float(sorted(values)[int(goal.share * (len(values) - 1))])
             best[name] = min(best.get(name, (reached, candidate.name)), (reached, candidate.name))
-    reachable = " and ".join(f"{name} {ms:.3g} ms with {layout}" for name, (ms, layout) in best.items())
+    reachable = " and ".join(f"{name} {shown_ms(ms)} ms with {layout}" for name, (ms, layout) in best.items())
     return ConfigError(
         f"no layout attains ttft={goal.targets.ttft_ms:g} ms and tpot={goal.targets.tpot_ms:g} ms for "
         f"{100 * goal.share:g} % of requests at any rate; without load the best is {reachable}"

@@ -1,10 +1,11 @@
 """The simulator of our own system, step by step: the definition that `native.py` computes the same results as.
 
-Requests are routed to the decode lane with the fewest of them, and to the prefill lane with the least to compute in its
-island, by what lanes last reported and what was sent to them since. Lanes fill their steps as the engine's scheduler
-does: every decode, then chunks of prompts in order of arrival. A request holds memory for its tokens on the lane that
-prefills it until its KV has arrived at the lane that decodes it, which reserves room when the prompt is admitted, if it
-has any; chunks then leave as they are computed. Otherwise all of it moves once there is room.
+Requests are routed to the decode lane with the fewest of them, of those that have memory for the prompt, and to the
+prefill lane with the least to compute in its island, by what lanes last reported and what was sent to them since. Lanes
+fill their steps as the engine's scheduler does: every decode, then chunks of prompts in order of arrival. A request
+holds memory for its tokens on the lane that prefills it until its KV has arrived at the lane that decodes it, which
+reserves room when the prompt is admitted, if it has any; chunks then leave as they are computed. Otherwise all of it
+moves once there is room.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class World:
         self.layout = layout
         columns = (workload.prompt_tokens, workload.output_tokens, workload.cached_tokens)
         self.requests = [Request(i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True))]
-        self.lanes = [LaneState(i, lane) for i, lane in enumerate(layout.lanes())]
+        self.lanes = [LaneState(i, lane) for i, lane in enumerate(layout.lanes)]
         self.stranded: list[Request] = []
         self.link_free = [0.0] * len(layout.links)
         self.first, self.last = np.zeros(len(workload)), np.zeros(len(workload))
@@ -117,9 +118,11 @@ class World:
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
-    def _least_live(self) -> LaneState | None:
-        able = [lane for lane in self.lanes if lane.routed and lane.spec.role is not Role.PREFILL]
-        return min(able, key=lambda lane: self._reported(lane).told_live, default=None)
+    def _least_live(self, request: Request) -> LaneState | None:
+        """Of those with memory for the prompt, if there are such; of several with as few the one with most."""
+        needed = request.target - request.cached
+        able = [self._reported(lane) for lane in self.lanes if lane.routed and lane.spec.role is not Role.PREFILL]
+        return min(able, key=lambda lane: (lane.told_free < needed, lane.told_live, -lane.told_free), default=None)
 
     def _least_pending(self, island: int) -> LaneState | None:
         prefill = [lane for lane in self.lanes if lane.routed and lane.spec.role is Role.PREFILL]
@@ -127,15 +130,17 @@ class World:
         return min(able, key=lambda lane: self._reported(lane).told_pending, default=None)
 
     def _reported(self, lane: LaneState) -> LaneState:
-        """With the reports that were due by now; asked also before what it has to do changes."""
+        """With the reports that were due by now; asked also before what it has to do, or holds, changes."""
         lane.report(self.now, self.layout.report_ms)
         return lane
 
-    def _send_to(self, lane: LaneState, *, live: int = 0, pending: int = 0) -> None:
-        """More to do, of which the router knows as it is its own doing."""
+    def _send_to(self, lane: LaneState, *, live: int = 0, pending: int = 0, tokens: int = 0) -> None:
+        """More to do, of which the router knows as it is its own doing, as it knows of how many `tokens` the prompt
+        is that is to be held there."""
         self._change(lane, live=live, pending=pending)
         lane.told_live += live
         lane.told_pending += pending
+        lane.told_free -= tokens
 
     def _change(self, lane: LaneState, *, live: int = 0, pending: int = 0) -> None:
         self._reported(lane)
@@ -145,7 +150,7 @@ class World:
     def _route(self, request: Request) -> None:
         request.target = request.prompt + request.emitted
         request.at, request.reserved = At.ROUTER, False
-        decode = self._least_live()
+        decode = self._least_live(request)
         if decode is None:
             self.stranded.append(request)
             return
@@ -157,7 +162,7 @@ class World:
             elif request.target - request.cached > self.layout.handoff_min_tokens:
                 lane = prefill
         request.p, request.d, request.at = lane.index, decode.index, At.WAITING
-        self._send_to(decode, live=1)
+        self._send_to(decode, live=1, tokens=request.prompt)
         self._send_to(lane, pending=request.target - request.cached)
         lane.waiting.append(request)
         self._kick(lane)
@@ -172,6 +177,7 @@ class World:
     def _begin(self, lane: LaneState) -> None:
         if lane.running is not None or lane.down:
             return
+        self._reported(lane)
         for request in lane.joined:
             self._join(lane, request)
         lane.joined.clear()
@@ -282,6 +288,7 @@ class World:
         return StepClock(took, prompts, since_ms=self.now)
 
     def _end(self, lane: LaneState) -> None:
+        self._reported(lane)
         chunks, lane.running = lane.running or [], None
         lane.busy_ms += self.now - lane.began_ms
         if lane.decoding:
@@ -344,7 +351,7 @@ class World:
         lane = self.lanes[request.d]
         request.reserved = not lane.down and lane.has_room(request)
         if request.reserved:
-            lane.take(request)
+            self._reported(lane).take(request)
         return request.reserved
 
     def _send(self, request: Request, tokens: int) -> None:
@@ -366,6 +373,7 @@ class World:
         self._kick(self.lanes[request.d])
 
     def _release(self, lane: LaneState, request: Request) -> None:
+        self._reported(lane)
         lane.kv_used -= request.target
         lane.seats -= 1
         self._kick(lane)
@@ -407,9 +415,9 @@ class World:
         request.attempt += 1
         request.reserved = False
         self._change(self.lanes[request.d], live=-1)
-        another = self._least_live()
+        another = self._least_live(request)
         request.d = request.d if another is None else another.index
-        self._send_to(self.lanes[request.d], live=1)
+        self._send_to(self.lanes[request.d], live=1, tokens=request.prompt)
         if request.at is At.HELD:
             self._hand_over(request)
 

@@ -23,6 +23,11 @@ def parse_slo(text: str) -> Targets:
     return Targets(found["ttft"], found["tpot"])
 
 
+def shown_ms(value: float) -> str:
+    """To three digits, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _milliseconds(name: str, value: str) -> float:
     try:
         found = float(value)

@@ -10,7 +10,7 @@ import numpy as np
 
 from core.served import Served
 from placement.arrivals import burstiness, gamma_gaps
-from placement.drift import LEAST_COMPARED, RateWatch, changed_at, lengths_differ
+from placement.drift import KNOWN, KNOWN_S, LEAST_COMPARED, LengthWatch, RateWatch
 from placement.forecast import Maker
 from placement.live_log import Ended, LiveLog, Met, Tick
 from placement.replan_settings import ReplanSettings
@@ -18,8 +18,6 @@ from placement.traces import Trace, served_workload
 from placement.workload import Workload
 
 LEAST_RATE = 1e-3
-KNOWN_S, KNOWN = 300.0, 1000
-"""The last seconds, or requests if these are fewer, whose rate changes are told against, whatever the pace of plans."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +67,8 @@ class Traffic:
         """`before`: what forecasts have seen already, in times of `predictive_s` (`history`)."""
         self._settings, self._make = settings, forecast
         self._log = LiveLog(max(settings.window_s, settings.recent_s, KNOWN_S))
-        self._rng = np.random.default_rng(0)
-        self._planned: tuple[float, Expected] | None = None
-        self._compared_s = -math.inf
+        self._watches: tuple[RateWatch, LengthWatch] | None = None
+        """None until there is a plan for what comes now."""
         self._observed_s = self._known_s = -math.inf
         """Up to which forecasts know the rate, and lengths."""
         self._begin_rate(-math.inf)
@@ -100,22 +97,22 @@ class Traffic:
             self._observed_s = self._known_s = now_s - tick.seconds
         changed = self._changed(now_s, tick)
         if changed is not None:
-            self._planned = None
+            self._watches = None
         elif now_s - self._observed_s >= self._settings.predictive_s:
             self._observe(now_s)
         return changed
 
     def planned(self, now_s: float, expected: Expected, *, anew: bool) -> None:
         """A plan was made for this, or is found to do for it: changes are told against the rate that came before it was
-        likely another already, and if the plan is new against the lengths too."""
-        if self._planned is None:
-            self._watch = RateWatch()
-        if self._planned is None or anew:
-            self._planned = now_s, expected
-        long_s = min(KNOWN_S, KNOWN / expected.rate)
-        known = max(self._rate_since_s, now_s - long_s), now_s - self._watch.suspects_s
+        likely another already, and if the plan is new against the lengths that came."""
+        first = self._watches is None
+        rates, lengths = self._watches = self._watches or (RateWatch(), LengthWatch())
+        since_s = now_s - min(KNOWN_S, KNOWN / expected.rate)
+        if first or anew:
+            lengths.expect(now_s, self._log.came(max(self._since_s, since_s), self._known(now_s)))
+        known = max(self._rate_since_s, since_s), now_s - rates.suspects_s
         if (rate := self._log.rate(*known)) is not None:
-            self._watch.expect(max(LEAST_RATE, rate), max(1, self._log.count(*known)), self._log.burstiness(*known))
+            rates.expect(max(LEAST_RATE, rate), max(1, self._log.count(*known)), self._log.burstiness(*known))
 
     def met(self, now_s: float, came_s: float = -math.inf) -> Met:
         """Of what has ended lately, and came at `came_s` or later."""
@@ -173,26 +170,16 @@ class Traffic:
             self._foresee(Period.of(rate, _workload(came)))
 
     def _changed(self, now_s: float, tick: Tick) -> str | None:
-        if self._planned is None:
+        if self._watches is None:
             return None
-        planned_s, before = self._planned
-        if (for_s := self._watch.tell(tick.arrived, tick.seconds)) is not None:
+        rates, lengths = self._watches
+        if (for_s := rates.tell(tick.arrived, tick.seconds)) is not None:
             self._begin_rate(now_s - for_s)
-            return f"the rate is no longer {self._watch.rate:.3g}/s but {self._log.rate(self._rate_since_s):.3g}/s"
-        if now_s - self._compared_s < self._settings.reactive_s:
-            return None
-        self._compared_s = now_s
-        lately = self._lately(planned_s, now_s - self._settings.recent_s)
-        if not lately or not lengths_differ(before.workload, _workload(lately), rng=self._rng):
-            return None
-        self._begin_lengths(lately[changed_at(_workload(lately))].came_s)
-        return "other lengths come than before"
-
-    def _lately(self, planned_s: float, recent_s: float) -> list[Ended]:
-        """What has ended since both; of slow traffic more of what has since the plan was made."""
-        since_plan = self._log.ended(planned_s)
-        recent = sum(one.told_s > recent_s for one in since_plan)
-        return since_plan[-max(recent, 2 * LEAST_COMPARED) :]
+            return f"the rate is no longer {rates.rate:.3g}/s but {self._log.rate(self._rate_since_s):.3g}/s"
+        if (since_s := lengths.look(now_s, self._log)) is not None:
+            self._begin_lengths(since_s)
+            return "other lengths come than before"
+        return None
 
 
 def _workload(ended: Iterable[Ended]) -> Workload:

@@ -25,7 +25,7 @@ def make_speculator(settings: Settings, runner: ModelRunner | GroupRunner, max_r
     return InBatch(
         _drafters(settings.drafters, settings, runner, max_requests, proposes=True),
         dict.fromkeys(settings.drafters, find_rule(settings.rule)),
-        make_controller(settings.controller, Limits(settings.max_budget, settings.drafters)),
+        make_controller(settings.controller, Limits(settings.max_budget, settings.drafters, runner.row_times)),
         Acceptance(settings.max_budget),
         vocab_size=runner.config.vocab_size,
         max_budget=settings.max_budget,

@@ -18,7 +18,7 @@ from bench.engine_speed.roofline import copy_bandwidth, step_bytes, weight_bytes
 from bench.engine_speed.shares import shares
 from bench.engine_speed.timing import Step, timed_step
 from bench.setting import setting_of
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from core.errors import ConfigError
 from core.types import Request, Role, SamplingParams
 from engine.block_manager import BlockManager

@@ -23,7 +23,7 @@ from bench.serving.client import Client
 from bench.serving.http import HttpClient
 from bench.serving.load import offer
 from bench.serving.timeline import Timeline
-from cluster.config import validated
+from cluster.config.loading import validated
 from cluster.membership import Member
 from core.errors import ConfigError, Unavailable
 from engine.model_config import ModelConfig

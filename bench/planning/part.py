@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from cluster.client import ClusterBackend
-from cluster.config import SlipstreamConfig, validated
+from cluster.config.loading import validated
+from cluster.config.tree import SlipstreamConfig
 from cluster.membership import Member
 from cluster.one_line import one_line
 from cluster.routes import Routes
@@ -40,10 +41,10 @@ class Part(msgspec.Struct):
 
 
 async def work(part: Part, config: SlipstreamConfig) -> None:
-    from cluster.worker import drafter_bytes, load_runner, make_node
+    from cluster.worker import load_runner, make_node
 
     folder = Path(part.folder)
-    runner = load_runner(folder, config.for_role(part.role).engine, part.threads, drafter_bytes(config))
+    runner = load_runner(folder, config.for_role(part.role).engine, part.threads, config.speculation.settings)
     node = make_node(part.worker_id, part.role, runner, config, folder)
     address = await node.start("127.0.0.1")
     member = Member(worker_id=part.worker_id, address=address, role=part.role, layout=runner.layout)

@@ -67,7 +67,7 @@ def _measured(
 ) -> Profile:
     if drafter is None and dataset is not None:
         raise ConfigError("--dataset: it is what a drafter drafts for; give --speculation too", param="dataset")
-    from cluster.config import load
+    from cluster.config.loading import load
     from cluster.machine import usable_cores
 
     given |= {} if drafter is None else {"speculation": drafter, "speculation_budget": draft_tokens}

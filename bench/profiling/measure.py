@@ -15,7 +15,7 @@ from bench.profiling.drafting import BATCHES, WHOLE, Effort, measure_drafting
 from bench.profiling.neighbours import Neighbours, Work, neighbours
 from bench.profiling.steps import Stepper
 from bench.setting import setting_of
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from cluster.machine import cpu_name, usable_cores
 from cluster.worker import load_runner
 from core.errors import ConfigError

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from bench.profiling.steps import Stepper
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from cluster.worker import load_runner
 from core.errors import ConfigError
 from placement.grid import Shape

@@ -12,7 +12,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from cluster.recorder import Recorder
 from cluster.replanning import Replan

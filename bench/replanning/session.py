@@ -10,7 +10,8 @@ from typing import Any
 from bench.replanning.measure import Run, measure
 from bench.replanning.report import Report, verdict_of
 from bench.replanning.shift import Phase, Shift, best_split, kinds, most_rate, rates_that_matter
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from cluster.replan_setup import Grounds, grounds_of, replanner_of
 from cluster.replanning import Replan
 from core.errors import ConfigError

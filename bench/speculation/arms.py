@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from core.errors import SlipstreamError
 from core.types import FinishReason, Request, Role, SamplingParams, TokenLogprobs
 from engine.block_manager import BlockManager

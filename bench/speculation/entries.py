@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from cluster.config import SpeculationSection
+from cluster.config.speculation import SpeculationSection
 from cluster.notation import parse_bytes
 from core.errors import ConfigError
 from speculation.drafters.registry import DRAFTERS, DrafterKind

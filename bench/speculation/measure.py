@@ -73,7 +73,7 @@ def measure(folder: Path, options: Options, on_result: Callable[[dict[str, Any]]
         num_blocks=_num_blocks(questions, options),
     )
     try:
-        runner.warm_up()
+        runner.warm_up(max(entry.max_budget for entry in options.entries))
         results = []
         for batch, entry in product(options.batches, options.entries):
             results.append(_run(runner, entry, batch, questions, _sampling(options, model)))

@@ -27,9 +27,9 @@ from engine.parallel.processes import RankProcess
 from engine.parallel.split import Split, check_split
 from engine.parallel.wire import Done, Failed, FromRank, Refused, Run, frame
 from engine.plan import Choices, Plan, make_plan
-from engine.runner import warm_up
 from engine.step import StepBatch, StepOutput
 from engine.vocabulary import Vocabulary, read_vocabulary
+from engine.warm_up import RowTime, time_rows, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class GroupRunner:
         self.pool = pool
         self.native = False
         """What the leader itself might compute is not by our own kernels."""
+        self.row_times: list[RowTime] = []
+        """As a ModelRunner's."""
         self._folder = plan.folder
         self._ranks = ranks
         self._timeout_s = step_timeout_s
@@ -137,9 +139,13 @@ class GroupRunner:
         """As ModelRunner.vocabulary, in memory of the leader's."""
         return read_vocabulary(self._folder, self.config, self.pool.device, DTYPES[self.layout.dtype])
 
-    def warm_up(self) -> None:
+    def warm_up(self, draft_tokens: int = 0) -> None:
         """As ModelRunner.warm_up."""
-        warm_up(self, min(self.layout.block_size, self.config.max_position_embeddings))
+        size, longest = self.layout.block_size, self.config.max_position_embeddings
+        warm_up(self, min(size, longest))
+        if draft_tokens:
+            room = min(self.pool.num_blocks * size, longest)
+            self.row_times = time_rows(self, 1 + draft_tokens, room, size)
 
     def check_health(self) -> None:
         if self._failure is not None:

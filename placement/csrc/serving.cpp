@@ -60,7 +60,7 @@ struct Lane {
     double prompt_share = 0.0, done_ms = 0.0, since_ms = 0.0, slowdown = 1.0;  // as lanes.StepClock
     double computing = idle;                                                  // as lanes.LaneState
     double next_report_ms = 0.0;
-    int64_t steps = 0, planned = 0, pending = 0, told_pending = 0;
+    int64_t steps = 0, planned = 0, pending = 0, told_pending = 0, told_free = 0;
     int seats = 0, live = 0, told_live = 0, down = 0, version = 0;
     bool busy = false, starting = false, advances = false;
 
@@ -73,21 +73,24 @@ struct Lane {
     double context_of(const Request& r) const { return r.target + spec->tokens_per_step * (steps - r.joined_at); }
 };
 
-// A run may end when more than `allowed` of the requests from `from` on have missed a target.
+// A run may end when more than `allowed` of the requests from `from` on have missed a target, in one of the windows.
+struct Window {
+    int64_t from, allowed;
+};
 struct Limits {
     double ttft_ms, tpot_ms;
-    int64_t from, allowed;
+    Window settled, late;
 };
 
 // At one instant: first what ends, then what begins; by lane or request.
-enum Rank { outage, ending, starting };
-enum Kind { fails, is_repaired, step_ends, kv_arrives, begins };
+enum Rank { outage, ending };
+enum Kind { fails, is_repaired, step_ends, kv_arrives };
 struct Event {
     double time;
     int rank, index, kind, version;
     bool operator>(const Event& other) const {
-        return std::tie(time, rank, index, kind, version) >
-               std::tie(other.time, other.rank, other.index, other.kind, other.version);
+        if (time != other.time) return time > other.time;
+        return std::tie(rank, index, kind, version) > std::tie(other.rank, other.index, other.kind, other.version);
     }
 };
 
@@ -96,8 +99,11 @@ class Serving {
     Serving(const LaneSpec* specs, int num_lanes, const Link* links, int num_links, const int32_t* paths,
             int64_t handoff_min_tokens, double report_ms, const Limits& limits, double* first, double* last)
         : lanes_(num_lanes), links_(links), link_free_(num_links), paths_(paths), handoff_min_(handoff_min_tokens),
-          report_ms_(report_ms), limits_(limits), first_(first), last_(last) {
-        for (int i = 0; i < num_lanes; ++i) lanes_[i].spec = &specs[i];
+          report_ms_(report_ms), limits_(limits), settled_(limits.settled), late_(limits.late), first_(first), last_(last) {
+        for (int i = 0; i < num_lanes; ++i) {
+            lanes_[i].spec = &specs[i];
+            contention_ |= contends(specs[i]);
+        }
     }
 
     // Whether it ran to the end.
@@ -109,21 +115,29 @@ class Serving {
             push(outages[i].at_ms, outage, outages[i].lane, fails);
             push(outages[i].until_ms, outage, outages[i].lane, is_repaired);
         }
-        while (static_cast<int>(requests_.size()) < n || !events_.empty()) {
-            if (missed_ > limits_.allowed) return false;
+        while (static_cast<int>(requests_.size()) < n || !events_.empty() || !starting_.empty()) {
+            if (settled_.allowed < 0 || late_.allowed < 0) return false;
             const int next = requests_.size();
-            if (next < n && (events_.empty() || arrivals[next] <= events_.top().time)) {
+            if (next < n && arrivals[next] <= next_time()) {
                 now_ = arrivals[next];
                 requests_.push_back({prompt[next], output[next], cached[next]});
                 route(next);
                 continue;
             }
+            if (!starting_.empty() && (events_.empty() || events_.top().time > now_)) {
+                const int lane = starting_.top();
+                starting_.pop();
+                lanes_[lane].starting = false;
+                begin(lane);
+                continue;
+            }
             const Event event = events_.top();
             events_.pop();
             now_ = event.time;
+            for (; overdue(now_); ++waited_for_) if (!has_begun(waited_for_)) miss(waited_for_);
             handle(event);
         }
-        return missed_ <= limits_.allowed;
+        return settled_.allowed >= 0 && late_.allowed >= 0;
     }
 
     int64_t preemptions = 0;
@@ -134,46 +148,65 @@ class Serving {
         events_.push({time, rank, index, kind, version});
     }
 
+    double next_time() const {
+        if (!starting_.empty()) return now_;
+        return events_.empty() ? std::numeric_limits<double>::infinity() : events_.top().time;
+    }
+
     void handle(const Event& event) {
         switch (event.kind) {
             case fails: return fail(event.index);
             case is_repaired: return repair(event.index);
             case step_ends: if (event.version == lanes_[event.index].version) end(event.index); return;
             case kv_arrives: if (event.version == requests_[event.index].attempt) kv_arrived(event.index); return;
-            default: lanes_[event.index].starting = false; begin(event.index);
         }
     }
 
     // --- routing ---------------------------------------------------------------------------------------------------
 
-    // As LaneState.report.
+    // As LaneState.report: what was so when it was due, so of the steps that run those that had ended before.
     void report(Lane& lane) const {
         if (now_ < lane.next_report_ms) return;
         lane.told_live = lane.live;
         lane.told_pending = lane.pending;
-        const double phase = lane.spec->report_phase;
-        if (report_ms_ > 0) lane.next_report_ms = (std::floor(now_ / report_ms_ + phase) + 1 - phase) * report_ms_;
+        double due = now_;
+        if (report_ms_ > 0) {
+            const double phase = lane.spec->report_phase, number = std::floor(now_ / report_ms_ + phase);
+            due = std::max(lane.next_report_ms, (number - phase) * report_ms_);
+            lane.next_report_ms = (number + 1 - phase) * report_ms_;
+        }
+        const double used = lane.kv_used + (lane.jumping() ? (steps_until(lane, due) - 1) * lane.growth() : 0.0);
+        lane.told_free = static_cast<int64_t>(std::floor(lane.spec->kv_tokens - used + 0.5));
+    }
+
+    // Before what it has to do, or holds, changes.
+    void report_due(Lane& lane) const {
+        if (report_ms_ > 0) report(lane);
     }
 
     void change(Lane& lane, int live, int64_t pending) const {
-        report(lane);
+        report_due(lane);
         lane.live += live;
         lane.pending += pending;
     }
 
     // The router knows, as it is its own doing.
-    void send_to(Lane& lane, int live, int64_t pending) const {
+    void send_to(Lane& lane, int live, int64_t pending, int tokens) const {
         change(lane, live, pending);
         lane.told_live += live;
         lane.told_pending += pending;
+        lane.told_free -= tokens;
     }
 
-    int least_live() {
+    int least_live(const Request& r) {
+        const auto key = [needed = r.target - r.cached](const Lane& lane) {
+            return std::tuple(lane.told_free < needed, lane.told_live, -lane.told_free);
+        };
         int best = -1;
         for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
             if (lanes_[i].down || lanes_[i].spec->role == prefills) continue;
             report(lanes_[i]);
-            if (best < 0 || lanes_[i].told_live < lanes_[best].told_live) best = i;
+            if (best < 0 || key(lanes_[i]) < key(lanes_[best])) best = i;
         }
         return best;
     }
@@ -194,7 +227,7 @@ class Serving {
         r.target = r.prompt + r.emitted;
         r.at = At::router;
         r.reserved = false;
-        r.d = least_live();
+        r.d = least_live(r);
         if (r.d < 0) return stranded_.push_back(index);
         r.p = r.d;
         if (lanes_[r.d].spec->role == decodes) {
@@ -203,10 +236,10 @@ class Serving {
             if (p >= 0 && (ends_at_once || r.target - r.cached > handoff_min_)) r.p = p;
             if (ends_at_once) r.d = r.p;  // there will be no KV to hand over
         }
-        send_to(lanes_[r.d], 1, 0);
+        send_to(lanes_[r.d], 1, 0, r.prompt);
         r.at = At::waiting;
         Lane& lane = lanes_[r.p];
-        send_to(lane, 0, r.target - r.cached);
+        send_to(lane, 0, r.target - r.cached, 0);
         lane.waiting.push_back(index);
         if (lane.waiting.size() == 1) cut_short(r.p);  // behind another that has to wait it would change nothing
         kick(r.p);
@@ -216,7 +249,7 @@ class Serving {
         Lane& lane = lanes_[index];
         if (lane.busy || lane.starting || lane.down) return;
         lane.starting = true;
-        push(now_, starting, index, begins);
+        starting_.push(index);
     }
 
     // --- steps -----------------------------------------------------------------------------------------------------
@@ -224,6 +257,7 @@ class Serving {
     void begin(int index) {
         Lane& lane = lanes_[index];
         if (lane.busy || lane.down) return;
+        report_due(lane);
         for (int joined : lane.joined) join(lane, joined);
         lane.joined.clear();
         make_room(lane);
@@ -242,6 +276,7 @@ class Serving {
 
     // By the others that compute on its host.
     double slowdown(int index) const {
+        if (!contention_) return 1.0;
         const Lane& lane = lanes_[index];
         const LaneSpec& spec = *lane.spec;
         double wanted = spec.cores, more = 0.0;
@@ -266,7 +301,7 @@ class Serving {
     // It computes a step with this share of prompts from now on, or none, and the steps of the others on its host take
     // longer, or less long.
     void compute(int index, double prompts) {
-        if (lanes_[index].computing == prompts) return;
+        if (!contention_ || lanes_[index].computing == prompts) return;
         lanes_[index].computing = prompts;
         for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
             const LaneSpec& other = *lanes_[i].spec;
@@ -277,6 +312,7 @@ class Serving {
     void rescale(int index) {
         Lane& lane = lanes_[index];
         if (lane.end_ms(lane.planned) <= now_) return;
+        report_due(lane);
         if (const int64_t done = lane.jumping() ? steps_done(lane) : 0) {  // what is behind has had its time
             lane.busy_ms += lane.end_ms(done) - lane.start_ms;
             lane.start_ms = lane.end_ms(done);
@@ -413,27 +449,27 @@ class Serving {
         return room < to_end ? std::max<int64_t>(1, room) : to_end;
     }
 
-    // The least count of steps that end no earlier than now, at least one.
-    int64_t steps_until(const Lane& lane) const {
-        const double passed = lane.done_ms + (now_ - lane.since_ms) / lane.slowdown, half = lane.slope_ms / 2, linear = lane.base_ms - half;
+    // The least count of steps that end no earlier than then, at least one.
+    int64_t steps_until(const Lane& lane, double at_ms) const {
+        const double passed = lane.done_ms + (at_ms - lane.since_ms) / lane.slowdown, half = lane.slope_ms / 2, linear = lane.base_ms - half;
         const double root = half > 0 ? (std::sqrt(linear * linear + 4 * half * passed) - linear) / (2 * half)
                                      : passed / lane.base_ms;
         auto count = std::clamp<int64_t>(std::isfinite(root) ? root : 1, 1, lane.planned);
-        while (count > 1 && lane.end_ms(count - 1) >= now_) --count;
-        while (count < lane.planned && lane.end_ms(count) < now_) ++count;
+        while (count > 1 && lane.end_ms(count - 1) >= at_ms) --count;
+        while (count < lane.planned && lane.end_ms(count) < at_ms) ++count;
         return count;
     }
 
     int64_t steps_done(const Lane& lane) const {
         if (!lane.busy) return 0;
-        const int64_t count = steps_until(lane);
+        const int64_t count = steps_until(lane, now_);
         return lane.end_ms(count) <= now_ ? count : count - 1;
     }
 
     void cut_short(int index) {
         Lane& lane = lanes_[index];
         if (!lane.jumping()) return;
-        const int64_t count = steps_until(lane);
+        const int64_t count = steps_until(lane, now_);
         if (count == lane.planned) return;
         lane.planned = count;
         push(lane.end_ms(count), ending, index, step_ends, ++lane.version);
@@ -441,6 +477,7 @@ class Serving {
 
     void end(int index) {
         Lane& lane = lanes_[index];
+        report_due(lane);
         lane.busy = false;
         lane.busy_ms += now_ - lane.start_ms;
         if (lane.advances) advance(lane, lane.planned);
@@ -470,8 +507,22 @@ class Serving {
         r.at = At::done;
         last_[index] = now_;
         change(lanes_[r.d], -1, 0);
-        const bool late = first_[index] - arrivals_[index] > limits_.ttft_ms;  // counted when the first token came
-        if (!late && now_ - first_[index] > limits_.tpot_ms * (r.output - 1) && index >= limits_.from) ++missed_;
+        const bool late = first_[index] - arrivals_[index] > limits_.ttft_ms;  // counted before
+        if (!late && now_ - first_[index] > limits_.tpot_ms * (r.output - 1)) miss(index);
+    }
+
+    // --- limits ----------------------------------------------------------------------------------------------------
+
+    void miss(int index) {
+        if (index >= settled_.from) --settled_.allowed;
+        if (index >= late_.from) --late_.allowed;
+    }
+
+    bool has_begun(int index) const { return requests_[index].emitted > 0; }
+
+    // Whether the next request whose first token is waited for has missed it, whenever it will come.
+    bool overdue(double now) const {
+        return waited_for_ < static_cast<int>(requests_.size()) && now - arrivals_[waited_for_] > limits_.ttft_ms;
     }
 
     void chunk_done(Lane& lane, int index, int tokens) {
@@ -487,7 +538,7 @@ class Serving {
         Request& r = requests_[index];
         if (r.emitted++ == 0) {
             first_[index] = now_;
-            if (now_ - arrivals_[index] > limits_.ttft_ms && index >= limits_.from) ++missed_;
+            if (index >= waited_for_ && now_ - arrivals_[index] > limits_.ttft_ms) miss(index);
         }
         if (r.emitted >= r.output) {
             lane.kv_used -= r.target;
@@ -517,6 +568,7 @@ class Serving {
         if (lane.down || lane.seats >= lane.spec->max_sequences) return false;
         const double used = lane.kv_used + (lane.advances ? steps_done(lane) * lane.growth() : 0.0);
         if (used + lane.growth() + r.target + lane.spec->tokens_per_step > lane.spec->kv_tokens) return false;
+        report_due(lane);
         lane.kv_used += r.target;
         ++lane.seats;
         r.reserved = true;
@@ -548,6 +600,7 @@ class Serving {
     }
 
     void release(int index, int tokens) {
+        report_due(lanes_[index]);
         lanes_[index].kv_used -= tokens;
         --lanes_[index].seats;
         cut_short(index);
@@ -597,7 +650,7 @@ class Serving {
         lane.chunks.clear();
         lane.kv_used = lane.context = 0.0;
         lane.seats = 0;
-        lane.pending = lane.told_pending = lane.told_live = 0;
+        lane.pending = lane.told_pending = lane.told_free = lane.told_live = 0;
         lane.next_report_ms = 0.0;
         ++lane.version;
         lane.busy = false;
@@ -609,8 +662,8 @@ class Serving {
         ++r.attempt;
         r.reserved = false;
         change(lanes_[r.d], -1, 0);
-        if (const int d = least_live(); d >= 0) r.d = d;
-        send_to(lanes_[r.d], 1, 0);
+        if (const int d = least_live(r); d >= 0) r.d = d;
+        send_to(lanes_[r.d], 1, 0, r.prompt);
         if (r.at == At::held) hand_over(index);
     }
 
@@ -628,12 +681,16 @@ class Serving {
     std::vector<int> stranded_;
     std::vector<std::pair<int, int>> chunks_;
     std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events_;
+    std::priority_queue<int, std::vector<int>, std::greater<int>> starting_;  // lanes, at this instant, after the events
     const Link* links_;
     std::vector<double> link_free_;
     const int32_t* paths_;
-    int64_t handoff_min_, missed_ = 0;
+    int64_t handoff_min_;
     double report_ms_;
     const Limits& limits_;
+    Window settled_, late_;  // of `allowed` what is left
+    int waited_for_ = 0;     // requests before it that missed their first token are counted
+    bool contention_ = false;
     const double* arrivals_ = nullptr;
     double *first_, *last_;
     double now_ = 0.0;

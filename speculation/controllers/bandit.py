@@ -80,7 +80,10 @@ class Bandit(Goodput):
             return
         plain, classes = self._time.plain(load), np.array(load.classes)
         for name in set(load.classes):
-            self._of_class(name).record(float(tally.emitted[classes == name].mean()) * plain / timing.seconds)
+            arms = self._of_class(name)
+            for _ in range(timing.rested):
+                arms.record(1.0)
+            arms.record(float(tally.emitted[classes == name].mean()) * plain / timing.seconds)
 
     def _of_class(self, name: str) -> Arms:
         if name not in self._arms and len(self._arms) >= MAX_CLASSES:

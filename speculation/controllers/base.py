@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.warm_up import RowTime
 from speculation.rounds import Budgets, Load, Tally, Timing
 from speculation.tree import DraftBatch
 
@@ -18,6 +19,8 @@ class Limits:
     """Most draft tokens for a request."""
     drafters: tuple[str, ...]
     """By name, the preferred one first; at least one."""
+    row_times: Sequence[RowTime] = ()
+    """What steps took that verified so many rows, in the order in which they ran."""
 
 
 class BaseController:

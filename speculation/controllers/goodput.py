@@ -7,7 +7,8 @@ a chain alpha, alpha^2, …) and T is fitted while it runs (`StepTime`). Ranks a
 all requests, up to where this is largest: so budgets differ per request and fall as the load rises. Nothing is asked
 for unless it beats a plain step by MARGIN.
 
-What is not known yet has to be tried. Plain steps come first; then TRIES. Where all that is known is worth asking for,
+What is not known yet has to be tried. T is known in part from steps that were timed before there were requests, without
+drafters; else plain steps come first. Then come TRIES. Where all that is known is worth asking for,
 twice that is; and while anything is, a few tokens for classes that the drafter has hardly drafted for. While nothing
 is, a try waits GAPS steps, twice as many after each that was in vain. No try is made, and no speculation goes on, that
 purse.py does not pay for, so a useless drafter costs no more than what is said there. A plain step now and then keeps T
@@ -41,7 +42,7 @@ USES = 4
 """Steps for which budgets that were found best are used."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 128
 """Rounds of a class before it may be written off while others are drafted for; steps until it is tried again."""
-REST = 32
+REST = 8
 """Steps at most until the controller is asked again: asking and telling it take time between steps."""
 REFRESH = (8, 128)
 """Steps that speculate before a plain one: as many as make that cost REFRESHING, within these bounds."""
@@ -54,6 +55,8 @@ class Goodput(BaseController):
         super().__init__(limits)
         self._numbers = {name: number for number, name in enumerate(limits.drafters)}
         self._time = StepTime(len(limits.drafters))
+        for timed in limits.row_times:
+            self._time.rehearse(timed)
         self._purse = Purse()
         self._patience = Patience()
         self._since_plain = 0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.warm_up import RowTime
 from speculation.rounds import Load
 
 FORGETTING = 0.99
@@ -135,6 +136,17 @@ class StepTime:
         """Draft tokens in a step up to which `added` may be trusted: twice what was lately seen."""
         return 2 * math.ceil(self._most)
 
+    def rehearse(self, timed: RowTime) -> None:
+        """A step whose drafts are nobody's."""
+        load = Load([""], np.array([timed.context]), np.zeros(1, np.int64))
+        if timed.rows == 1:
+            self.record_plain(load, timed.seconds)
+        elif self.known:
+            features, plain = _rows_features(load, np.array(timed.rows - 1.0)), self.plain(load)
+            nobody = np.zeros(3 * self.num_drafters)
+            features = np.concatenate([features, nobody]) * self._unit / plain
+            self._observe_added(features, timed.rows - 1, (timed.seconds - plain) / plain)
+
     def record_plain(self, load: Load, seconds: float) -> float | None:
         """The first few are kept until there is something to tell a hiccup by. Returns what was expected, if anything
         was."""
@@ -162,9 +174,12 @@ class StepTime:
         if speculation.tokens.any():
             features = _added_features(load, speculation) * self._unit / plain
             added = float(self._added.predict(features)) if self._added.known else UNKNOWN
-            self._most = max(FORGETTING * self._most, float(speculation.tokens.sum()))
-            self._added.observe(features, (seconds - plain) / plain)
+            self._observe_added(features, float(speculation.tokens.sum()), (seconds - plain) / plain)
         return plain, min(seconds, HICCUP * (1 + added) * plain)
+
+    def _observe_added(self, features: NDArray[np.float64], tokens: float, added: float) -> None:
+        self._most = max(FORGETTING * self._most, tokens)
+        self._added.observe(features, added)
 
 
 def _rows(load: Load) -> float:
@@ -179,12 +194,15 @@ def _plain_features(load: Load) -> NDArray[np.float64]:
 def _added_features(load: Load, speculation: Speculation) -> NDArray[np.float64]:
     """[..., features]"""
     tokens, sequences = speculation.tokens, speculation.sequences
-    total = tokens.sum(-1)
-    rows = _rows(load)
-    reading = total * load.context_tokens.mean() / (_ROWS * _CONTEXT)
-    bends = _bends(rows + total) - _bends(np.array(rows))
     drafts = (tokens > 0, sequences / _SEQUENCES, tokens / _ROWS)
-    return np.concatenate([reading[..., None], bends, *drafts], axis=-1)
+    return np.concatenate([_rows_features(load, tokens.sum(-1)), *drafts], axis=-1)
+
+
+def _rows_features(load: Load, added: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., features] of `added` [...] draft tokens, whoever drafted them."""
+    rows = _rows(load)
+    reading = added * load.context_tokens.mean() / (_ROWS * _CONTEXT)
+    return np.concatenate([reading[..., None], _bends(rows + added) - _bends(np.array(rows))], axis=-1)
 
 
 def _bends(rows: NDArray[np.float64]) -> NDArray[np.float64]:

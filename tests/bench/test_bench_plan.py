@@ -20,7 +20,7 @@ from bench.planning.part import Part, answer
 from bench.planning.report import table
 from bench.serving.timeline import Timeline
 from cluster.cli import cli
-from cluster.config import validated
+from cluster.config.loading import validated
 from cluster.machine import usable_cores
 from cluster.membership import Member
 from core.errors import ConfigError, Unavailable

@@ -24,7 +24,7 @@ from bench.soak.mix import Job, Lengths, Mix
 from bench.soak.probe import ProcessTree, Sample, check_roots, find_server, totals
 from bench.soak.run import Soak, SoakOptions
 from bench.soak.verdict import MIB, Settled, faults, growing_processes, growths, slope
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.local import local_cluster
 from core.errors import ConfigError
 from core.metrics import GatewayMetrics

@@ -10,7 +10,7 @@ import pytest
 
 from cluster import attendance
 from cluster.attendance import Attendance
-from cluster.config import EngineSection
+from cluster.config.engine import EngineSection
 from cluster.membership import Member, Orders, Plan
 from cluster.node import WorkerNode
 from core.errors import Unavailable

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from cluster import by_targets, machine, stored_profiles
 from cluster.by_targets import Asked, config_for
 from cluster.cli import cli
-from cluster.config import SlipstreamConfig
-from cluster.config import load as load_config
+from cluster.config.loading import load as load_config
+from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import of_cores
 from cluster.replan_setup import grounds_of
 from cluster.stored_profiles import Settings, Way, profile_arguments, profile_of, ways
@@ -205,6 +205,13 @@ def test_a_model_may_be_known_by_several_names_and_replanning_knows_it_by_the_on
     assert len(measured) == 2
 
 
+def test_workers_that_replanning_may_start_have_room(folder: Path, measured: list[Way]) -> None:
+    found, _ = config(folder, replan="on", replan_max_workers=2)
+    assert (found.cluster.cpus_per_worker, measured) == (1, [Way(1, 1, 1)])
+    with pytest.raises(ConfigError, match="--replan-max-workers 3: --slo plans for 2 workers here"):
+        config(folder, replan="on", replan_max_workers=3)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -231,8 +238,8 @@ def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path
     """Of 406 KB as it is stored, and 127 as int8."""
     room = of_cores(1, 300_000, 10.0)
     with pytest.raises(ConfigError, match=r"the model does not fit: 0\.000406 GB of weights"):
-        by_targets._profiles(load_config(None, {"model": str(folder)}), {}, room, str)
-    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), {}, room, str)
+        by_targets._profiles(load_config(None, {"model": str(folder)}), {}, room, 1, str)
+    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), {}, room, 1, str)
     assert measured == [Way(1, 1, 0)]
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from cluster.cli import cli
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.groups import groups_of
 from cluster.planning import measured_elsewhere
 from core.errors import ConfigError

@@ -7,7 +7,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cluster.config import SlipstreamConfig, leaves, load, on_device
+from cluster.config.loading import load, on_device
+from cluster.config.tree import SlipstreamConfig, leaves
 from cluster.groups import groups_of
 from cluster.notation import parse_bytes
 from cluster.options import config_options

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from cluster.cli import cli
-from cluster.config import validated
+from cluster.config.loading import validated
 from cluster.deployable import helm_values, rayservice
 from cluster.groups import groups_of
 from core.errors import ConfigError

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from cluster import front
 from cluster.client import ClusterBackend, ListMembers
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.front import Front
 from cluster.local import local_cluster
 from cluster.routes import Routes

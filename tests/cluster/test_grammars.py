@@ -14,7 +14,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from core.types import Finish, FinishReason, Grammar, GrammarKind, Request, SamplingParams, TokenDelta
 

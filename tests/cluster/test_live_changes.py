@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from cluster.membership import Plan
 from cluster.worker import load_runner

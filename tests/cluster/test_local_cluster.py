@@ -17,7 +17,8 @@ import torch
 from msgspec.structs import replace
 from transformers import LlamaForCausalLM
 
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from core.errors import InternalError
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.break_even import BreakEven
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.membership import Member, Membership, Plan
 from cluster.ray_nodes import RayNode, nodes_of
 from cluster.resources import share_on

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import validated
+from cluster.config.loading import validated
 from cluster.groups import groups_of
 from cluster.planned import config_of, one_shape, why_not
 from cluster.planning import planned, workload_of

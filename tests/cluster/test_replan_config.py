@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import of_cores
 from cluster.replan_setup import Grounds, arrangement_as_configured, grounds_of, predictor_of, replanner_of
 from cluster.resources import share_out
 from core.errors import ConfigError
 from core.types import Role
+from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
 from placement.latency import Speculation
 from placement.outcome import Targets
@@ -127,6 +129,34 @@ def test_workers_that_draft_are_predicted_to_draft_and_a_profile_has_to_know_how
     assert predictor_of(config(path), grounds).group.speculation is None
     with pytest.raises(ConfigError, match=r"knows nothing of drafts by suffix, .* profile with --speculation suffix"):
         grounds_of(config(path, speculation="suffix"), 1)
+
+
+def test_workers_are_reckoned_once_at_the_start_and_what_is_extrapolated_of_them_is_said(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reckoned: list[Simulated] = []
+
+    def counted(*given: Any, **options: Any) -> Simulated:
+        reckoned.append(simulated(*given, **options))
+        return reckoned[-1]
+
+    monkeypatch.setattr("cluster.replan_setup.simulated", counted)
+    grounds_of(config(made, replan_max_workers=9), 1)
+    assert len(reckoned) == 1
+    assert "replan.profile: 9 workers on one machine are extrapolated" in caplog.text
+
+
+def test_it_is_said_when_there_is_nothing_that_replanning_could_change(
+    made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = {"colocated": True, "decode_replicas": 1}
+    grounds_of(config(made, **alone), 1)
+    assert "nothing can be changed while there is no other way to use 1 worker: allow more" in caplog.text
+    caplog.clear()
+    grounds_of(config(made, **alone, replan_chunk_tokens="256"), 1)
+    grounds_of(config(made, **alone, replan_max_workers=2), 1)
+    grounds_of(config(made), 1)
+    assert "nothing can be changed" not in caplog.text
 
 
 def test_nothing_is_read_while_nobody_replans() -> None:

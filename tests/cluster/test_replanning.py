@@ -22,8 +22,10 @@ from core.types import Finish, FinishReason, Request, Role, SamplingParams, Toke
 from core.wire import WorkerCounters, WorkerStatus
 from engine.kv_layout import KVLayout
 from placement.arrangement import Arrangement
+from placement.goodput import Goal
 from placement.live_log import MOST_REQUESTS, Met
 from placement.load import Load, RoleLoad
+from placement.outcome import Targets
 from placement.replanner import Change, Replanner
 from placement.seen import Seen
 from placement.traces import read_trace
@@ -31,6 +33,7 @@ from placement.traces import read_trace
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", block_size=16, fingerprint="a")
 P, D = Role.PREFILL, Role.DECODE
 CONFIGURED = Arrangement(2, 1, 0, 2048)
+GOAL = Goal(Targets(ttft_ms=1000.0, tpot_ms=50.0))
 
 
 def worker(name: str, role: Role = P, *, leaving: bool = False, waiting: int = 0) -> WorkerStatus:
@@ -65,7 +68,7 @@ class Script:
     """Decides what the test says, and keeps what it was told."""
 
     def __init__(self, *changes: Arrangement | None, most_workers: int = 4) -> None:
-        self.settings = SimpleNamespace(recent_s=10.0, most_workers=most_workers)
+        self.settings = SimpleNamespace(recent_s=10.0, most_workers=most_workers, goal=GOAL)
         self.arrangement = CONFIGURED
         self.seen = Seen(prompts=1.5)
         self.traffic = self
@@ -141,6 +144,7 @@ async def test_a_change_becomes_the_plan_and_the_number_of_workers_follows() -> 
     assert world.script.adopted == [Arrangement(1, 2, 0, 2048), Arrangement(1, 3, 0, 512)]
     status = world.replanning.report(report(), 2.0)
     assert status.decided == {"predictive": 2}
+    assert status.arrangement == status.decisions[-1].to
     assert [decided.carried_out for decided in status.decisions] == [True, True]
 
 

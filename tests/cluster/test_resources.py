@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.checks import check_kv_transport, check_memory, hold_port
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.limits import max_model_len
 from cluster.machine import available_memory, has_gpu, usable_cores
 from cluster.resources import Share, share_out

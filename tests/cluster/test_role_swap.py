@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.local import LocalCluster
 from cluster.turns import Turns
 from core.links import Link, LinkClient

@@ -15,7 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import LlamaForCausalLM
 
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.local import LocalCluster, local_cluster
 from core.metrics import GatewayMetrics
 from gateway.app import create_app

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from transformers import LlamaForCausalLM
 
 from cluster.checks import check_memory
-from cluster.config import SlipstreamConfig, load, on_device
+from cluster.config.loading import load, on_device
+from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from cluster.options import ListOptions, config_options
 from cluster.resources import share_out

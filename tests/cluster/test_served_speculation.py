@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry
 from transformers import LlamaForCausalLM
 
 from cluster import attendance, worker
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from cluster.front import offer
 from cluster.local import LocalCluster, local_cluster
 from cluster.membership import Member, Membership, Orders, Plan

@@ -51,9 +51,12 @@ class Server:
         launcher = psutil.Process(self.process.pid)
         return [launcher, *launcher.children(recursive=True)]
 
+    def titled(self, part: str) -> list[psutil.Process]:
+        """Those with it in their command line."""
+        return [process for process in self.tree if part in _command(process)]
+
     def replicas(self, deployment: str) -> list[psutil.Process]:
-        title = f"ServeReplica:slipstream:{deployment}"
-        return [p for p in self.tree if title in _command(p)]
+        return self.titled(f"ServeReplica:slipstream:{deployment}")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         self.process.send_signal(number)
@@ -63,6 +66,12 @@ class Server:
 
     def metrics(self) -> str:
         return httpx.get(f"{self.url}/metrics").text
+
+    @property
+    def roles(self) -> list[str]:
+        """Of the workers that are alive."""
+        lines = [line for line in self.metrics().splitlines() if line.startswith("vllm:num_requests_running{")]
+        return sorted(re.findall(r'role="(\w+)"', "".join(lines)))
 
 
 def _command(process: psutil.Process) -> str:
@@ -113,6 +122,39 @@ def start(folder: Path, *flags: str) -> Server:
     raise AssertionError("the server did not start:\n" + "".join(lines))
 
 
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[Server]:
+    """Started, and stopped unless it has been."""
+    server = start(folder, *flags)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+def session(server: Server) -> Path:
+    """The folder of the cluster's Ray session."""
+    flags = (flag for process in server.tree for flag in process.cmdline())
+    return next(Path(flag.split("=", 1)[1]).parent for flag in flags if flag.startswith("--session-dir="))
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=10)[1]
+
+
+def assert_drained(server: Server, number: signal.Signals) -> None:
+    """The signal stops it in order, and nothing is left."""
+    processes, where = server.tree, session(server)
+    assert server.stop(number) == 0
+    text = "".join(server.output)
+    assert "Draining" in text
+    assert "Stopped after" in text
+    assert "SIGTERM received" not in text
+    assert alive(processes) == []
+    assert not where.exists()
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
@@ -123,7 +165,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    server = start(folder)
-    yield server
-    if server.process.poll() is None:
-        server.stop()
+    with served(folder) as server:
+        yield server

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from cluster.app import APP_NAME, build
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.ray_nodes import nodes_of
 from cluster.ray_topology import between, inside, topology_of
 from cluster.resources import share_on
@@ -40,18 +40,22 @@ START_S = 120.0
 
 
 def main(folder: str) -> None:
-    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
-    for name, pool in (("a", "fast"), ("b", "fast"), ("c", "slow")):
+    cluster = Cluster()
+    for name, pool in (("c", "slow"), ("a", "fast"), ("b", "fast")):  # the first is the head
         cluster.add_node(
-            num_cpus=4, labels={"pool": pool, "name": name}, object_store_memory=small["object_store_memory"]
+            wait=False,
+            num_cpus=4,
+            labels={"pool": pool, "name": name},
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
         )
+    cluster.wait_for_nodes()
     ray.init(address=cluster.address, namespace="slipstream", log_to_driver=False, logging_level=logging.ERROR)
     serve.start(proxy_location="Disabled")
     config = load(None, SETTINGS | {"model": folder})
     shares = share_on(config, nodes_of(ray.nodes()))
     serve.run(build(config, folder, shares), name=APP_NAME, route_prefix=None)
-    names = {node.node_id: node.labels.get("name", "head") for node in nodes_of(ray.nodes())}
+    names = {node.node_id: node.labels["name"] for node in nodes_of(ray.nodes())}
     controller = serve.get_deployment_handle("controller", APP_NAME)
     deadline = time.monotonic() + START_S
     while len(members := controller.members.remote().result()) < config.cluster.num_workers:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.e2e.conftest import Server, launch, start
+from tests.e2e.conftest import Server, alive, assert_drained, launch, served
 
 pytestmark = pytest.mark.e2e
 RECOVERY_S = 60.0
 
 
 def ranks(server: Server) -> list[psutil.Process]:
-    return [process for process in server.tree if "engine.parallel.rank" in process.cmdline()]
+    return server.titled("engine.parallel.rank")
 
 
 def complete(server: Server, **fields: object) -> httpx.Response:
@@ -40,17 +40,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_workers_of_two_ranks_hand_over_their_kv_and_end_with_the_server(folder: Path) -> None:
-    server = start(folder, "--tensor-parallel-size", "2")
-    try:
+def test_workers_of_two_ranks_hand_over_and_are_replaced_as_a_whole_and_end_when_the_terminal_does(
+    folder: Path,
+) -> None:
+    with served(folder, "--tensor-parallel-size", "2") as server:
         assert "worker-tp2-pp1" in "".join(server.output)
-        assert complete(server).json()["usage"]["completion_tokens"] > 0
+        before = complete(server).json()["choices"][0]["text"]
         started = ranks(server)
         assert len(started) == 4
         wait_until(lambda: handed_over(server) > 0)  # told by a heartbeat
-    finally:
-        server.stop()
-    assert not psutil.wait_procs(started, 10)[1]
+        lost = [rank for rank in started if rank.parent() == started[0].parent()]
+        lost[1].send_signal(signal.SIGKILL)
+        assert alive(lost) == []
+        wait_until(lambda: len(ranks(server)) == 4 and server.roles == ["decode", "prefill"])
+        assert complete(server).json()["choices"][0]["text"] == before
+        assert_drained(server, signal.SIGHUP)
 
 
 def test_workers_of_two_shapes_hand_over_from_one_to_the_other(folder: Path) -> None:
@@ -58,30 +62,14 @@ def test_workers_of_two_shapes_hand_over_from_one_to_the_other(folder: Path) -> 
     model = LlamaForCausalLM.from_pretrained(folder)
     model.generation_config.eos_token_id = None
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
-    server = start(folder, "--prefill-tensor-parallel-size", "2")
-    try:
-        for name in ("worker-tp2-pp1-prefill", "worker-tp1-pp1-decode"):
+    shapes = {"prefill-tensor-parallel-size": 2, "prefill-pipeline-parallel-size": 1, "pipeline-parallel-size": 2}
+    with served(folder, *(f"--{name}={size}" for name, size in shapes.items())) as server:
+        for name in ("worker-tp2-pp1-prefill", "worker-tp1-pp2-decode"):
             assert len(server.replicas(name)) == 1
-        assert len(ranks(server)) == 2
+        assert len(ranks(server)) == 4
         answered = complete(server, prompt=prompt, max_tokens=8, ignore_eos=True, return_token_ids=True)
         assert answered.json()["choices"][0]["token_ids"] == expected
         wait_until(lambda: handed_over(server) > 0)
-    finally:
-        server.stop()
-
-
-def test_a_worker_that_has_lost_a_rank_is_replaced_as_a_whole(folder: Path) -> None:
-    server = start(folder, "--colocated", "--pipeline-parallel-size", "2")
-    try:
-        before = complete(server).json()["choices"][0]["text"]
-        lost = ranks(server)
-        lost[1].send_signal(signal.SIGKILL)
-        assert not psutil.wait_procs(lost, 10)[1]
-        wait_until(lambda: complete(server).status_code == 200)
-        assert complete(server).json()["choices"][0]["text"] == before
-        assert len(ranks(server)) == 2
-    finally:
-        server.stop()
 
 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_started(folder: Path) -> None:

@@ -95,12 +95,8 @@ def plan_in_metrics(server: Server) -> int:
     return int(float(value))
 
 
-def alive(server: Server) -> int:
-    return sum(line.startswith("vllm:num_requests_running{") for line in server.metrics().splitlines())
-
-
 async def one_worker_left(server: Server) -> None:
-    await until(lambda: alive(server) == 1, "doing with one worker")
+    await until(lambda: len(server.roles) == 1, "doing with one worker")
     await until(lambda: len(server.replicas("worker")) == 1, "the end of the other")
 
 
@@ -131,10 +127,10 @@ async def test_workers_are_given_up_and_added_as_traffic_grows_and_falls_and_no_
     server = start(folder, *(f"--{name}={value}" for name, value in flags.items()))
     try:
         async with under_load(server.url) as load:
-            await until(lambda: alive(server) == 2, "metrics of both workers")
+            await until(lambda: len(server.roles) == 2, "metrics of both workers")
             await one_worker_left(server)
             load.rate = MANY
-            await until(lambda: alive(server) == 2, "a second worker")
+            await until(lambda: len(server.roles) == 2, "a second worker")
             assert len(server.replicas("worker")) == 2
             await until(lambda: shown(server)["correction"]["decodes"] < 1, "a correction of the profile")
             load.rate = FEW
@@ -149,3 +145,6 @@ async def test_workers_are_given_up_and_added_as_traffic_grows_and_falls_and_no_
         assert len(log.read_bytes().splitlines()) >= load.statuses[200] - 20  # the last second is still to be told of
     finally:
         assert server.stop() == 0
+    said = [line.strip() for line in server.output if line.startswith("replanning: ")]
+    assert said == [f"replanning: changing to {decided['to']}: {decided['why']}" for decided in status["decisions"]]
+    assert status["arrangement"] == status["decisions"][-1]["to"]

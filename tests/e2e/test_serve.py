@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +45,6 @@ def gauge(server: Server, name: str) -> list[float]:
     return [float(line.rsplit(" ", 1)[1]) for line in server.metrics().splitlines() if line.startswith(name + "{")]
 
 
-def roles(server: Server) -> list[str]:
-    """Of the workers that are alive."""
-    lines = [line for line in server.metrics().splitlines() if line.startswith("vllm:num_requests_running{")]
-    return sorted(re.findall(r'role="(\w+)"', "".join(lines)))
-
-
 def idle(server: Server) -> bool:
     return not any(gauge(server, "vllm:kv_cache_usage_perc")) and not any(gauge(server, "vllm:num_requests_running"))
 
@@ -65,7 +58,7 @@ def test_the_checklist_says_what_was_started_and_where(server: Server) -> None:
 def test_prefill_and_decode_run_in_processes_of_their_own(server: Server) -> None:
     complete(server)
     assert len(server.replicas("worker")) == 2
-    assert roles(server) == ["decode", "prefill"]
+    assert server.roles == ["decode", "prefill"]
     wait_until(lambda: sum(gauge(server, "slipstream:handoff_bytes_total")) > 0)  # told by a heartbeat
 
 
@@ -138,7 +131,7 @@ def test_killed_workers_are_replaced_and_no_request_is_lost(server: Server) -> N
         victim.kill()
         assert complete(server) == want  # by whoever is alive
         wait_until(lambda gone=victim: not gone.is_running() and len(server.replicas("worker")) == 2)
-        wait_until(lambda: roles(server) == ["decode", "prefill"])
+        wait_until(lambda: server.roles == ["decode", "prefill"])
     assert healthy(server)
     assert complete(server) == want
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from core.compiler import cache_root
-from tests.e2e.conftest import start
+from tests.e2e.conftest import served
 
 pytestmark = pytest.mark.e2e
 
@@ -18,12 +18,9 @@ def test_targets_alone_are_enough_to_be_served(folder: Path, tmp_path: Path, mon
     compiled.mkdir(parents=True, exist_ok=True)
     (tmp_path / "native").symlink_to(compiled)
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
-    server = start(folder, "--slo", "ttft=5000,tpot=1000", "--lengths", "prompt=60,output=12,cv=0.5")
-    try:
+    with served(folder, "--slo", "ttft=5000,tpot=1000", "--lengths", "prompt=60,output=12,cv=0.5") as server:
         body = {"model": "tiny", "prompt": "hello there", "max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-    finally:
-        server.stop()
     assert answer.json()["usage"]["completion_tokens"] > 0
     said = "".join(server.output)
     assert "chosen: " in said

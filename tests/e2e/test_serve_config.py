@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -37,12 +36,9 @@ def deployed(file: Path, app_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            tree = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            for left in tree:
+            launcher = psutil.Process(process.pid)
+            tree = [launcher, *launcher.children(recursive=True)]
+            for left in tree:  # its way to end is Ray's own
                 with contextlib.suppress(psutil.NoSuchProcess):
                     left.kill()
             psutil.wait_procs(tree, 10)

@@ -10,19 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.conftest import Server, launch, start
+from tests.e2e.conftest import alive, assert_drained, launch, session, start
 
 pytestmark = pytest.mark.e2e
-
-
-def session(server: Server) -> Path:
-    """The folder of the cluster's Ray session."""
-    flags = (flag for process in server.tree for flag in process.cmdline())
-    return next(Path(flag.split("=", 1)[1]).parent for flag in flags if flag.startswith("--session-dir="))
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return psutil.wait_procs(processes, timeout=10)[1]
 
 
 def stop_during(process: subprocess.Popen[str], step: str) -> tuple[int, str]:
@@ -42,28 +32,12 @@ def stop_during(process: subprocess.Popen[str], step: str) -> tuple[int, str]:
         return process.wait(60), "".join(lines)
 
 
-def assert_drained(server: Server, number: signal.Signals) -> None:
-    processes, where = server.tree, session(server)
-    assert server.stop(number) == 0
-    text = "".join(server.output)
-    assert "Draining" in text
-    assert "Stopped after" in text
-    assert "SIGTERM received" not in text
-    assert alive(processes) == []
-    assert not where.exists()
-
-
-def test_ray_keeps_to_the_loopback_address_and_sighup_drains(folder: Path) -> None:
-    server = start(folder, "--colocated")
-    agents = [p for p in server.tree if p.cmdline()[0].startswith("ray::") and p.cmdline()[0].endswith("Agent")]
-    listens = {c.laddr.ip for p in agents for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
-    assert_drained(server, signal.SIGHUP)
-    assert agents
-    assert listens <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-
-
-def test_what_a_killed_launcher_leaves_goes_with_the_next_start_and_sigterm_drains(folder: Path) -> None:
+def test_ray_keeps_to_the_loopback_address_and_what_a_killed_launcher_leaves_goes_with_the_next_start(
+    folder: Path,
+) -> None:
     killed = start(folder, "--colocated")
+    agents = [p for p in killed.tree if p.cmdline()[0].startswith("ray::") and p.cmdline()[0].endswith("Agent")]
+    listens = {c.laddr.ip for p in agents for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     processes, where = killed.tree, session(killed)
     with killed.process:
         killed.process.kill()
@@ -71,6 +45,8 @@ def test_what_a_killed_launcher_leaves_goes_with_the_next_start_and_sigterm_drai
     server = start(folder, "--colocated")
     still_there, still_alive = where.exists(), alive(processes)
     assert_drained(server, signal.SIGTERM)
+    assert agents
+    assert listens <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert not still_there
     assert still_alive == []
 

@@ -133,6 +133,24 @@ def test_warming_up_leaves_a_runner_that_computes_the_same(make_checkpoint, load
     assert torch.equal(cold.logits([(cold.new(12), ids)])[0], warm.logits([(warm.new(12), ids)])[0])
 
 
+@pytest.mark.parametrize("num_blocks", [4, 400])
+def test_steps_that_verify_are_timed_while_it_warms_up(
+    num_blocks: int, make_checkpoint: Callable[..., Path], load_driver: Callable[..., Driver]
+) -> None:
+    """Of as many rows and as much context as there is room for."""
+    folder = make_checkpoint(max_position_embeddings=600)
+    cold, warm = load_driver(folder), load_driver(folder, num_blocks=num_blocks)
+    size = warm.runner.layout.block_size
+    warm.runner.warm_up(draft_tokens=70)
+    times = warm.runner.row_times
+    assert max(time.rows for time in times) == min(71, num_blocks * size)
+    assert {time.context for time in times} == ({0, 512} if num_blocks * size >= 512 + 71 else {0})
+    assert [time.rows for time in times[::2]] == [1] * (len(times) // 2)
+    assert all(time.seconds > 0 for time in times)
+    ids = tokens(12)
+    assert torch.equal(cold.logits([(cold.new(12), ids)])[0], warm.logits([(warm.new(12), ids)])[0])
+
+
 def test_auto_is_what_the_machine_has() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_dtype("auto", torch.device("cpu")) in ("bfloat16", "float32")

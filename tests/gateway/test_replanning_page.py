@@ -21,6 +21,8 @@ STATUS = ReplanStatus(
     mode="on",
     plan_id=3,
     wanted={"prefill": 1, "decode": 2},
+    arrangement="1 prefill + 2 decode, steps of 512 tokens",
+    targets={"ttft_ms": 1000.0, "tpot_ms": 40.0, "share": 0.9},
     decided={"reactive": 1, "predictive": 2},
     attainment=0.75,
     goodput_rps=1.5,
@@ -41,6 +43,7 @@ async def test_the_plan_and_what_was_decided_lately_are_shown(gateway: MakeGatew
     server.backend.replanning = STATUS
     shown = (await server.client.get("/replanning")).json()
     assert (shown["plan_id"], shown["wanted"]) == (3, {"prefill": 1, "decode": 2})
+    assert shown["targets"] == {"ttft_ms": 1000.0, "tpot_ms": 40.0, "share": 0.9}
     assert shown["decisions"][0]["why"] == "tokens are slow"
     assert (shown["correction"], shown["acceptance_length"]) == ({"prompts": 1.25, "decodes": 1.0}, 2.5)
 

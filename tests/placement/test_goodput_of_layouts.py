@@ -73,18 +73,19 @@ def test_resampled_requests_keep_the_mean_gap_and_their_neighbours() -> None:
     )
 
 
+@pytest.mark.parametrize("late", [(200, 100), (200, 3), (0, 25)])
 @pytest.mark.parametrize("allowed", [0, 20, 150, 200])
-def test_a_run_that_misses_too_much_is_given_up_with_the_same_verdict(allowed: int) -> None:
+def test_a_run_that_misses_too_much_is_given_up_with_the_same_verdict(allowed: int, late: tuple[int, int]) -> None:
     layout = Layout((BOTH,), overhead_ms=100.0)
     for rate in (2.0, 6.0, 12.0):
-        limits = Limits(GOAL.targets, 100, allowed)
+        limits = Limits(GOAL.targets, (100, allowed), late)
         kept = limits.kept(serve_plainly(layout, azure_like(300), rate).outcome)
         assert (serve_unless_missed(layout, azure_like(300), rate, limits) is not None) == kept
 
 
 def test_without_a_compiler_the_verdict_is_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
-    limits = Limits(GOAL.targets, 0, 0)
+    limits = Limits(GOAL.targets, (0, 0), (0, 60))
     assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 30.0, limits) is None
     assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 0.1, limits) is not None
 

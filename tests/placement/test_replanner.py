@@ -331,7 +331,7 @@ def test_prompts_that_wait_get_a_worker_from_those_that_have_room() -> None:
     change = step(TWO, WAITING)
     assert change is not None
     assert (change.to, change.by) == (Arrangement(3, 1, 0, 512), "reactive")
-    assert change.why.startswith("prompts wait 4.5e+03 ms for 9000 tokens before them; with one worker fewer a token")
+    assert change.why.startswith("prompts wait 4500 ms for 9000 tokens before them; with one worker fewer a token")
 
 
 def test_sequences_that_crowd_get_a_worker_from_prompts() -> None:

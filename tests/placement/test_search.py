@@ -16,7 +16,7 @@ from placement.latency import Coefficients, StepLatency
 from placement.layout import Group, Link, Role
 from placement.outcome import Targets
 from placement.packing import packed
-from placement.search import Evaluated, Found, cheapest, exhaustive, ranking, search
+from placement.search import Evaluated, Found, Objective, cheapest, exhaustive, ranking, search
 from placement.topology import NodeKind, Topology, Wire
 from tests.placement.pipelines import azure_like
 
@@ -63,6 +63,34 @@ def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
     assert found.ranked[0].score == best.score
     assert found.pruned > 0
     assert len(found.evaluated) + found.pruned == len(list(candidates(space())))
+
+
+def two_pools() -> Space:
+    """Six devices, two of them of a cheaper and slower kind."""
+    fast = tuple(replace(option(tp), pool="fast", dollars_per_hour=3.0 * tp) for tp in (1, 2))
+    slow = replace(option(1, name="slow TP1", pool="slow"), dollars_per_hour=1.0)
+    slow = replace(slow, group=replace(slow.group, latency=slow.group.latency.times(2.0)))
+    return space(options=(*fast, slow), nodes={"fast": (2, 2), "slow": (2,)})
+
+
+@pytest.mark.parametrize(
+    ("targets", "objective"),
+    [
+        (Targets(250.0, 60.0), "per-device"),
+        (Targets(600.0, 30.0), "per-dollar"),
+        (Targets(250.0, 60.0), "total"),
+    ],
+)
+def test_of_pools_with_prices_it_finds_what_an_exhaustive_search_finds(targets: Targets, objective: Objective) -> None:
+    """The same kinds of layouts, each as good as the best of its kind is."""
+    goal = Goal(targets)
+    found = search(two_pools(), REQUESTS, goal, objective)
+    best = ranking(exhaustive(two_pools(), REQUESTS, goal, objective), REQUESTS, goal, objective)
+    assert found.ranked[0].candidate == best[0].candidate
+    assert [(one.candidate.kinds, one.score) for one in found.ranked] == [
+        (one.candidate.kinds, one.score) for one in best
+    ]
+    assert found.pruned > 0
 
 
 def test_the_ranking_is_of_kinds_with_intervals() -> None:

@@ -104,6 +104,24 @@ def test_the_router_knows_what_it_has_sent_since() -> None:
     assert serve(layout, [100] * 6, [1] * 6).outcome.ttft_ms == pytest.approx([30.0] * 6)
 
 
+def test_requests_go_where_there_is_memory_for_their_prompt() -> None:
+    """The first group has two short requests, the second a long one, and is full."""
+    layout = Layout((group(Role.BOTH, kv_tokens=1000),) * 2, report_ms=0.0)
+    served = serve(layout, [50, 900, 50, 150], [60, 60, 60, 1], [0.0, 1.0, 2.0, 150.0])
+    assert served.outcome.ttft_ms[3] < 50.0
+
+
+def test_of_groups_with_as_many_requests_the_one_with_most_memory_is_asked() -> None:
+    layout = Layout((group(Role.BOTH, kv_tokens=1000), group(Role.BOTH, kv_tokens=2000)))
+    assert serve(layout, [100], [1]).busy_ms.tolist() == [0.0, 20.0]
+
+
+def test_prompts_sent_since_the_last_report_are_reckoned_to_take_memory() -> None:
+    """Groups with memory for three prompts and for one get as many, though neither has reported meanwhile."""
+    layout = Layout((group(Role.BOTH, kv_tokens=2000), group(Role.BOTH, kv_tokens=1000)), report_ms=1e6)
+    assert serve(layout, [600] * 4, [1] * 4).busy_ms.tolist() == [190.0, 70.0]
+
+
 def test_a_group_that_comes_back_reports_at_once() -> None:
     layout = Layout((group(Role.BOTH),) * 2, outages=(Outage(0, 5.0, 10.0),), report_ms=1e6)
     served = serve(layout, [100, 100], [1, 1], [0.0, 16.0])
@@ -236,5 +254,5 @@ def test_the_native_simulator_says_the_same_under_load(rate: float, kv_tokens: i
 
 def test_a_group_is_simulated_as_it_is_given() -> None:
     """Two stages part memory and seats."""
-    lanes = Layout((Group(Role.BOTH, STEP, 5001, max_sequences=9, stages=2, hop_ms=0.5),)).lanes()
+    lanes = Layout((Group(Role.BOTH, STEP, 5001, max_sequences=9, stages=2, hop_ms=0.5),)).lanes
     assert [(lane.kv_tokens, lane.max_sequences, lane.every_step_ms) for lane in lanes] == [(2500, 4, 0.5)] * 2

@@ -1,4 +1,4 @@
-"""A change of the rate is noticed as soon, and as rarely by mistake, whatever the pace of replanning is."""
+"""A change is noticed as soon, and as rarely by mistake, whatever the pace of replanning is."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from core.served import Served
+from placement.drift import LOOK_S
 from placement.forecast import Constant
 from placement.goodput import Goal
 from placement.outcome import Targets
 from placement.replan_settings import ReplanSettings
 from placement.traffic import Expected, Traffic
 from placement.workload import Workload
+from tests.placement.served import served
 
-INTERVALS_S = (0.5, 1.0, 5.0, 15.0)
+INTERVALS_S = (0.5, 5.0, 60.0)
 AT_S = 400
+"""By when every interval has had a plan: the longest makes its first after 360 s."""
 REQUESTS = Workload(np.full(50, 100, np.int32), np.full(50, 10, np.int32), np.ones(50))
+TPOT_S = 0.1
+
+Second = tuple[list[Served], int]
+"""Requests that ended in it, and how many are under way at its end."""
 
 
-def told(interval_s: float, rate: Callable[[int], float], seconds: int, seed: int = 0) -> list[int]:
-    """When it is told of a change of the rate, by the second, with plans at the pace of `interval_s`."""
+def told(interval_s: float, rate: float, seconds: list[Second]) -> list[tuple[int, str]]:
+    """When it is told of a change, by the second, with plans at the pace of `interval_s`, and what has changed."""
     settings = ReplanSettings.paced(
         interval_s,
         goal=Goal(Targets(1000.0, 50.0)),
@@ -29,30 +37,71 @@ def told(interval_s: float, rate: Callable[[int], float], seconds: int, seed: in
         least_workers=1,
         most_workers=0,
     )
-    traffic, rng = Traffic(settings, Constant), np.random.default_rng(seed)
-    under_way, due_s, found = 0, settings.predictive_s, []
-    for now in range(1, seconds):
-        under_way += int(rng.poisson(rate(now)))
-        if changed := traffic.tell(now, [], under_way):
-            found.append(now)
+    traffic, due_s, found = Traffic(settings, Constant), settings.predictive_s, []
+    for now, (ended, under_way) in enumerate(seconds, 1):
+        if changed := traffic.tell(now, ended, under_way):
+            found.append((now, changed))
         if changed or now >= due_s:
-            traffic.planned(now, Expected(REQUESTS, rate(now)), anew=False)
+            traffic.planned(now, Expected(REQUESTS, rate), anew=False)
             due_s = now + settings.predictive_s
     return found
 
 
+def coming(rate: Callable[[int], float], seconds: int, seed: int = 0) -> list[Second]:
+    """None of them ends."""
+    rng = np.random.default_rng(seed)
+    return [([], int(came)) for came in np.cumsum([rng.poisson(rate(now)) for now in range(1, seconds)])]
+
+
+def ending(rate: float, seconds: int, after: tuple[float, float] = (1.0, 1.0)) -> list[Second]:
+    """Prompts of 300 tokens on average and outputs of 100, which take TPOT_S each; those that come after AT_S are as
+    many times as long as `after` says."""
+    rng = np.random.default_rng(0)
+    came = np.cumsum(rng.exponential(1 / rate, int(1.2 * rate * seconds)))
+    times = np.where((came > AT_S)[:, None], after, 1.0)
+    prompts, outputs = (1 + rng.exponential((300.0, 100.0) * times)).astype(int).T
+    ended = np.ceil(came + outputs * TPOT_S)
+    of_second = [np.flatnonzero(ended == now) for now in range(1, seconds)]
+    under_way = [int((came <= now).sum() - (ended <= now).sum()) for now in range(1, seconds)]
+    return [
+        ([served(0.0, int(prompts[one]), int(outputs[one]), 100.0, TPOT_S * 1e3) for one in rows], left)
+        for rows, left in zip(of_second, under_way, strict=True)
+    ]
+
+
 @pytest.mark.parametrize(("before", "after", "within_s"), [(10.0, 20.0, 10), (10.0, 5.0, 25), (1.0, 3.0, 40)])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_shift_is_noticed_within_the_same_seconds_at_every_interval(
+def test_a_shift_of_the_rate_is_noticed_within_the_same_seconds_at_every_interval(
     before: float, after: float, within_s: int, seed: int
 ) -> None:
-    noticed = [told(each, lambda now: before if now < AT_S else after, AT_S + 60, seed) for each in INTERVALS_S]
+    seconds = coming(lambda now: before if now < AT_S else after, AT_S + 60, seed)
+    noticed = [told(each, before, seconds) for each in INTERVALS_S]
     assert [len(each) for each in noticed] == [1] * len(INTERVALS_S)
-    (first, *_, last) = sorted(each[0] - AT_S for each in noticed)
+    (first, *_, last) = sorted(at_s - AT_S for ((at_s, _),) in noticed)
     assert 0 <= first <= last <= within_s
     assert last - first <= 5
 
 
+@pytest.mark.parametrize(
+    ("rate", "after", "within_s"), [(10.0, (0.25, 1.0), 30), (10.0, (1.0, 4.0), 40), (1.0, (4.0, 0.25), 60)]
+)
+def test_a_shift_of_lengths_is_noticed_within_the_same_seconds_at_every_interval(
+    rate: float, after: tuple[float, float], within_s: int
+) -> None:
+    seconds = ending(rate, AT_S + 80, after)
+    noticed = [[at_s for at_s, _ in told(each, rate, seconds) if at_s > AT_S] for each in INTERVALS_S]
+    assert all(noticed)
+    (first, *_, last) = sorted(each[0] - AT_S for each in noticed)
+    assert 0 <= first <= last <= within_s
+    assert last - first <= 2 * LOOK_S
+
+
 @pytest.mark.parametrize("interval_s", INTERVALS_S)
 def test_an_hour_of_a_steady_rate_is_no_change(interval_s: float) -> None:
-    assert told(interval_s, lambda _: 10.0, 3600) == []
+    assert told(interval_s, 10.0, coming(lambda _: 10.0, 3600)) == []
+
+
+@pytest.mark.parametrize("interval_s", INTERVALS_S)
+def test_that_requests_take_long_is_no_change_of_their_lengths(interval_s: float) -> None:
+    """Those that came last and have ended are the short ones."""
+    assert [at_s for at_s, _ in told(interval_s, 10.0, ending(10.0, 900)) if at_s > AT_S] == []

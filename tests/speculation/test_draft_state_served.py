@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import load
+from cluster.config.loading import load
 from cluster.local import local_cluster
 from core.types import Request, SamplingParams
 from tests.engine.driver import tokens

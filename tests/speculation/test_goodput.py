@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.warm_up import RowTime
 from speculation.controllers.base import Limits
 from speculation.controllers.goodput import REFRESH, Goodput
 from speculation.controllers.purse import CAP, SHARE, START, Purse
+from speculation.controllers.step_time import MIN_PLAIN
 from tests.speculation.machine import Hardware, Run, SimulatedDrafter, best_budget, simulate
 
 MAX_BUDGET = 16
@@ -51,6 +53,19 @@ def test_it_comes_close_to_the_best_budget(alpha: float, batch: int) -> None:
     _, best = best_budget(Hardware(), drafter, batch, MAX_BUDGET)
     found = np.mean([run(drafter, batch, 500, seed=seed).speedup(200) for seed in range(2)])
     assert found > 0.9 * best
+
+
+def test_a_controller_that_knows_what_rows_cost_begins_at_once() -> None:
+    machine = Hardware()
+    times = [RowTime(rows, 200, machine.step(rows, 200)) for size in (2, 5, 9, 17) * 3 for rows in (1, size)]
+
+    def first_draft(times: list[RowTime]) -> int:
+        controller = Goodput(Limits(MAX_BUDGET, ("drafter",), times))
+        budgets = simulate(controller, {"drafter": SimulatedDrafter(0.8)}, ["any"], 40).budgets
+        return next(step for step, of_step in enumerate(budgets) if of_step.any())
+
+    assert first_draft(times) <= 1
+    assert first_draft([]) >= MIN_PLAIN
 
 
 def test_while_nothing_is_worth_it_the_controller_rests() -> None:

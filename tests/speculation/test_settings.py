@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import SlipstreamConfig, load
+from cluster.config.loading import load
+from cluster.config.tree import SlipstreamConfig
 from core.errors import ConfigError
 from speculation.drafters.registry import DrafterKind, registered
 from speculation.laws import DraftLaw

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.warm_up import RowTime
 from speculation.acceptance import Prospects
 from speculation.controllers.allocation import allocate
 from speculation.controllers.step_time import MIN_PLAIN, UNKNOWN, Fit, Speculation, StepTime
@@ -49,6 +50,20 @@ def test_steps_of_any_size_are_predicted(hiccups: float, batch: int) -> None:
         true = machine.step(batch * (1 + tokens), batch * 500) + 0.5e-3 + 0.1e-3 * tokens
         added = float(time.added(load(batch, 500), of_one(batch * tokens, batch)))
         assert plain + added == pytest.approx(true, rel=0.12)
+
+
+def test_steps_timed_before_there_are_requests_say_what_rows_cost() -> None:
+    machine, time = Hardware(), StepTime(2)
+    for context, rows in product((0, 512), (2, 3, 5, 9, 17) * 2):
+        for count in (1, rows):
+            time.rehearse(RowTime(count, context, machine.step(count, context)))
+    assert time.known
+    assert time.added_known
+    for drafter, tokens in product(range(2), (1, 4, 12)):
+        speculation = Speculation(tokens * np.eye(2)[drafter], np.eye(2)[drafter])
+        true = machine.step(1 + tokens, 300) - machine.step(1, 300)
+        assert float(time.added(load(1), speculation)) == pytest.approx(true, abs=0.1 * machine.step(1, 300))
+    assert time.horizon >= 16
 
 
 def test_a_machine_that_gets_slower_is_noticed() -> None:

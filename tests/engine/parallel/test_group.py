@@ -54,7 +54,8 @@ def test_a_group_computes_and_draws_as_one_device_does(
 ) -> None:
     """With several steps in flight: each stage works on one."""
     runner = load(2, 2)
-    runner.warm_up()
+    runner.warm_up(draft_tokens=4)
+    assert {time.rows for time in runner.row_times} == {1, 2, 3, 5}
     whole, parted = load_driver(make_checkpoint(**SHAPE), num_blocks=100), Driver(runner)
     assert runner.layout == whole.runner.layout
     assert runner.pool.num_blocks == whole.runner.pool.num_blocks

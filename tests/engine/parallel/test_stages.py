@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import SlipstreamConfig
+from cluster.config.tree import SlipstreamConfig
 from cluster.worker import make_node
 from core.types import Request, Role, SamplingParams
 from engine.parallel.runner import GroupRunner

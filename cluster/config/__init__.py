@@ -1,0 +1,1 @@
+"""The configuration: one tree, one YAML file, the same names as flags."""

@@ -1,0 +1,67 @@
+"""`replan`: for which targets workers change in service, and how often."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config.section import Section
+from cluster.notation import AbsolutePath, StepSizes
+from core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from placement.outcome import Targets
+
+
+class ReplanSection(Section):
+    mode: Literal["off", "advise", "on"] = Field(
+        "off",
+        description="Change roles, numbers and steps of workers in service, as traffic does; advise: only say how",
+    )
+    slo: str | None = Field(None, description="Targets in ms for it, as ttft=200,tpot=50")
+    share: float = Field(0.9, gt=0, lt=1, description="Of the requests, that are to meet both targets")
+    profile: AbsolutePath | None = Field(None, description="What slipstream profile measured of such a worker")
+    forecast: Literal["constant", "holt-winters", "kalman"] = Field(
+        "constant", description="How the traffic to come is foreseen"
+    )
+    warm_start: AbsolutePath | None = Field(
+        None, description="A trace, such as an earlier traffic log, with which the forecast begins"
+    )
+    interval: float = Field(
+        5.0, ge=0.1, le=3600, description="Between two looks at queues and attainment, seconds; forecasts take 6 such"
+    )
+    horizon: float = Field(120.0, gt=0, description="Over which a change has to gain more than it costs, seconds")
+    floor: int = Field(1, ge=1, le=1024, description="Workers that a role keeps at the least, if it is used at all")
+    max_workers: int | None = Field(
+        None, ge=1, le=1024, description="Workers that may be started in all; default: their number stays as it is"
+    )
+    chunk_tokens: StepSizes = Field(
+        (), description="Tokens in one step to choose from, as 256,512; default: steps stay as they are"
+    )
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        return "replan" if name == "mode" else f"replan_{name}"
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ReplanSection:
+        if self.mode == "off":
+            if others := sorted(self.model_fields_set - {"mode"}):
+                raise ValueError(f"{others[0]} has no meaning while replan is off; use advise or on, or leave it out")
+            return self
+        for name, lacks in (("slo", "such as ttft=200,tpot=50"), ("profile", "a file of slipstream profile")):
+            if getattr(self, name) is None:
+                raise ValueError(f"replan {self.mode} needs a replan {name}: give one, {lacks}")
+        try:
+            self.targets  # noqa: B018 - raises
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+        return self
+
+    @property
+    def targets(self) -> Targets:
+        """Raises ConfigError."""
+        from placement.slo import parse_slo  # with numpy, which `--help` does without
+
+        return parse_slo(self.slo or "")
