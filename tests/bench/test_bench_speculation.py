@@ -228,7 +228,7 @@ def test_every_number_comes_with_the_conditions_it_holds_under(
 ) -> None:
     assert found.keys() == {
         *("model", "dataset", "dtype", "device", "threads", "versions"),
-        *("max_tokens", "temperature", "budget", "margin", "results"),
+        *("max_tokens", "temperature", "ignore_eos", "budget", "margin", "results"),
     }
     assert (found["model"], found["dataset"], found["budget"], found["margin"]) == (str(model), str(dataset), 4, 1e-3)
     assert [(one["controller"], one["batch"]) for one in found["results"]] == [
