@@ -305,10 +305,13 @@ def _watch(config: SlipstreamConfig, handle: Any, stop: Stop, say: Callable[[str
     from cluster.app import APP_NAME
 
     last, said_s = "running", 0.0
-    while not stop.wait(1.0):
+    while True:
+        stopped = stop.wait(1.0)
         for decided in _decided(handle, said_s) if config.replan.mode != "off" else ():
             say(f"replanning: {decided}")
             said_s = decided.at_s
+        if stopped:
+            return
         try:
             app = ray_serve.status().applications.get(APP_NAME)
             now = app.status.value.lower() if app is not None else "gone"
