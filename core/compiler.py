@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _COMPILE_TIMEOUT_S = 600.0
+
+logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -32,6 +36,22 @@ def library_path(name: str, sources: Path, made_with: str) -> Path:
     for source in sorted(sources.iterdir()):
         digest.update(source.read_bytes())
     return cache_root() / "native" / f"{name}-{digest.hexdigest()}.so"
+
+
+def load(name: str, sources: Path, flags: Sequence[str]) -> ctypes.CDLL | None:
+    """The library `name` of the .cpp files in `sources`, compiled first if this machine has not done so yet; None, and
+    the reason in the log, if it can't be had."""
+    path = library_path(name, sources, str(tuple(flags)))
+    reason = None if path.exists() else why_no_compiler()
+    units = [str(source) for source in sorted(sources.glob("*.cpp"))]
+    if (reason := reason or compile_once(path, [*flags, *units])) is not None:
+        logger.warning("no native %s, Python's are slower: %s", name, reason)
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("no native %s: %s can't be loaded (%s); remove it", name, path, error)
+        return None
 
 
 def why_no_compiler() -> str | None:

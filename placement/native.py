@@ -6,7 +6,6 @@ Compiled once for a machine, in seconds; where that can't be done the definition
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -25,8 +24,6 @@ from placement.workload import Lengths, Workload
 
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off")  # no fused sums: Python has none
-
-logger = logging.getLogger(__name__)
 
 _doubles = np.ctypeslib.ndpointer(np.float64, ndim=1, flags="C_CONTIGUOUS")
 _ints = np.ctypeslib.ndpointer(np.int32, ndim=1, flags="C_CONTIGUOUS")
@@ -97,18 +94,9 @@ def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits:
 def load() -> ctypes.CDLL | None:
     """The library, compiled first if this machine has not done so yet; None, and the reason in the log, if that can't
     be done. Asked once per process."""
-    path = compiler.library_path("simulators", _SOURCES, str(_FLAGS))
-    reason = None if path.exists() else compiler.why_no_compiler()
-    sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
-    if (reason := reason or compiler.compile_once(path, [*_FLAGS, *sources])) is not None:
-        logger.warning("no native simulators, Python's are slower: %s", reason)
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        logger.warning("no native simulators: %s can't be loaded (%s); remove it", path, error)
-        return None
-    _declare(library)
+    library = compiler.load("simulators", _SOURCES, _FLAGS)
+    if library is not None:
+        _declare(library)
     return library
 
 

@@ -34,6 +34,11 @@ def load() -> bool:
     return True
 
 
+def is_loaded() -> bool:
+    """Whether somebody has: nothing is compiled for this question."""
+    return load.cache_info().currsize > 0 and load()
+
+
 def library_path() -> Path:
     """Where the compiled kernels are, or would be."""
     return compiler.library_path("slipstream", _SOURCES, f"{torch.__version__} {_FLAGS}")

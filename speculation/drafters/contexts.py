@@ -22,8 +22,8 @@ PRIVATE, SHARED = 0, 1
 
 _LONGEST = 16
 _FACTORS = np.random.default_rng(0x51).integers(0, 2**64, _LONGEST + 3, np.uint64) | np.uint64(1)
-_OF_TOKENS = _FACTORS[:_LONGEST]
-_OF_OWNER, _OF_ORDER, _MIXING = _FACTORS[_LONGEST:]
+OF_TOKENS = _FACTORS[:_LONGEST]
+_OF_OWNER, _OF_ORDER, MIXING = _FACTORS[_LONGEST:]
 _HALF, _ONE = np.uint64(32), np.uint64(1)
 
 
@@ -54,19 +54,19 @@ class Contexts:
     def __init__(self, orders: Sequence[int], kinds: Sequence[int]) -> None:
         self.width = max(orders)
         self.orders = np.array(orders)
-        self._ends = np.array(orders) - 1
+        self.ends = np.array(orders) - 1
         self._kinds = np.array(kinds)
         self._of_orders = np.array(orders, np.uint64) * _OF_ORDER
-        self._tops = self._kinds.astype(np.uint64) << np.uint64(63)
+        self.tops = self._kinds.astype(np.uint64) << np.uint64(63)
 
     @property
     def num_columns(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def only(self, kind: int) -> Contexts:
         """The columns for one kind of owner."""
         some = self._kinds == kind
-        return Contexts((self._ends[some] + 1).tolist(), self._kinds[some].tolist())
+        return Contexts((self.ends[some] + 1).tolist(), self._kinds[some].tolist())
 
     def salts(self, owners: NDArray[np.uint64]) -> Salts:
         """Of texts with these private and shared owners [n, 2]."""
@@ -79,10 +79,10 @@ class Contexts:
 
         A sum of the tokens times random odd numbers, one for each distance from the end, then mixed."""
         width = self.width
-        terms = (windows[:, : -width - 1 : -1].astype(np.uint64) + _ONE) * _OF_TOKENS[:width]
-        keys = terms.cumsum(axis=1)[:, self._ends] + salts.terms
-        keys = (keys ^ (keys >> _HALF)) * _MIXING
-        found: NDArray[np.uint64] = ((keys ^ (keys >> _HALF)) >> _ONE) | self._tops | _ONE
+        terms = (windows[:, : -width - 1 : -1].astype(np.uint64) + _ONE) * OF_TOKENS[:width]
+        keys = terms.cumsum(axis=1)[:, self.ends] + salts.terms
+        keys = (keys ^ (keys >> _HALF)) * MIXING
+        found: NDArray[np.uint64] = ((keys ^ (keys >> _HALF)) >> _ONE) | self.tops | _ONE
         return found
 
 

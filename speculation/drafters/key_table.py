@@ -22,24 +22,24 @@ class KeyTable:
     def __init__(self, max_rows: int) -> None:
         """A power of two of rows, at most `max_rows` but no less than 8."""
         bits = max(max_rows // WAYS, 2).bit_length() - 1
-        self._shift = np.uint64(64 - bits)  # the high bits of a key number its bucket
+        self.shift = np.uint64(64 - bits)  # the high bits of a key number its bucket
         self.nowhere = (1 << bits) * WAYS
         """The row of keys that have none, after all others."""
-        self._claimed = np.zeros((1 << bits, WAYS), np.int64)
+        self.claimed = np.zeros((1 << bits, WAYS), np.int64)
         self._now = 0
-        self._tags = np.zeros((1 << bits, 2, WAYS), np.uint64)  # keys and owners, side by side in memory
-        self._keys, self._owners = self._tags[:, 0], self._tags[:, 1]
-        for array in (self._claimed, self._tags):
+        self.tags = np.zeros((1 << bits, 2, WAYS), np.uint64)  # keys and owners, side by side in memory
+        self._keys, self._owners = self.tags[:, 0], self.tags[:, 1]
+        for array in (self.claimed, self.tags):
             array.fill(0)  # so that the pages are there: to get them would be the slowest part of a step
 
     @property
     def nbytes(self) -> int:
-        return self._claimed.nbytes + self._tags.nbytes
+        return self.claimed.nbytes + self.tags.nbytes
 
     def find(self, keys: NDArray[np.uint64], owners: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The rows of keys [...] of owners [...]."""
-        buckets = (keys >> self._shift).view(np.int64)
-        tags = self._tags[buckets]
+        buckets = (keys >> self.shift).view(np.int64)
+        tags = self.tags[buckets]
         hits = (tags[..., 0, :] == keys[..., None]) & (tags[..., 1, :] == owners[..., None])
         way = hits @ _NUMBERS
         rows: NDArray[np.int64] = np.where(way, buckets * WAYS + (way - 1), self.nowhere)
@@ -54,26 +54,31 @@ class KeyTable:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows for different keys in ascending order, and those of these rows that had another key or none.
         Nowhere for a key that would drive out another of them."""
-        self._now += 1
+        now = self.tick()
         rows = self.find(keys, owners)
         new = (rows == self.nowhere).nonzero()[0]
-        claimed = self._claimed.reshape(-1)
-        claimed[np.delete(rows, new)] = self._now
-        buckets = (keys[new] >> self._shift).view(np.int64)  # ascending, as keys are
+        claimed = self.claimed.reshape(-1)
+        claimed[np.delete(rows, new)] = now
+        buckets = (keys[new] >> self.shift).view(np.int64)  # ascending, as keys are
         turns = np.arange(len(new)) - buckets.searchsorted(buckets)  # among the new ones of a bucket
-        by_age = self._claimed[buckets].argsort(axis=1, kind="stable")
+        by_age = self.claimed[buckets].argsort(axis=1, kind="stable")
         places = buckets * WAYS + by_age[np.arange(len(new)), np.minimum(turns, WAYS - 1)]
-        fits = (turns < WAYS) & (claimed[places] < self._now)
+        fits = (turns < WAYS) & (claimed[places] < now)
         places, new = places[fits], new[fits]
         at = places // WAYS, places % WAYS
-        self._keys[at], self._owners[at], self._claimed[at] = keys[new], owners[new], self._now
+        self._keys[at], self._owners[at], self.claimed[at] = keys[new], owners[new], now
         rows[new] = places
         return rows, places
+
+    def tick(self) -> int:
+        """The time of a claim: later than all before."""
+        self._now += 1
+        return self._now
 
     def forget(self, owner: int) -> NDArray[np.int64]:
         """The rows that were its own."""
         mine = self._owners == np.uint64(owner)
-        self._keys[mine], self._owners[mine], self._claimed[mine] = _FREE, 0, 0
+        self._keys[mine], self._owners[mine], self.claimed[mine] = _FREE, 0, 0
         rows: NDArray[np.int64] = mine.reshape(-1).nonzero()[0]
         return rows
 

@@ -15,6 +15,7 @@ from speculation.drafters.base import BaseDrafter, Surroundings
 from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, last_windows, owners_of, windows_at
 from speculation.drafters.growth import Branches, grow
 from speculation.drafters.mixture import mixed
+from speculation.drafters.native import NativeSuccessors
 from speculation.drafters.successors import WIDTH, Successors
 from speculation.packing import expect
 from speculation.rounds import DraftRequest, Feedback, Needs, Observed
@@ -74,6 +75,7 @@ class RecyclingDrafter(BaseDrafter):
         self.needs = Needs(top=min(WIDTH, surroundings.vocab_size))
         room = min(surroundings.max_memory_bytes, MOST_BYTES) if surroundings.proposes else 0
         self._table = Successors(room, self.fading)
+        self._native = NativeSuccessors.of(self._table)
         self._readers: dict[int, Reader] = {}
         self._of_prompts: dict[int, Observed] = {}
         """The last row of each request's prompt."""
@@ -84,6 +86,9 @@ class RecyclingDrafter(BaseDrafter):
 
     def remember(self, contexts: Contexts, lesson: Lesson) -> None:
         salts = contexts.salts(lesson.owners)
+        if self._native is not None:
+            self._native.add(contexts, lesson.windows, salts, lesson.tokens, lesson.weights)
+            return
         keys = contexts.keys(lesson.windows, salts)
         which = np.arange(len(keys)).repeat(keys.shape[1])
         self._table.add(keys.reshape(-1), salts.owners.reshape(-1), lesson.tokens[which], lesson.weights[which])
@@ -107,13 +112,19 @@ class RecyclingDrafter(BaseDrafter):
         self._recycle(feedback.requests, feedback.observed)
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
-        salts = self.catch_up(requests)
+        salts, windows = self.catch_up(requests), last_windows(requests, self.contexts.width)
+        if self._native is not None:
+            return self._native.grow(
+                *(self.contexts, salts, self.doubts, float(CERTAINTY), windows, budgets, floor),
+                branches=self.branches,
+                law=self.law,
+                drafter=self.name,
+            )
 
         def follow(of_request: NDArray[np.int64], windows: NDArray[np.int64]) -> Branches:
             law = mixed(*self.recall(windows, salts.of(of_request)), self.doubts)
             return Branches(law.windows, law.tokens, CERTAINTY * law.chances)
 
-        windows = last_windows(requests, self.contexts.width)
         return grow(follow, windows, budgets, floor, branches=self.branches, law=self.law, drafter=self.name)
 
     def finish(self, key: int) -> None:

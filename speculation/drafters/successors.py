@@ -17,25 +17,25 @@ class Successors:
     comes again, what was known of it counts `fading` as much as before."""
 
     def __init__(self, max_bytes: int, fading: float) -> None:
-        self._table = KeyTable(max_bytes // _BYTES)
-        self._fading = np.float32(fading)
-        self._rows = np.zeros((self._table.nowhere + 1, 2, WIDTH), np.int32)  # the last stays empty
-        self._rows.fill(0)  # as in the table
-        self._tokens, self._weights = self._rows[:, 0], self._rows[:, 1].view(np.float32)
+        self.table = KeyTable(max_bytes // _BYTES)
+        self.fading = np.float32(fading)
+        self.rows = np.zeros((self.table.nowhere + 1, 2, WIDTH), np.int32)  # the last stays empty
+        self.rows.fill(0)  # as in the table
+        self._tokens, self._weights = self.rows[:, 0], self.rows[:, 1].view(np.float32)
 
     @property
     def nbytes(self) -> int:
-        return self._table.nbytes + self._rows.nbytes
+        return self.table.nbytes + self.rows.nbytes
 
     def knows(self, keys: NDArray[np.uint64], owners: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        return self._table.knows(keys, owners)
+        return self.table.knows(keys, owners)
 
     def after(
         self, keys: NDArray[np.uint64], owners: NDArray[np.uint64]
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """[..., WIDTH] the tokens after keys [...] of owners [...], heaviest first, and their weights; where there are
         no more, a weight of 0."""
-        return self._read(self._table.find(keys, owners))
+        return self._read(self.table.find(keys, owners))
 
     def add(
         self,
@@ -52,7 +52,7 @@ class Successors:
         counts = np.diff(starts, append=len(keys))
         which = np.arange(len(starts)).repeat(counts)
         again = (starts + counts)[which] - np.arange(1, len(keys) + 1)  # how often the key still comes
-        rows, new = self._table.claim(keys[starts], owners[order[starts]])
+        rows, new = self.table.claim(keys[starts], owners[order[starts]])
         self._weights[new] = 0.0
         old_tokens, old_weights = self._read(rows)
         old_weights = old_weights * self._faded(counts)
@@ -62,19 +62,19 @@ class Successors:
             np.concatenate([old_weights.ravel(), (weights[order] * self._faded(again)).ravel()]),
             len(rows),
         )
-        stored = rows != self._table.nowhere
+        stored = rows != self.table.nowhere
         self._tokens[rows[stored]], self._weights[rows[stored]] = best[0][stored], best[1][stored]
 
     def forget(self, owner: int) -> None:
         """All that belongs to it."""
-        self._rows[self._table.forget(owner)] = 0
+        self.rows[self.table.forget(owner)] = 0
 
     def _read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        found = self._rows[rows]
+        found = self.rows[rows]
         return found[..., 0, :], found[..., 1, :].view(np.float32)
 
     def _faded(self, times: NDArray[np.int64]) -> NDArray[np.float32]:
-        faded: NDArray[np.float32] = (self._fading ** times.astype(np.float32))[:, None]
+        faded: NDArray[np.float32] = (self.fading ** times.astype(np.float32))[:, None]
         return faded
 
 

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "attend.h"
+#include "likeliest.h"
 #include "linear.h"
 #include "rope.h"
 #include "rows.h"
@@ -55,7 +56,7 @@ void check_range(const int64_t* values, int64_t count, int64_t end, const char* 
     lowest = std::min(lowest, values[i]);
     highest = std::max(highest, values[i]);
   }
-  TORCH_CHECK(lowest >= 0 && highest < end, what, " ", lowest < 0 ? lowest : highest, " is not in the cache of ", end);
+  TORCH_CHECK(lowest >= 0 && highest < end, what, " ", lowest < 0 ? lowest : highest, " is not one of ", end);
 }
 
 Input input(const at::Tensor& x, const std::optional<at::Tensor>& norm, double eps) {
@@ -192,6 +193,21 @@ at::Tensor decoder_layer_op(const at::Tensor& hidden, at::TensorList weights,
   return project(gated, 3, hidden.size(1), std::nullopt, attended);
 }
 
+// [rows, count] ids and log-probabilities of the largest of these rows of logits.
+std::tuple<at::Tensor, at::Tensor> likeliest_op(const at::Tensor& logits, const at::Tensor& rows, int64_t count) {
+  TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && count > 0 && count <= logits.size(1),
+              "logits must be rows of at least ", count, " numbers side by side, not ", logits.sizes());
+  TORCH_CHECK(rows.is_contiguous(), "rows must be contiguous");
+  check_range(rows.const_data_ptr<int64_t>(), rows.numel(), logits.size(0), "row");
+  at::Tensor ids = at::empty({rows.numel(), count}, rows.options());
+  at::Tensor logprobs = at::empty({rows.numel(), count}, logits.options());
+  Likeliest likeliest;
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    likeliest(logits.const_data_ptr<float>() + rows.const_data_ptr<int64_t>()[i] * logits.stride(0), logits.size(1),
+              count, ids.mutable_data_ptr<int64_t>() + i * count, logprobs.mutable_data_ptr<float>() + i * count);
+  return {ids, logprobs};
+}
+
 Rows rows(const at::Tensor& t) {
   TORCH_CHECK(t.scalar_type() == at::kByte && t.dim() == 4 && t.size(1) == 2 && t.stride(3) == 1 &&
                   t.stride(2) == t.size(3) && t.size(3) % kStripe == 0 && t.stride(1) % kStripe == 0 &&
@@ -232,6 +248,7 @@ TORCH_LIBRARY(slipstream, m) {
   m.def("attention(Tensor query, Tensor kv, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
   m.def("decoder_layer(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor[] norms, Tensor? head_norms, float eps, int queries, int inner, int activation, Tensor cosines, Tensor sines, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
   m.def("move_rows(Tensor source, Tensor(a!)? target, Tensor runs, bool summed, bool streamed) -> int");
+  m.def("likeliest(Tensor logits, Tensor rows, int count) -> (Tensor, Tensor)");
   m.def("gated_linear(Tensor x, Tensor packed, int inner, Tensor? bias, Tensor? norm, float eps, int activation) -> Tensor");
 }
 
@@ -242,4 +259,5 @@ TORCH_LIBRARY_IMPL(slipstream, CPU, m) {
   m.impl("decoder_layer", &slipstream::decoder_layer_op);
   m.impl("gated_linear", &slipstream::gated_op);
   m.impl("move_rows", &slipstream::move_rows_op);
+  m.impl("likeliest", &slipstream::likeliest_op);
 }
