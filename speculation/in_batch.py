@@ -199,7 +199,9 @@ class InBatch:
         drafts = self._controller.trim(drafts, budgets, places).prune(round_.load.limits[places])
         drafts, masks = follow_grammars(drafts, [candidates[place].sequence.constraint for place in places])
         kept = np.flatnonzero(drafts.lengths)
-        return Part(name, rule, places[kept], drafts.select(kept), [masks[index] for index in kept])
+        if len(kept) < drafts.num_requests:
+            drafts, places, masks = drafts.select(kept), places[kept], [masks[index] for index in kept]
+        return Part(name, rule, places, drafts, masks)
 
     # --- after it --------------------------------------------------------------------------------------------------
 

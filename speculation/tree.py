@@ -81,8 +81,8 @@ class DraftBatch:
             raise self._malformed(f"tokens: siblings are the same, which {self.law} can't be")
 
     def _has_twins(self) -> bool:
-        pairs = np.stack([self.parent_rows, self.tokens])[:, np.lexsort((self.tokens, self.parent_rows))]
-        return bool((pairs[:, 1:] == pairs[:, :-1]).all(0).any())
+        pairs = set(zip(self.parent_rows.tolist(), self.tokens.tolist(), strict=True))
+        return len(pairs) < self.num_nodes
 
     def _malformed(self, problem: str) -> InternalError:
         return InternalError(f"drafter {self.drafter} proposed no valid tree: {problem}")
@@ -213,6 +213,8 @@ class DraftBatch:
 
     def prune(self, budgets: NDArray[np.int64]) -> DraftBatch:
         """The first budgets[r] nodes of each request at most. Looks at no token, so every law stays what it is."""
+        if (self.lengths <= budgets).all():
+            return self
         return self.only(np.flatnonzero(self.ranks < budgets[self.request_of]))
 
     def keep(self, wanted: NDArray[np.bool_]) -> DraftBatch:

@@ -44,6 +44,11 @@ class Salts:
     owners: NDArray[np.uint64]
     terms: NDArray[np.uint64]
 
+    @staticmethod
+    def joined(parts: Sequence[Salts]) -> Salts:
+        """At least one."""
+        return Salts(np.concatenate([part.owners for part in parts]), np.concatenate([part.terms for part in parts]))
+
     def of(self, texts: NDArray[np.int64]) -> Salts:
         return Salts(self.owners[texts], self.terms[texts])
 

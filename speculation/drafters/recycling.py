@@ -43,6 +43,7 @@ class Reader:
     """How far a request has been read, and who may see what is learned of it."""
 
     owners: tuple[int, int]
+    salts: Salts
     known: int = 0
     """Contexts whose successor has been learned: those that end before this index."""
 
@@ -153,14 +154,15 @@ class RecyclingDrafter(BaseDrafter):
 
     def catch_up(self, requests: Sequence[DraftRequest]) -> Salts:
         """Reads all texts up to the root."""
-        readers = [self._read(request, len(request.token_ids) - 1) for request in requests]
-        return self.contexts.salts(np.array([reader.owners for reader in readers], np.uint64).reshape(-1, 2))
+        return Salts.joined([self._read(request, len(request.token_ids) - 1).salts for request in requests])
 
     def _read(self, request: DraftRequest, end: int) -> Reader:
         """What followed the contexts that end before index `end`, as far as nobody has told."""
         reader = self._readers.get(request.key)
         if reader is None:
-            reader = self._readers[request.key] = Reader(owners_of(request))
+            owners = owners_of(request)
+            reader = Reader(owners, self.contexts.salts(np.array([owners], np.uint64)))
+            self._readers[request.key] = reader
         first = max(reader.known, end - LONGEST_TEXT)
         if first < end:
             tokens = np.array(request.token_ids[first + 1 : end + 1], np.int64)[:, None]

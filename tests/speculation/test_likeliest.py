@@ -29,8 +29,8 @@ def test_the_likeliest_are_those_of_topk(vocab: int) -> None:
     rows = torch.tensor([5, 0, 2, 1, 1])
     ids, logprobs = likeliest(logits, rows, TOP)
     expected = logits[rows].log_softmax(-1)
-    torch.testing.assert_close(logprobs, expected.topk(TOP).values, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(expected.gather(1, ids), logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs, expected.topk(TOP).values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(expected.gather(1, ids), logprobs, atol=1e-4, rtol=0)
     assert all(len(set(row.tolist())) == TOP for row in ids)
 
 

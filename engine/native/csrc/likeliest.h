@@ -22,15 +22,21 @@ inline float max_of(const float* x, int64_t count) {
   return _mm512_reduce_max_ps(most);
 }
 
+// As exact as exp2_ps is: for laws to learn from, not to draw from.
 inline float sum_of_exp(const float* x, int64_t count, float most) {
-  __m512 sum = _mm512_setzero_ps();
-  const __m512 offset = _mm512_set1_ps(most);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
-    const __m512 powers = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), offset));
-    sum = _mm512_mask_add_ps(sum, lanes, sum, powers);
+  const __m512 log2_e = _mm512_set1_ps(1.44269504f), offset = _mm512_set1_ps(-1.44269504f * most);
+  const auto powers = [&](__m512 some) { return exp2_ps(_mm512_fmadd_ps(some, log2_e, offset)); };
+  __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    sum = _mm512_add_ps(sum, powers(_mm512_loadu_ps(x + i)));
+    other = _mm512_add_ps(other, powers(_mm512_loadu_ps(x + i + 16)));
   }
-  return _mm512_reduce_add_ps(sum);
+  for (; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    sum = _mm512_mask_add_ps(sum, lanes, sum, powers(_mm512_maskz_loadu_ps(lanes, x + i)));
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
 }
 
 // Places and log-probabilities of the `count` largest of logits [vocab], from the top; of equals the first.
