@@ -26,35 +26,56 @@ MAX_CLASSES = 64
 """Of a drafter. Requests of further ones count for all classes together only."""
 ALL = ""
 """All classes together."""
+WORTHS = np.array([1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10])
+"""Where what nodes are worth is divided into parts."""
+TRUST = 2.0
+"""Nodes that were accepted as often as their drafter says they would be, for each part."""
 ASKED_LATELY = 0.5
 """Weight of a round about 70 rounds ago."""
 
 
-@dataclass(slots=True)
 class _Counts:
-    """Weighted: of rounds by rank [max_budget], and of first children that were judged."""
+    """Weighted, side by side so that all are added at once: of rounds by rank, asked for, proposed and accepted
+    [max_budget] each, then first children that were judged, and those of them that were accepted."""
 
-    asked: NDArray[np.float64]
-    proposed: NDArray[np.float64]
-    accepted: NDArray[np.float64]
-    firsts: float = 0.0
-    firsts_accepted: float = 0.0
+    __slots__ = ("accepted", "asked", "firsts", "proposed", "values")
 
-    @classmethod
-    def none(cls, max_budget: int) -> _Counts:
-        return cls(np.zeros(max_budget), np.zeros(max_budget), np.zeros(max_budget))
+    def __init__(self, max_budget: int) -> None:
+        self.values = np.zeros(3 * max_budget + 2)
+        self.asked, self.proposed, self.accepted = self.values[:-2].reshape(3, max_budget)
+        self.firsts = self.values[-2:]
 
-    def add(self, more: _Counts, rounds: int) -> None:
-        kept = FORGETTING**rounds
-        self.asked = kept * self.asked + more.asked
-        self.proposed = kept * self.proposed + more.proposed
-        self.accepted = kept * self.accepted + more.accepted
-        self.firsts = kept * self.firsts + more.firsts
-        self.firsts_accepted = kept * self.firsts_accepted + more.firsts_accepted
+    def add(self, more: NDArray[np.float64], rounds: int) -> None:
+        self.values *= FORGETTING**rounds
+        self.values += more
 
     @property
     def alpha(self) -> float:
-        return (self.firsts_accepted + PRIOR_WEIGHT * GUESS) / (self.firsts + PRIOR_WEIGHT)
+        judged, accepted = self.firsts.tolist()
+        return float(accepted + PRIOR_WEIGHT * GUESS) / float(judged + PRIOR_WEIGHT)
+
+
+@dataclass(slots=True)
+class _Worths:
+    """Of nodes by what their drafter took them to be worth [parts of the range]: the sum of that, and how many were
+    accepted. Weighted."""
+
+    expected: NDArray[np.float64]
+    accepted: NDArray[np.float64]
+
+    @classmethod
+    def none(cls) -> _Worths:
+        return cls(np.zeros(len(WORTHS) + 1), np.zeros(len(WORTHS) + 1))
+
+    def add(self, worths: NDArray[np.float64], accepted: NDArray[np.bool_], rounds: int) -> None:
+        parts, kept = WORTHS.searchsorted(worths), FORGETTING**rounds
+        self.expected = kept * self.expected + np.bincount(parts, worths, len(self.expected))
+        self.accepted = kept * self.accepted + np.bincount(parts, accepted, len(self.accepted))
+
+    def corrected(self, worths: NDArray[np.float64]) -> NDArray[np.float64]:
+        ratios = (self.accepted + TRUST) / (self.expected + TRUST)
+        found: NDArray[np.float64] = np.minimum(worths * ratios[WORTHS.searchsorted(worths)], 1.0)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +94,22 @@ class Acceptance:
     def __init__(self, max_budget: int) -> None:
         self._max_budget = max_budget
         self._counts: dict[str, dict[str, _Counts]] = {}  # by drafter and class, of which ALL is the first
+        self._worths: dict[str, _Worths] = {}  # by drafter
 
     def observe(self, drafts: DraftBatch, outcome: Outcome, asked: NDArray[np.int64], classes: Sequence[str]) -> None:
         """A round of some requests of classes[r] with budgets of asked[r] draft tokens, or more where they had more."""
         asked = np.maximum(asked, drafts.lengths)
-        by_class = self._counts.setdefault(drafts.drafter, {ALL: _Counts.none(self._max_budget)})
+        by_class = self._counts.setdefault(drafts.drafter, {ALL: _Counts(self._max_budget)})
+        if drafts.confidence is not None:
+            worths = self._worths.setdefault(drafts.drafter, _Worths.none())
+            worths.add(drafts.path_products(drafts.confidence), outcome.accepted, len(classes))
         of_request = np.array(classes)
         everyone = np.ones(len(classes), np.bool_)
         counted = self._count(drafts, outcome, asked, everyone)
         by_class[ALL].add(counted, len(classes))
         for name in set(classes):
             if name not in by_class and len(by_class) <= MAX_CLASSES:
-                by_class[name] = _Counts.none(self._max_budget)
+                by_class[name] = _Counts(self._max_budget)
             if name in by_class:
                 which = of_request == name
                 these = counted if which.all() else self._count(drafts, outcome, asked, which)
@@ -96,6 +121,11 @@ class Acceptance:
         found = {pair: self._of_class(*pair) for pair in set(pairs)}
         both = [found[pair] for pair in pairs]
         return Prospects(np.stack([one.gains for one in both]), np.stack([one.fills for one in both]))
+
+    def worths(self, drafter: str, said: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[nodes] the probability that each is accepted: what the drafter says it is, by how often that was right."""
+        worths = self._worths.get(drafter)
+        return said if worths is None else worths.corrected(said)
 
     def known(self, drafter: str) -> int:
         """Ranks that were asked for lately: of others `prospects` only guesses."""
@@ -117,23 +147,21 @@ class Acceptance:
 
     def _count(
         self, drafts: DraftBatch, outcome: Outcome, asked: NDArray[np.int64], which: NDArray[np.bool_]
-    ) -> _Counts:
+    ) -> NDArray[np.float64]:
+        """What _Counts counts, of the requests that are true in `which`."""
+        if drafts.shape is not None:
+            return drafts.shape.count_ranks(drafts.offsets, outcome.accepted, asked, which, self._max_budget)
         of_these = which[drafts.request_of]
         reached = np.append(outcome.accepted, True)[drafts.parent_nodes]  # the last is ROOT's
         firsts = of_these & reached & (drafts.sibling_ranks == 0)
-        return _Counts(
-            (asked[which, None] > np.arange(self._max_budget)).sum(0).astype(np.float64),
-            self._by_rank(drafts, of_these),
-            self._by_rank(drafts, of_these & outcome.accepted),
-            float(firsts.sum()),
-            float((firsts & outcome.accepted).sum()),
+        by_rank = (
+            np.bincount(drafts.ranks[n], minlength=self._max_budget) for n in (of_these, of_these & outcome.accepted)
         )
-
-    def _by_rank(self, drafts: DraftBatch, nodes: NDArray[np.bool_]) -> NDArray[np.float64]:
-        return np.bincount(drafts.ranks[nodes], minlength=self._max_budget).astype(np.float64)
+        counted = ((asked[which, None] > np.arange(self._max_budget)).sum(0), *by_rank)
+        return np.array([*np.concatenate(counted), firsts.sum(), (firsts & outcome.accepted).sum()], np.float64)
 
     def _of_class(self, drafter: str, name: str) -> Prospects:
-        counts = self._counts.get(drafter, {ALL: _Counts.none(self._max_budget)})
+        counts = self._counts.get(drafter, {ALL: _Counts(self._max_budget)})
         guess = np.power(counts[ALL].alpha, np.arange(1.0, self._max_budget + 1))
         gains, fills = _blend(counts[ALL], guess, np.ones(self._max_budget))
         if name in counts:

@@ -1,8 +1,9 @@
 """The drafters of a worker, which may fail and may never come back, and the requests that they know of.
 
-They work on a thread of their own. One that raises, proposes what is no tree or is not done in time is switched off for
-this worker: it is counted, said in the log, and requests go on without it. How long a drafter may take depends on the
-steps that it is to make faster, and is far more than any use of it: who is only slow is the controller's to judge.
+They work on a thread of their own, unless they need none. One that raises, proposes what is no tree or is not done in
+time is switched off for this worker: it is counted, said in the log, and requests go on without it. How long a drafter
+may take depends on the steps that it is to make faster, and is far more than any use of it: who is only slow is the
+controller's to judge.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Crew:
             return None
         patience = max(self._least_s, PATIENCE_STEPS * self._step_s)
         try:
-            return self._aside.run(work, patience)
+            return self._aside.run(work, patience) if self._drafters[name].needs.thread else work()
         except Stalled:
             self._switch_off(name, f"it was not done after {patience:.1f} s")
         except Exception as error:  # noqa: BLE001 - a drafter may be anybody's code, and no request depends on it

@@ -45,6 +45,9 @@ class Needs:
     """Layers whose hidden states it reads, numbered as in StepBatch.taps."""
     top: int = 0
     """How many of the target's likeliest tokens it wants for each row, with their log-probabilities."""
+    thread: bool = True
+    """One of its own, which may stall. Not for a drafter that only looks up what is in its memory: to wake a thread
+    twice a step takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,11 @@ class Outcome:
         """`accepted` [nodes] and the token of the target's own [requests] settle the rest: nodes lie below their
         parents."""
         path = np.flatnonzero(accepted)
-        offsets = offsets_of(np.bincount(drafts.request_of[path], minlength=drafts.num_requests))
-        emitted = np.insert(drafts.tokens[path], offsets[1:], last)
+        of_request = drafts.request_of[path]
+        offsets = offsets_of(np.bincount(of_request, minlength=drafts.num_requests))
+        emitted = np.empty(len(path) + drafts.num_requests, np.int64)
+        emitted[np.arange(len(path)) + of_request] = drafts.tokens[path]
+        emitted[offsets[1:] + np.arange(drafts.num_requests)] = last
         return Outcome(path, offsets, emitted, accepted)
 
     @property

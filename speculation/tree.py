@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from core.errors import InternalError
 from speculation.laws import SAMPLED, DraftLaw
 from speculation.qlaw import QLaw
+from speculation.shape import Shape
 
 ROOT = -1
 """The parent of the nodes that follow the last committed token."""
@@ -60,7 +61,7 @@ class DraftBatch:
             raise self._malformed(f"offsets don't cover {nodes} nodes in order")
         if len(self.parents) != nodes:
             raise self._malformed(f"{len(self.parents)} parents for {nodes} tokens")
-        if ((self.parents < ROOT) | (self.parents >= self.ranks)).any():
+        if self.shape is None and ((self.parents < ROOT) | (self.parents >= self.ranks)).any():
             raise self._malformed("parents: one is not a node before its child, nor the root")
         if ((self.tokens < 0) | (self.tokens >= vocab_size)).any():
             raise self._malformed(f"tokens: one is not in a vocabulary of {vocab_size}")
@@ -105,18 +106,29 @@ class DraftBatch:
     # --- where nodes are -------------------------------------------------------------------------------------------
 
     @cached_property
+    def shape(self) -> Shape | None:
+        """What C++ says of it, if it is well-formed and there is the library; else NumPy does."""
+        return Shape.of(self.parents, self.offsets)
+
+    @cached_property
     def request_of(self) -> NDArray[np.int64]:
         """[nodes]"""
+        if self.shape is not None:
+            return self.shape.request_of
         return np.repeat(np.arange(self.num_requests), self.lengths)
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
         """[nodes] index within the request."""
+        if self.shape is not None:
+            return self.shape.ranks
         return np.arange(self.num_nodes) - self.offsets[self.request_of]
 
     @cached_property
     def parent_nodes(self) -> NDArray[np.int64]:
         """[nodes] index in the batch, or ROOT."""
+        if self.shape is not None:
+            return self.shape.parent_nodes
         return np.where(self.parents == ROOT, ROOT, self.parents + self.offsets[self.request_of])
 
     @cached_property
@@ -132,6 +144,8 @@ class DraftBatch:
     @cached_property
     def parent_rows(self) -> NDArray[np.int64]:
         """[nodes] the row by which each node is judged."""
+        if self.shape is not None:
+            return self.shape.parent_rows
         return self.root_rows[self.request_of] + self.parents + 1
 
     @property
@@ -143,6 +157,8 @@ class DraftBatch:
     @cached_property
     def depths(self) -> NDArray[np.int64]:
         """[nodes] 1 for a child of the root, so a row sees that many positions past its root's."""
+        if self.shape is not None:
+            return self.shape.depths
         depths = np.zeros(self.num_nodes, np.int64)
         above = np.arange(self.num_nodes)
         while len(inner := np.flatnonzero(above != ROOT)):
@@ -163,6 +179,8 @@ class DraftBatch:
     @cached_property
     def sibling_ranks(self) -> NDArray[np.int64]:
         """[nodes] how many siblings were drawn before each."""
+        if self.shape is not None:
+            return self.shape.sibling_ranks
         ranks = np.empty(self.num_nodes, np.int64)
         ranks[self.children] = np.arange(self.num_nodes) - self.child_starts[self.parent_rows[self.children]]
         return ranks
@@ -199,6 +217,8 @@ class DraftBatch:
 
     def path_products(self, factors: NDArray[np.floating | np.bool_]) -> NDArray[np.float64]:
         """[nodes] the product of `factors` [nodes] over each node and those above it."""
+        if self.shape is not None:
+            return self.shape.path_products(np.asarray(factors, np.float64))
         padded = np.append(np.asarray(factors, np.float64), 1.0)  # -1 in a path is no node
         products: NDArray[np.float64] = padded[self.paths].prod(axis=1)
         return products

@@ -22,14 +22,14 @@ REACH = 2
 
 class Confidence(Goodput):
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
-        budgets = super().budget(load, stats)
+        budgets = self.allot(load, stats, [self.limits.drafters[0]] * len(load.classes))
         tokens = np.minimum(self.room(load), REACH * budgets.tokens)
         return Budgets(tokens, tokens, budgets.drafters, min(1.0, self.price(load, budgets)))
 
     def trim(self, drafts: DraftBatch, budgets: Budgets, requests: NDArray[np.int64]) -> DraftBatch:
         """A path ends with the first node at which the floor is passed: that stays, so its own token doesn't decide on
         it."""
-        drafts = super().trim(drafts, budgets, requests)
+        drafts = drafts.prune(budgets.tokens[requests])
         if drafts.confidence is None:
             return drafts
         return drafts.cut_below(drafts.path_products(drafts.confidence) < budgets.floor)

@@ -18,14 +18,14 @@ CANDIDATES = 2
 
 class DySpec(Goodput):
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
-        budgets = super().budget(load, stats)
+        budgets = self.allot(load, stats, [self.limits.drafters[0]] * len(load.classes))
         candidates = np.minimum(self.room(load), CANDIDATES * budgets.tokens)
         return Budgets(budgets.tokens, candidates, budgets.drafters)
 
     def trim(self, drafts: DraftBatch, budgets: Budgets, requests: NDArray[np.int64]) -> DraftBatch:
         """A draft without confidences keeps the budget of each request."""
         if drafts.confidence is None:
-            return super().trim(drafts, budgets, requests)
+            return drafts.prune(budgets.tokens[requests])
         return grow(drafts, drafts.confidence, int(budgets.tokens[requests].sum()))
 
 

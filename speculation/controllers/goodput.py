@@ -25,23 +25,29 @@ from numpy.typing import NDArray
 from speculation.acceptance import Acceptance
 from speculation.controllers.allocation import allocate
 from speculation.controllers.base import BaseController, Limits, plain_step
+from speculation.controllers.choice import Choice
 from speculation.controllers.purse import Purse
 from speculation.controllers.step_time import Speculation, StepTime
+from speculation.laws import SAMPLED
 from speculation.rounds import Budgets, Load, Tally, Timing
+from speculation.tree import DraftBatch
 
 MARGIN = 1.02
 TRIES = ((4, 4), (1, 4), (4, 1), (2, 2))
 """Tokens, for requests: unlike ones, or nobody could tell what costs so much."""
-HALVED = 8
-"""Of so many steps that speculate one has half the budgets, for the same reason."""
+HALVED = 2
+"""Of so many times that budgets are found one has half of them for a step, for the same reason."""
 GAPS = (4, 256)
 """Steps before another try: at first, and at most."""
 UNAFFORDABLE = 64
 """Steps before it is looked again whether there is the money for a try."""
-USES = 4
-"""Steps for which budgets that were found best are used."""
-ENOUGH_ROUNDS, AGAIN = 8.0, 128
-"""Rounds of a class before it may be written off while others are drafted for; steps until it is tried again."""
+REACH, FEW = 3, 8
+"""Times what is best for all alike, and tokens of a request: what is proposed to choose from."""
+USES = 7
+"""Steps for which budgets that were found best are used, after one with what may be better."""
+ENOUGH_ROUNDS, AGAIN = 8.0, 16
+"""Rounds of a class before it may be written off while others are drafted for; how often budgets are found until it is
+tried again."""
 REST = 8
 """Steps at most until the controller is asked again: asking and telling it take time between steps."""
 REFRESH = (8, 128)
@@ -62,15 +68,40 @@ class Goodput(BaseController):
         self._since_plain = 0
         self._refresh = float(REFRESH[0])
         self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
-        self._found = (np.zeros(0, np.int64), 1.0)
+        self._found_budgets = plain_step(())
+        self._speedup = 1.0
         self._uses = 0
         self._looks = 0
+        self._worth_it = False
+        self._choice: Choice | None = None
 
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
         return self.budget_by(load, stats, [self.limits.drafters[0]] * len(load.classes))
 
     def budget_by(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
-        """With drafters[r] for request r."""
+        """With drafters[r] for request r. Where it is worth it more is proposed than is best for all alike, for `trim`
+        to choose from."""
+        budgets = self.allot(load, stats, drafters)
+        if not self._worth_it:
+            self._choice = None
+            return budgets
+        each = max(FEW, self._time.horizon // len(drafters))
+        wide = np.maximum(budgets.tokens, np.minimum(self.room(load), np.minimum(each, REACH * budgets.tokens.max())))
+        if self._choice is None or self._uses == USES:
+            self._choice = Choice(self._time, load, stats)
+        return Budgets(wide, wide, drafters, self._choice.floor(self._speedup))
+
+    def trim(self, drafts: DraftBatch, budgets: Budgets, requests: NDArray[np.int64]) -> DraftBatch:
+        """The nodes that emit most tokens per second in this very step, by the drafter's confidence in them. Where it
+        has none, or has drawn them, what is best for all alike."""
+        drafts = drafts.prune(budgets.tokens[requests])
+        if self._choice is None or drafts.confidence is None or drafts.law in SAMPLED:
+            return drafts
+        return self._choice.of(drafts, drafts.confidence, self._numbers[drafts.drafter])
+
+    def allot(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
+        """What is best for all alike, with drafters[r] for request r."""
+        self._worth_it = False
         room = self.room(load)
         if not (room.any() and self._time.known and self._purse.affords(0.0) and self._since_plain < self._refresh):
             return plain_step(drafters)
@@ -78,11 +109,19 @@ class Goodput(BaseController):
             return plain_step(drafters, self._patience.rest())
         if not self._time.added_known:
             return self._budgets(self._try(load, drafters, room), drafters)
+        asked = (tuple(drafters), tuple(load.classes), room.tobytes())
+        if asked == self._asked and self._uses:
+            self._uses -= 1
+            self._worth_it = True
+            return self._found_budgets
+        self._asked, self._uses = asked, 0
         known = np.array([stats.known(drafter) for drafter in drafters])
-        tokens, speedup = self._best(load, stats, drafters, np.minimum(room, known))
-        if speedup >= MARGIN:
+        tokens, self._speedup = self._best(load, stats, drafters, np.minimum(room, known))
+        if self._speedup >= MARGIN:
             self._patience.rewarded()
-            self._refresh = float(np.clip((speedup - 1) / REFRESHING, *REFRESH))
+            self._worth_it = True
+            self._refresh = float(np.clip((self._speedup - 1) / REFRESHING, *REFRESH))
+            self._uses, self._found_budgets = USES, self._budgets(tokens, drafters)
             begun = np.maximum(tokens, np.where(self._is_new(load, stats, drafters), np.minimum(room, TRIES[0][0]), 0))
             grown = np.maximum(begun, np.where(tokens == known, np.minimum(room, 2 * known), 0))
             tokens = self._vary(load, drafters, tokens, grown, begun)
@@ -98,13 +137,14 @@ class Goodput(BaseController):
             return 0.0
         half = Speculation(most.tokens / 2, most.sequences)
         seconds = float(self._time.added(load, most) - self._time.added(load, half)) / (count / 2)
-        return seconds * self._found[1] * len(load.classes) / self._time.plain(load)
+        return seconds * self._speedup * len(load.classes) / self._time.plain(load)
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
-        if not budgets.tokens.any():
+        if not tally.drafted.any():
             self._since_plain = 0
-            if (expected := self._time.record_plain(load, timing.seconds)) is not None:
-                self._purse.account_plain(expected, 1 + timing.rested)
+            if (expected := self._time.record_plain(load, timing.step_seconds)) is not None:
+                self._purse.account_plain(expected, timing.rested)
+                self._purse.account(expected, expected + timing.seconds - timing.step_seconds, 1.0)
             return
         self._since_plain += 1
         if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take
@@ -120,15 +160,9 @@ class Goodput(BaseController):
     def _best(
         self, load: Load, stats: Acceptance, drafters: Sequence[str], room: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], float]:
-        """Budgets and what they gain over a plain step. They hardly change from one step to the next of the same
-        requests, so they are used a few times."""
-        asked = (tuple(drafters), tuple(load.classes), room.tobytes())
-        if asked != self._asked or self._uses == USES:
-            prospects = stats.prospects(drafters, load.classes)
-            self._found = allocate(load, self._number(drafters), prospects, room, self._time)
-            self._asked, self._uses = asked, 0
-        self._uses += 1
-        return self._found
+        """Budgets and what they gain over a plain step."""
+        prospects = stats.prospects(drafters, load.classes)
+        return allocate(load, self._number(drafters), prospects, room, self._time)
 
     def _try(self, load: Load, drafters: Sequence[str], room: NDArray[np.int64]) -> NDArray[np.int64]:
         """A few tokens for a few requests, if it is time and there is the money."""
@@ -152,7 +186,7 @@ class Goodput(BaseController):
     ) -> NDArray[np.int64]:
         """Around what is best, so that its neighbours stay known: half of it, or the first of `further` that is not too
         far from what was seen and can be paid for."""
-        if self._since_plain % HALVED == HALVED - 1:
+        if self._looks % HALVED == 0:
             return (tokens + 1) // 2
         for more in further:
             if more.sum() <= self._time.horizon and self._affords(load, drafters, more):

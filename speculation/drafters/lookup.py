@@ -15,7 +15,7 @@ from speculation.drafters.mixture import part_of_each
 from speculation.drafters.nodes import LEAST_WORTH, Nodes
 from speculation.drafters.prefixes import prefixes
 from speculation.drafters.texts import NOWHERE, Occurrences, Texts
-from speculation.rounds import DraftRequest, Feedback
+from speculation.rounds import DraftRequest, Feedback, Needs
 from speculation.tree import ROOT, DraftBatch
 
 MOST_BYTES = 64 << 20
@@ -51,6 +51,7 @@ class LookupDrafter(BaseDrafter):
     contexts: ClassVar[Contexts]
     doubts: ClassVar[NDArray[np.float32]]
     """[contexts] see mixture.py: evidence is the number of occurrences of which a context is the last."""
+    needs = Needs(thread=False)
     most: ClassVar[int]
     """Occurrences of a context that are looked at."""
 

@@ -1,28 +1,23 @@
 """Successors learned and trees grown in C++ (../csrc): `Successors.add`, and `growth.grow` over `mixture.mixed`, in a
 tenth of their time.
 
-Compiled once for a machine, in seconds; where that can't be done the definitions in Python run, and the log says why.
+Where there is no library the definitions in Python run.
 """
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core import compiler
 from speculation.drafters.contexts import MIXING, OF_TOKENS, Contexts, Salts
 from speculation.drafters.nodes import LEAST_WORTH
 from speculation.drafters.successors import Successors
 from speculation.laws import DraftLaw
+from speculation.native import address, load
 from speculation.tree import DraftBatch
-
-_SOURCES = Path(__file__).parent.parent / "csrc"
-_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off")
 
 
 class _Memory(ctypes.Structure):
@@ -45,18 +40,6 @@ class _Mixing(ctypes.Structure):
     _fields_ = (("doubts", ctypes.c_void_p), ("certainty", ctypes.c_float), ("branches", ctypes.c_int64))
 
 
-@cache
-def load() -> ctypes.CDLL | None:
-    """The library, or None where it can't be had, as the log says. Asked once per process."""
-    library = compiler.load("drafters", _SOURCES, _FLAGS)
-    if library is not None:
-        number, place = ctypes.c_int64, ctypes.c_void_p
-        library.learn.argtypes = (place, place, number, number, number, *[place] * 5)
-        library.grow.argtypes = (place, place, place, number, *[place] * 4, ctypes.c_float, *[place] * 4)
-        library.learn.restype = library.grow.restype = None
-    return library
-
-
 class NativeSuccessors:
     """What `successors` hold, taught and asked by the library. Arrays are as there."""
 
@@ -64,7 +47,11 @@ class NativeSuccessors:
         self._successors = successors
         table = successors.table
         self._memory = _Memory(
-            _at(table.tags), _at(table.claimed), _at(successors.rows), int(table.shift), float(successors.fading)
+            address(table.tags),
+            address(table.claimed),
+            address(successors.rows),
+            int(table.shift),
+            float(successors.fading),
         )
         self._library = library
         self._columns: dict[Contexts, _Columns] = {}
@@ -87,7 +74,7 @@ class NativeSuccessors:
         taught = [np.ascontiguousarray(array) for array in (windows, salts.owners, salts.terms, tokens, weights)]
         self._library.learn(
             *(ctypes.byref(self._memory), ctypes.byref(self._columns_of(contexts)), self._successors.table.tick()),
-            *(len(tokens), tokens.shape[1], *map(_at, taught)),
+            *(len(tokens), tokens.shape[1], *map(address, taught)),
         )
 
     def grow(
@@ -110,17 +97,17 @@ class NativeSuccessors:
         most, requests = int(budgets.sum()), len(budgets)
         tokens, parents = np.empty(most, np.int64), np.empty(most, np.int64)
         chances, offsets = np.empty(most, np.float32), np.empty(requests + 1, np.int64)
-        mixing = _Mixing(_at(doubts), certainty, branches)
+        mixing = _Mixing(address(doubts), certainty, branches)
         self._library.grow(
             *(ctypes.byref(self._memory), ctypes.byref(self._columns_of(contexts)), ctypes.byref(mixing)),
             *(
                 requests,
-                *map(_at, asked),
+                *map(address, asked),
                 max(floor, LEAST_WORTH),
-                _at(tokens),
-                _at(parents),
-                _at(chances),
-                _at(offsets),
+                address(tokens),
+                address(parents),
+                address(chances),
+                address(offsets),
             ),
         )
         found = slice(offsets[-1])
@@ -131,12 +118,6 @@ class NativeSuccessors:
         if columns is None:
             arrays = contexts.ends, contexts.tops, OF_TOKENS
             columns = self._columns[contexts] = _Columns(
-                contexts.num_columns, contexts.width, *map(_at, arrays), MIXING
+                contexts.num_columns, contexts.width, *map(address, arrays), MIXING
             )
         return columns
-
-
-def _at(array: NDArray[Any]) -> int:
-    """Of its first number."""
-    address: int = array.ctypes.data
-    return address

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from core.errors import TransferError
+from engine.native import library
 from speculation.drafters.base import BaseDrafter, Surroundings
 from speculation.drafters.contexts import PRIVATE, SHARED, Contexts, Salts, last_windows, owners_of, windows_at
 from speculation.drafters.growth import Branches, grow
@@ -73,7 +74,9 @@ class RecyclingDrafter(BaseDrafter):
 
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__(surroundings)
-        self.needs = Needs(top=min(WIDTH, surroundings.vocab_size))
+        self.needs = Needs(top=min(WIDTH, surroundings.vocab_size), thread=False)
+        if surroundings.device.type == "cpu":
+            library.load()  # of likeliest.py: one that came later would round otherwise than before, or than elsewhere
         room = min(surroundings.max_memory_bytes, MOST_BYTES) if surroundings.proposes else 0
         self._table = Successors(room, self.fading)
         self._native = NativeSuccessors.of(self._table)
@@ -113,6 +116,8 @@ class RecyclingDrafter(BaseDrafter):
         self._recycle(feedback.requests, feedback.observed)
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        if not requests:
+            return DraftBatch.of_chains([], self.law, self.name)
         salts, windows = self.catch_up(requests), last_windows(requests, self.contexts.width)
         if self._native is not None:
             return self._native.grow(
@@ -153,7 +158,7 @@ class RecyclingDrafter(BaseDrafter):
         self._recycle([request], row)
 
     def catch_up(self, requests: Sequence[DraftRequest]) -> Salts:
-        """Reads all texts up to the root."""
+        """Reads all texts up to the root; of at least one request."""
         return Salts.joined([self._read(request, len(request.token_ids) - 1).salts for request in requests])
 
     def _read(self, request: DraftRequest, end: int) -> Reader:

@@ -56,6 +56,8 @@ def verify_by(judge: Callable[[Sight], Verdict], drafts: DraftBatch, rows: Targe
 def follow(drafts: DraftBatch, tokens: NDArray[np.int64]) -> Verdict:
     """From each root to the child that is the token [rows] in its row, the first among equals, and so on. The token
     of the row where there is none is the target's own."""
+    if drafts.shape is not None:
+        return drafts.shape.follow(drafts.tokens, drafts.offsets, tokens)
     matching = np.flatnonzero(drafts.tokens == tokens[drafts.parent_rows])[::-1]
     following = np.full(drafts.num_rows, NO_NODE, np.int64)
     following[drafts.parent_rows[matching]] = matching

@@ -52,6 +52,8 @@ class SimulatedDrafter:
     """A token is accepted with alpha + spread or alpha - spread, both as often, and the drafter says which."""
     fill: float = 1.0
     """How often it has anything to propose."""
+    says: bool = True
+    """Whether it says what it takes its tokens to be worth."""
 
     def accepts(self, name: str) -> float:
         return self.alpha if isinstance(self.alpha, float) else self.alpha[name]
@@ -101,7 +103,10 @@ def simulate(
             drafts = _propose(drafters[name], name, [now[r] for r in some], budgets.candidates[some], rng)
             drafts = drafts.cut_below(drafts.path_products(_confidence(drafts)) < budgets.floor)
             proposed = int(drafts.lengths.max())
-            drafts = controller.trim(drafts, budgets, some)
+            if drafters[name].says:
+                drafts = controller.trim(drafts, budgets, some)
+            else:
+                drafts = drafts.prune(controller.trim(replace(drafts, confidence=None), budgets, some).lengths)
             outcome = _verify(drafts, rng)
             stats.observe(drafts, outcome, budgets.tokens[some], [now[r] for r in some])
             drafted[some], emitted[some] = drafts.lengths, outcome.num_accepted + 1
@@ -118,7 +123,7 @@ def simulate(
         run.asked.append(not rests)
         run.seconds.append(ideal + draft_seconds + verify_seconds)
         run.plain_seconds.append(hardware.step(len(now), int(contexts.sum())) * float(emitted.mean()))
-        run.budgets.append(budgets.tokens)
+        run.budgets.append(drafted)
         run.drafters.append(budgets.drafters)
     return run
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +15,10 @@ from speculation.controllers.base import Limits
 from speculation.controllers.goodput import REFRESH, Goodput
 from speculation.controllers.purse import CAP, SHARE, START, Purse
 from speculation.controllers.step_time import MIN_PLAIN
+from speculation.laws import DraftLaw
+from speculation.qlaw import QLaw
+from speculation.rounds import Budgets
+from speculation.tree import DraftBatch
 from tests.speculation.machine import Hardware, Run, SimulatedDrafter, best_budget, simulate
 
 MAX_BUDGET = 16
@@ -106,6 +113,20 @@ def test_a_plain_step_now_and_then_keeps_the_time_of_one_known() -> None:
     plain = [not budgets.any() for budgets in run(SimulatedDrafter(0.95), 1, 600).budgets]
     gaps = np.diff(np.flatnonzero(plain[100:]))
     assert gaps.max() == REFRESH[1] + 1
+
+
+def test_nodes_that_were_drawn_are_not_chosen_by_what_they_are() -> None:
+    """It would change their law."""
+    controller = Goodput(Limits(MAX_BUDGET, ("drafter",)))
+    simulate(controller, {"drafter": SimulatedDrafter(0.9)}, ["any"], 100, max_budget=MAX_BUDGET)
+    budgets = Budgets(np.array([3]), np.array([3]), ["drafter"])
+    hopeless = replace(
+        DraftBatch.of_chains([[1, 2, 3, 4]], DraftLaw.POINT_MASS, "drafter"), confidence=np.full(4, 0.01, np.float32)
+    )
+    assert controller.trim(hopeless, budgets, np.zeros(1, np.int64)).num_nodes == 0
+    q = QLaw(np.zeros(4, np.int64), torch.full((1, 8), 1 / 8))
+    drawn = replace(hopeless, law=DraftLaw.IID, q=q)
+    assert controller.trim(drawn, budgets, np.zeros(1, np.int64)).num_nodes == 3
 
 
 def test_requests_with_no_room_draft_nothing() -> None:

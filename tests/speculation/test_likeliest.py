@@ -49,3 +49,11 @@ def test_a_row_that_is_not_there_is_refused() -> None:
         pytest.skip("this machine can't have the native kernels")
     with pytest.raises(RuntimeError, match="row 4 is not one of 4"):
         likeliest(torch.zeros(4, 600), torch.tensor([4]), TOP)
+
+
+@pytest.mark.usefixtures("how")
+def test_no_chance_is_above_one() -> None:
+    logits = torch.zeros(1, 5000)
+    for sure in torch.linspace(15, 60, 50):
+        logits[0, 7] = sure
+        assert likeliest(logits, torch.tensor([0]), TOP)[1].max() <= 0

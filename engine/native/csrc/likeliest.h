@@ -54,7 +54,7 @@ class Likeliest {
     const int64_t few = std::min(count, parts);
     std::partial_sort(order_.begin(), order_.begin() + few, order_.end(), larger);
     const float most = maxima_[order_[0]];
-    const float total = std::log(sum_of_exp(logits, vocab, most));
+    const float total = std::max(0.0f, std::log(sum_of_exp(logits, vocab, most)));  // so that no chance is above 1
     found_.clear();
     for (int64_t i = 0; i < few; ++i) {
       const int64_t start = order_[i] * kPart;
