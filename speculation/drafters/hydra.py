@@ -25,7 +25,7 @@ class Hydra(LastRowDrafter):
 
         def follow(level: Level) -> Branches:
             depth = next(depths)
-            told = self.embed(level.windows[:, -depth - 1 :].T)  # [depth + 1, nodes, hidden]
+            told = self.heads.scaled(self.embed(level.windows[:, -depth - 1 :].T))  # [depth + 1, nodes, hidden]
             hidden = self.heads.hidden(depth, entered[torch.from_numpy(level.requests)], told.unbind(0))
             return branches_of(*self.likeliest(self.heads.logits(hidden)))
 

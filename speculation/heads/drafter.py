@@ -16,6 +16,7 @@ from speculation.drafters.base import BaseDrafter, Surroundings
 from speculation.drafters.contexts import last_windows
 from speculation.drafters.growth import Branches, FollowLevel, Level, grow_levels
 from speculation.heads.checkpoint import Checkpoint, Target, load
+from speculation.likeliest import likeliest
 from speculation.rounds import DraftRequest, Needs, Observed
 from speculation.tree import DraftBatch
 
@@ -107,10 +108,10 @@ class HeadDrafter(BaseDrafter):
         """The trees that were begun last are finished."""
 
     def likeliest(self, logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """[rows, TOP] tokens of the target's vocabulary and their probabilities."""
-        values, ids = logits.float().topk(self._top)
-        chances = (values - logits.float().logsumexp(-1, keepdim=True)).exp()
-        return self._token_ids[ids.cpu().numpy()], chances.cpu().numpy()
+        """[rows, TOP] tokens of the target's vocabulary and their probabilities, rounded to no more than 1: a node that
+        were worth more than its parent would come before it in a tree."""
+        ids, logprobs = likeliest(logits.float(), torch.arange(len(logits)), self._top)
+        return self._token_ids[ids.cpu().numpy()], logprobs.exp().clamp_(max=1.0).cpu().numpy()
 
 
 def branches_of(tokens: NDArray[np.int64], chances: NDArray[np.float32]) -> Branches:

@@ -38,19 +38,21 @@ class Heads:
         self.logits = output.wide if native else output  # type: ignore[attr-defined]
         """[rows, hidden] -> [rows, draft vocabulary]."""
 
-    def hidden(self, depth: int, entered: torch.Tensor, embedded: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """What the head of this depth, from 0 on, gives to `logits`: [rows, hidden]. Hydra's is told the embeddings of
-        the last depth + 1 tokens, the oldest first, [rows, hidden] each."""
-        inputs = entered
-        if self._sees_tokens:
-            inputs = torch.cat((entered, *(torch.rms_norm(one, self._shape) for one in embedded)), -1)
+    def scaled(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Embeddings, [..., hidden], as Hydra's heads are told them."""
+        return torch.rms_norm(embedded, self._shape)
+
+    def hidden(self, depth: int, entered: torch.Tensor, told: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """What the head of this depth, from 0 on, gives to `logits`: [rows, hidden]. Hydra's is told the `scaled`
+        embeddings of the last depth + 1 tokens, the oldest first, [rows, hidden] each."""
+        inputs = torch.cat((entered, *told), -1) if self._sees_tokens else entered
         return entered + F.silu(self._heads[depth](inputs))
 
     def rollout(self, lesson: Lesson, embedding: torch.Tensor, depth: int) -> Iterator[torch.Tensor]:
         """As Eagle.rollout; no deeper than there are heads."""
         entered = self.enter(lesson.features[lesson.rows, 0])
-        embedded: list[torch.Tensor] = []
+        told: list[torch.Tensor] = []
         for step in range(min(depth, self.depth)):
             if self._sees_tokens:
-                embedded.append(embedding[lesson.token(step)])
-            yield self.logits(self.hidden(step, entered, embedded))
+                told.append(self.scaled(embedding[lesson.token(step)]))
+            yield self.logits(self.hidden(step, entered, told))

@@ -16,6 +16,7 @@ from speculation.heads.eagle import Eagle
 from speculation.heads.layer_cache import LayerCache
 from speculation.heads.medusa import Heads
 from speculation.heads.new import target_of
+from tests.speculation.heads.trained import made
 
 LINES = [np.array([5, 2, 9, 0]), np.array([7, 3])]
 """Slots of two requests."""
@@ -69,3 +70,12 @@ def test_heads(target: ModelRunner, folders: dict[str, Path], kind: str) -> None
         heads = Heads(checkpoint.config, tensors, make, native=make is not PlainLinear)
         said.append(heads.logits(heads.hidden(1, heads.enter(hidden), told)))
     assert close(*said)
+
+
+def test_a_head_that_is_sure_is_no_surer_than_that(target: ModelRunner, folders: dict[str, Path]) -> None:
+    """The kernel's sum of exponentials may come out below the largest of them."""
+    torch.manual_seed(0)
+    logits = torch.randn(200, 80)
+    logits[:, 3] = 20 + torch.rand(200)
+    _, chances = made("hydra", target, folders["hydra"]).likeliest(logits)
+    assert chances.max() <= 1
