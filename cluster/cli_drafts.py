@@ -188,6 +188,7 @@ def prompts(
             raise ConfigError(f"--out: {out} is there already; name another file")
         from core.types import SamplingParams
         from engine.checkpoints.bars import Bars
+        from speculation.heads.distil import BATCH
         from speculation.heads.passages import write
         from speculation.rounds import Needs
 
@@ -201,7 +202,7 @@ def prompts(
         texts: dict[int, str] = {}
         with Bars() as progress:
             progress.begin(f"Writing {count} prompts", count)
-            for index, passage in write(runner, ids, sampling, Needs(), batch=32):
+            for index, passage in write(runner, ids, sampling, Needs(), BATCH):
                 texts[index] = begins[index] + served.decode(passage.token_ids[len(ids[index]) :].tolist())
                 progress.update(len(texts))
         lines = (msgspec.json.encode({"turns": [texts[index]]}) for index in range(count))

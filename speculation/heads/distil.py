@@ -26,8 +26,8 @@ from speculation.rounds import Needs
 
 TOP = 8
 """The target's likeliest tokens that are kept of each of its laws."""
-BATCH = 32
-"""Passages that are written at a time."""
+BATCH = 64
+"""Passages that are written at a time: more are no faster on two cores, and half as many are slower."""
 HELD_OUT = 0.1
 """Of the prompts."""
 MAX_BYTES = 4 << 30
