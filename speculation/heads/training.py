@@ -35,8 +35,8 @@ class Recipe:
     learning_rate: float = 5e-3
     """Of matrices inside of the head, which Muon learns; AdamW learns the rest at a tenth of it."""
     rows: int = 2048
-    """Of the texts, in a step; whole passages, so about so many. What Muon takes for a step does not depend on them:
-    of 512 that would be a third of all the time."""
+    """Of the texts, in a step; whole passages, so about so many, and at most as many as there are. What Muon takes for
+    a step does not depend on them: of 512 that would be a third of all the time."""
     steps: int | None = None
     """One of the two bounds must be set, and the first that is reached ends the training."""
     seconds: float | None = None
@@ -89,13 +89,14 @@ def train(
     masters = list(trainee.masters.values())
     optimizers = _optimizers(trainee, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
+    rows = min(recipe.rows, sum(passage.num_drawn for passage in passages))
     started, step, left = time.monotonic(), 0, []  # type: float, int, list[int]
     while (done := _part_done(recipe, step, started)) < 1.0:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * _rate(done)
         batch: list[Passage] = []
-        while sum(passage.num_drawn for passage in batch) < recipe.rows:
+        while sum(passage.num_drawn for passage in batch) < rows:
             left = left or torch.randperm(len(passages), generator=generator).tolist()
             batch.append(passages[left.pop()])
         lesson = make_lesson(batch, ids, recipe.sharpness)
