@@ -58,7 +58,7 @@ class Options:
 def measure(options: Options, progress: Progress) -> Profile:
     """Raises ConfigError, ModelError."""
     progress.begin(f"loading {options.model}")
-    runner = load_runner(options.folder, options.engine, options.threads)
+    runner = load_runner(options.folder, options.engine, options.threads, options.speculation)
     try:
         if options.beside and runner.pool.device.type != "cpu":
             raise ConfigError("--beside: workers on GPUs have one each; leave it out, or use --device cpu")

@@ -166,6 +166,19 @@ def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_p
     assert found.speculation.rows in (1, 2, 3, 4)
 
 
+def test_drafts_are_measured_by_a_worker_that_has_timed_its_steps(model, tmp_path, monkeypatch) -> None:
+    save_tokenizer_of_questions(model)
+    timed = []
+    monkeypatch.setattr(
+        "bench.profiling.measure.measure_drafting",
+        lambda runner, *given: timed.append(list(runner.row_times)) or measure_drafting(runner, *given),
+    )
+    flags = ["--quick", "--threads", 1, "--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
+    flags += ["--speculation", "prompt_lookup", "--draft-tokens", 3]
+    profiled(model, *flags, "--out", tmp_path / "stored.json")
+    assert [max(time.rows for time in times) for times in timed] == [4]
+
+
 def test_a_drafter_is_measured_with_the_questions_of_a_file(model, tmp_path, runner) -> None:
     save_byte_tokenizer(model)
     (tmp_path / "asked.jsonl").write_text('{"turns": ["abcabcabcabcabcabc"]}\n')
