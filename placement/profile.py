@@ -58,7 +58,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request sees beyond the steps themselves, of workers and a gateway that had little to do: before its first
     token, and for each token of its prompt; in each step that decodes, and for each sequence in it; where prompts are
-    handed over, in their step, and between first and second token."""
+    handed over, in their step, and between first and second token. `contention` is that of workers which serve through
+    one gateway; None if it was not measured."""
 
     overhead_ms: float
     prompt_token_ms: float
@@ -66,6 +67,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sequence_ms: float
     handoff_step_ms: float = 0.0
     handoff_gap_ms: float = 0.0
+    contention: Contention | None = None
 
 
 class Drafting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,6 +144,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def contention(self) -> Contention:
+        """Of workers that serve, or if that is not known of such that only compute."""
+        if self.serving is not None and self.serving.contention is not None:
+            return self.serving.contention
         if not self.beside_prompts:
             return ALONE
         return fit_contention(self.points, self.beside_prompts, self.beside_decodes, self.setting.beside)

@@ -94,5 +94,6 @@ def _measured(
             raise ConfigError("--serving: measured on a CPU only; leave it out")
         from bench.profiling.serving import measure_serving
 
-        around = measure_serving(found, folder, settings.model_dump(exclude_unset=True), cores, progress)
+        engine = settings.model_dump(exclude_unset=True)
+        around = measure_serving(found, folder, engine, cores, options.rounds, progress)
         return msgspec.structs.replace(found, serving=around)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -53,6 +53,11 @@ class Options:
     @property
     def grid(self) -> Grid:
         return QUICK if self.quick else FULL
+
+    @property
+    def rounds(self) -> int:
+        """Of servers whose workers compute beside each other."""
+        return 6 if self.quick else 10
 
 
 def measure(options: Options, progress: Progress) -> Profile:
@@ -122,20 +127,16 @@ def _medians(shapes: list[Shape], seconds: list[list[float]]) -> tuple[Point, ..
 def _seconds(
     stepper: Stepper, shapes: list[Shape], turns: Sequence[Neighbours | None], progress: Progress
 ) -> list[list[list[float]]]:
-    """Of each step of every shape beside each of `turns`, by turns: a machine is not as fast at all times."""
-    total = len(shapes) * (1 + RUNS) * len(turns)
-    progress.begin("measuring steps", total)
+    """Of each step of every shape beside each of `turns`, one right after the other: a machine is not as fast at all
+    times, and what a step takes beside others is compared with what it takes alone."""
+    progress.begin("measuring steps", len(shapes) * (1 + RUNS) * len(turns))
     seconds: list[list[list[float]]] = [[[] for _ in shapes] for _ in turns]
-    done = 0
-    for run, (turn, others) in product(range(1 + RUNS), enumerate(turns)):
-        if others is not None:
-            others.compute(True)
-        for number, shape in enumerate(shapes):
+    loads = product(range(1 + RUNS), enumerate(shapes), enumerate(turns))
+    for done, (run, (number, shape), (turn, others)) in enumerate(loads, 1):
+        with nullcontext() if others is None else others.computing():
             found = stepper.seconds(shape)
-            seconds[turn][number] += found if run else []
-            progress.update(done := done + 1)
-        if others is not None:
-            others.compute(False)
+        seconds[turn][number] += found if run else []
+        progress.update(done)
     return seconds
 
 

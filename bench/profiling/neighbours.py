@@ -36,9 +36,17 @@ class Neighbours:
     def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         self._processes = processes
 
-    def compute(self, computing: bool) -> None:
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """While this is open."""
         for process in self._processes:
-            process.send_signal(signal.SIGCONT if computing else signal.SIGSTOP)
+            process.send_signal(signal.SIGCONT)
+        yield
+        self.stand_still()
+
+    def stand_still(self) -> None:
+        for process in self._processes:
+            process.send_signal(signal.SIGSTOP)
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def neighbours(count: int, work: Work) -> Iterator[Neighbours]:
             if process.stdout is None or process.stdout.readline() != _READY:
                 raise ConfigError("--beside: a worker beside the measured one ended before it was ready; see above")
         found = Neighbours(started)
-        found.compute(False)
+        found.stand_still()
         yield found
     finally:
         for process in started:

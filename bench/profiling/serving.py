@@ -4,6 +4,8 @@ and eight at once, and what their tokens take longer than the fit says of their 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.planning.load import Server, serving
+from bench.profiling.together import Together
 from bench.serving.timeline import Timeline
 from engine.checkpoints import Progress
 from placement.latency import StepLatency
@@ -22,39 +25,47 @@ _PROMPT = 256
 _OUTPUT = 33
 _BATCH = 8
 _LEAST_GAP_S = 0.1
-_ALONE = 5
+_ALONE = 8
 """Requests of a length that come one at a time."""
 
 
-def measure_serving(profile: Profile, folder: Path, engine: dict[str, Any], cores: int, progress: Progress) -> Serving:
-    """`engine`: settings of the workers. Hand-offs are measured where there are `cores` for two workers. Raises
-    ConfigError, Unavailable."""
+def measure_serving(
+    profile: Profile, folder: Path, engine: dict[str, Any], cores: int, rounds: int, progress: Progress
+) -> Serving:
+    """`engine`: settings of the workers. Hand-offs are measured where there are `cores` for two workers, and in so many
+    `rounds` how workers slow each other down, if steps were measured beside others. Raises ConfigError, Unavailable."""
     progress.begin("measuring what serving adds")
-    model = profile.model
+    model, others = profile.model, profile.setting.beside
     longest = min(_PROMPT, model.max_tokens // 2)
     asked = _Asked(profile.latency, [longest // 4, longest])
-    tree = {"model": model.name, "engine": engine}
-    with serving(tree | {"cluster": {"colocated": True, "decode_replicas": 1}}, folder, profile.setting) as server:
+
+    def served(**cluster: Any) -> AbstractContextManager[Server]:
+        return serving({"model": model.name, "engine": engine, "cluster": cluster}, folder, profile.setting)
+
+    with served(colocated=True, decode_replicas=1) as server:
         alone = asked.one_at_a_time(server)
         batch = asked.at_once(server)
-    overhead, token = _line([(length, asked.later_ms(found)) for length, found in alone.items()])
+    step_ms, gap_ms, contention = 0.0, 0.0, None
+    if 2 * profile.setting.devices <= cores:
+        with served(prefill_replicas=1, decode_replicas=1, handoff_min_tokens=0) as server:
+            step_ms, gap_ms = asked.handed_over_ms(server)
+    if others:
+        with served(colocated=True, decode_replicas=1 + others) as server:
+            server.warm_up(1 + others, _at_once([(longest, _OUTPUT)]))
+            contention = asked.together(alone, model.max_tokens).contention(server, others, rounds, progress)
+            again = asked.one_at_a_time(server)  # a while later, as the machine is not as fast at all times
+        alone = {length: found + again[length] for length, found in alone.items()}
+    overhead, token = asked.overhead(alone)
     one = max(0.0, asked.gap_ms(alone[asked.lengths[0]]) - asked.decode_ms(1))
     each = max(0.0, (asked.gap_ms(batch) - asked.decode_ms(_BATCH) - one) / (_BATCH - 1))
-    step_ms, gap_ms = 0.0, 0.0
-    if 2 * profile.setting.devices <= cores:
-        apart = {"prefill_replicas": 1, "decode_replicas": 1, "handoff_min_tokens": 0}
-        with serving(tree | {"cluster": apart}, folder, profile.setting) as server:
-            handed = asked.one_at_a_time(server)
-        step_ms = statistics.mean(asked.later_ms(handed[n]) - asked.later_ms(alone[n]) for n in asked.lengths)
-        firsts = [timeline.itl[0] for found in handed.values() for timeline in found]
-        gap_ms = statistics.median(firsts) * 1e3 - asked.gap_ms(handed[asked.lengths[0]])
     return Serving(
         overhead_ms=overhead,
         prompt_token_ms=token,
         step_ms=max(0.0, one - each),
         sequence_ms=each,
-        handoff_step_ms=max(0.0, step_ms),
-        handoff_gap_ms=max(0.0, gap_ms),
+        handoff_step_ms=step_ms,
+        handoff_gap_ms=gap_ms,
+        contention=contention,
     )
 
 
@@ -65,6 +76,12 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
     return max(0.0, (y + other_y) / 2 - slope * (x + other_x) / 2), slope
 
 
+def _at_once(asked: list[tuple[int, int]]) -> Workload:
+    """Tokens of prompts and of answers."""
+    prompts, outputs = np.array(asked, np.int32).T
+    return Workload(prompts, outputs, np.zeros(len(asked)))
+
+
 @dataclass(frozen=True)
 class _Asked:
     """Requests with prompts of these `lengths`."""
@@ -72,22 +89,50 @@ class _Asked:
     latency: StepLatency
     lengths: list[int]
 
-    def one_at_a_time(self, server: Server) -> dict[int, list[Timeline]]:
-        """By length, in turns."""
-        lengths = self.lengths * _ALONE
-        alone_ms = self.latency.prompt.at(max(lengths), max(lengths) ** 2) + _OUTPUT * self.decode_ms(1)
-        found = self._timelines(server, lengths, max(_LEAST_GAP_S, 1.3e-3 * alone_ms))
-        return {length: [t for n, t in zip(lengths, found, strict=True) if n == length] for length in self.lengths}
+    def one_at_a_time(self, server: Server, outputs: Sequence[int] = (_OUTPUT,)) -> dict[int, list[Timeline]]:
+        """By length, in turns, and of a length answers of all these `outputs` in turns."""
+        asked = [(length, output) for _ in range(_ALONE) for length in self.lengths for output in outputs]
+        longest = max(self.lengths)
+        alone_ms = self.latency.prompt.at(longest, longest**2) + max(outputs) * self.decode_ms(1)
+        found = self._timelines(server, asked, max(_LEAST_GAP_S, 1.3e-3 * alone_ms))
+        return {length: [t for (n, _), t in zip(asked, found, strict=True) if n == length] for length in self.lengths}
 
     def at_once(self, server: Server) -> list[Timeline]:
-        return self._timelines(server, [self.lengths[0]] * _BATCH, 0.0)
+        return self._timelines(server, [(self.lengths[0], _OUTPUT)] * _BATCH, 0.0)
 
-    def _timelines(self, server: Server, lengths: list[int], gap: float) -> list[Timeline]:
+    def _timelines(self, server: Server, asked: list[tuple[int, int]], gap: float) -> list[Timeline]:
         """The same again after a first time, at once, that warms up."""
-        prompts, outputs = np.array(lengths, np.int32), np.full(len(lengths), _OUTPUT, np.int32)
-        for gaps in (np.zeros(len(lengths)), np.full(len(lengths), gap)):
-            found = server.timelines(Workload(prompts, outputs, gaps), 1.0)
+        requests = _at_once(asked)
+        for gaps in (requests.gaps, np.full(len(asked), gap)):
+            found = server.timelines(requests.with_gaps(gaps), 1.0)
         return found
+
+    def overhead(self, alone: dict[int, list[Timeline]]) -> tuple[float, float]:
+        """What first tokens take longer than steps of prompts: at all, and for each token of the prompt; ms."""
+        return _line([(length, self.later_ms(found)) for length, found in alone.items()])
+
+    def handed_over_ms(self, server: Server) -> tuple[float, float]:
+        """What hand-offs add to the steps of prompts, and to the gap after the first token. Answers of a token end
+        where the prompt is computed: they are what there is without."""
+        found = self.one_at_a_time(server, (1, _OUTPUT))
+        kept, handed = (
+            {n: [t for t in found[n] if (len(t.chunks) > 1) is over] for n in found} for over in (False, True)
+        )
+        step_ms = statistics.mean(self.later_ms(handed[n]) - self.later_ms(kept[n]) for n in self.lengths)
+        firsts = [timeline.itl[0] for some in handed.values() for timeline in some]
+        gap_ms = statistics.median(firsts) * 1e3 - self.gap_ms(handed[self.lengths[0]])
+        return max(0.0, step_ms), max(0.0, gap_ms)
+
+    def together(self, alone: dict[int, list[Timeline]], max_tokens: int) -> Together:
+        """With the longer prompts, by what they and the tokens of their answers took `alone`."""
+        longest, (overhead_ms, _) = self.lengths[-1], self.overhead(alone)
+        return Together(
+            prompt_tokens=longest,
+            prompt_ms=statistics.median(t.ttft for t in alone[longest]) * 1e3 - overhead_ms,
+            decode_ms=self.gap_ms(alone[longest]),
+            overhead_ms=overhead_ms,
+            max_tokens=max_tokens,
+        )
 
     def later_ms(self, timelines: list[Timeline]) -> float:
         """By how much their first tokens came later than the step of the prompt takes, by the median."""
@@ -99,5 +144,6 @@ class _Asked:
         return self.latency.step_ms(0, 0.0, context, sequences, sequences)
 
     def gap_ms(self, timelines: list[Timeline]) -> float:
-        """Median of the later gaps between tokens: all of the requests decode by then."""
-        return statistics.median(gap for timeline in timelines for gap in timeline.itl[-_OUTPUT // 2 :]) * 1e3
+        """Of the later gaps between tokens, as all of the requests decode by then, the mean, which is what the time per
+        token is made of: some steps take longer than most. Of the requests the median."""
+        return statistics.median(statistics.fmean(timeline.itl[-_OUTPUT // 2 :]) for timeline in timelines) * 1e3

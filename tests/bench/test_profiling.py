@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from bench.profiling.drafting import Effort, measure_drafting
+from bench.profiling.measure import RUNS, _seconds
 from bench.profiling.neighbours import Work, neighbours
 from bench.profiling.steps import DECODES, Stepper
 from cluster.cli import cli
@@ -137,10 +139,33 @@ def test_others_stand_still_while_steps_are_measured_alone(model) -> None:
     with neighbours(1, Work(str(model), {"device": "cpu", "dtype": "float32"}, 1, [*QUICK.shapes()][:12])) as others:
         (process,) = [p for p in psutil.Process().children() if "bench.profiling.neighbours" in p.cmdline()]
         eventually(lambda: process.status() == psutil.STATUS_STOPPED)
-        others.compute(True)
-        eventually(lambda: process.status() != psutil.STATUS_STOPPED)
-        others.compute(False)
+        with others.computing():
+            eventually(lambda: process.status() != psutil.STATUS_STOPPED)
         eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+
+
+def test_a_step_is_measured_beside_others_right_after_it_was_alone() -> None:
+    """So that a machine which changes its speed changes it for both."""
+    ran: list[tuple[int, bool]] = []
+
+    class Steps:
+        def seconds(self, shape: Shape) -> list[float]:
+            ran.append((shape.sequences, others.are))
+            return [1.0]
+
+    class Others:
+        are = False
+
+        @contextmanager
+        def computing(self):
+            self.are = True
+            yield
+            self.are = False
+
+    others = Others()
+    found = _seconds(Steps(), [Shape((), 1, 8), Shape((), 2, 8)], [None, others], Silent())  # type: ignore[arg-type,list-item]
+    assert ran == [(1, False), (1, True), (2, False), (2, True)] * (1 + RUNS)
+    assert found == [[[1.0] * RUNS] * 2] * 2
 
 
 def save_tokenizer_of_questions(model: Path) -> None:

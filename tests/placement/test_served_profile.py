@@ -7,8 +7,9 @@ from msgspec.structs import replace
 
 from core.errors import ConfigError
 from placement.candidates import candidates
+from placement.latency import Contention
 from placement.layout import Role
-from placement.profile import Drafting, Serving, Setting
+from placement.profile import Drafting, Serving, Setting, read_profile, write_profile
 from placement.shapes import Limits, shapes, space_of
 from placement.topology import NodeKind, Topology, Wire
 from tests.placement.layouts import STEP
@@ -65,6 +66,19 @@ def test_groups_on_one_machine_contend_as_they_were_measured_to() -> None:
     for layout in found.values():
         assert {group.host for group in layout.groups} == {0}
         assert [group.contention.decode for group in layout.groups] == [pytest.approx((1.0, 1.2))] * len(layout.groups)
+
+
+def test_what_workers_that_serve_cost_each_other_counts_for_more_than_what_their_steps_do(tmp_path) -> None:
+    served = Contention(prompt=(1.03, 1.12), decode=(1.07, 1.26))
+    beside = {
+        "beside_prompts": points(STEP),
+        "beside_decodes": points(STEP),
+        "setting": Setting(device="cpu", beside=1),
+    }
+    measured = profile(**beside, serving=replace(AROUND, contention=served))
+    write_profile(measured, tmp_path / "stored.json")
+    assert read_profile(tmp_path / "stored.json").contention == served
+    assert {group.contention for layout in layouts(measured).values() for group in layout.groups} == {served}
 
 
 def test_a_drafter_is_planned_with_as_it_was_profiled() -> None:

@@ -1,0 +1,118 @@
+"""How much workers that serve slow each other down, found out from what requests saw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench.profiling.serving import _Asked
+from bench.profiling.together import Together
+from bench.serving.timeline import Timeline
+from engine.checkpoints import Silent
+from placement.latency import Contention
+from placement.workload import Workload
+from tests.placement.layouts import STEP
+
+PROMPT_S, TOKEN_S, OVERHEAD_S = 0.1, 0.01, 0.005
+TOGETHER = Together(
+    prompt_tokens=128,
+    prompt_ms=1e3 * PROMPT_S,
+    decode_ms=1e3 * TOKEN_S,
+    overhead_ms=1e3 * OVERHEAD_S,
+    max_tokens=1024,
+)
+
+
+class Workers:
+    """Each request has one of its own, and takes so many times as long beside others of either kind."""
+
+    def __init__(self, contention: Contention) -> None:
+        self.contention = contention
+        self.loads: list[tuple[int, int]] = []
+
+    def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
+        at = workload.arrivals_ms(rate) / 1e3
+        answers = int((workload.output_tokens > 1).sum())
+        turns = sorted({float(one) for one in at[answers:]})
+        prompts = (len(workload) - answers) // max(1, len(turns))
+        self.loads.append((answers, prompts))
+        more = self.contention.more
+        took = PROMPT_S * (1 + (prompts - 1) * more(1, 1) + answers * more(1, 0))
+        beside = TOKEN_S * (1 + (answers - 1) * more(0, 0)), prompts * TOKEN_S * more(0, 1)
+        found = []
+        for index, (start, tokens) in enumerate(zip(at.tolist(), workload.output_tokens.tolist(), strict=True)):
+            one = Timeline(index=index, start=start, finished=True, completion_tokens=tokens)
+            one.chunks = [start + OVERHEAD_S + (PROMPT_S / 8 if tokens > 1 else took)]
+            while len(one.chunks) < tokens:
+                now = one.chunks[-1]
+                slow = any(turn + OVERHEAD_S <= now < turn + OVERHEAD_S + took for turn in turns)
+                one.chunks.append(now + beside[0] + beside[1] * slow)
+            one.end = one.chunks[-1]
+            found.append(one)
+        return found
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_what_each_kind_of_work_costs_the_other_is_found(others: int) -> None:
+    workers = Workers(Contention(prompt=(1.05, 1.12), decode=(1.08, 1.25)))
+    found = TOGETHER.contention(workers, others, 2, Silent())
+    assert found is not None
+    assert found.prompt == pytest.approx(workers.contention.prompt)
+    assert found.decode == pytest.approx(workers.contention.decode)
+    alone_and_beside = {(0, 1), (1, 0), (0, 1 + others), (others, 1), (1, others), (1 + others, 0)}
+    assert set(workers.loads) == alone_and_beside
+    assert len(workers.loads) == 2 * len(alone_and_beside)  # by turns, in as many rounds
+
+
+def test_nobody_is_faster_beside_others() -> None:
+    found = TOGETHER.contention(Workers(Contention(prompt=(0.9, 0.9), decode=(0.8, 0.9))), 1, 1, Silent())
+    assert found == Contention()
+
+
+def test_answers_that_end_before_the_prompts_come_tell_nothing() -> None:
+    short = Together(prompt_tokens=64, prompt_ms=5.0, decode_ms=1.0, overhead_ms=4.0, max_tokens=256)
+    assert short.contention(Workers(Contention()), 1, 1, Silent()) is None
+
+
+def test_answers_go_on_while_prompts_come_one_after_the_other() -> None:
+    workers = Workers(Contention())
+    answers, turns = TOGETHER._asked(workers, 2, 3)
+    assert [len(turn) for turn in turns] == [3] * len(turns)
+    starts = np.array([[one.start for one in turn] for turn in turns])
+    assert (starts == starts[:, :1]).all()
+    assert min(np.diff(starts[:, 0])) >= 0.25  # by then the router knows who has nothing to do
+    assert min(answer.end for answer in answers) > max(one.end for turn in turns for one in turn)
+
+
+def test_prompts_that_came_when_no_answer_went_on_any_more_tell_nothing() -> None:
+    """The machine has become twice as fast since it was told what a token takes."""
+    expected = Together(prompt_tokens=128, prompt_ms=100.0, decode_ms=20.0, overhead_ms=5.0, max_tokens=1024)
+    workers = Workers(Contention(prompt=(1.0, 1.2), decode=(1.1, 1.0)))
+    answers, turns = expected._asked(workers, 1, 1)
+    assert max(one.end for turn in turns for one in turn) <= answers[0].end
+    found = expected.contention(workers, 1, 1, Silent())
+    assert found is not None
+    assert (found.prompt[1], found.decode[0]) == pytest.approx((1.2, 1.1))
+
+
+class Apart:
+    """Prompts and answers apart: an answer of a token needs no hand-off, which takes 7 ms, and 3 before the second."""
+
+    def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
+        columns = (
+            workload.prompt_tokens.tolist(),
+            workload.output_tokens.tolist(),
+            workload.arrivals_ms(rate).tolist(),
+        )
+        found = []
+        for prompt, tokens, at_ms in zip(*columns, strict=True):
+            ttft = STEP.prompt.at(prompt, prompt**2) + 5.0 + (7.0 if tokens > 1 else 0.0)
+            later = [0.0] + [13.0 + 10.0 * n for n in range(tokens - 1)]
+            one = Timeline(index=len(found), start=at_ms / 1e3, prompt_tokens=prompt)
+            one.chunks = [one.start + (ttft + more) / 1e3 for more in later]
+            found.append(one)
+        return found
+
+
+def test_a_hand_off_costs_what_the_same_prompts_take_longer_than_where_there_is_none() -> None:
+    assert _Asked(STEP, [64, 256]).handed_over_ms(Apart()) == pytest.approx((7.0, 3.0))  # type: ignore[arg-type]
