@@ -70,7 +70,7 @@ def profile_of(
             return _named(Stored(read_profile(path), path), model)
         except ConfigError as error:  # cut off, or of another version of ours
             say(f"the stored profile is of no use: {error.message}")
-    say(f"measuring {way}, once; it takes seconds for a small model{_of_drafts(settings)}")
+    say(f"measuring {way}, once; it takes minutes{_of_drafts(settings)}")
     _measure(folder, way, device, settings, path)
     return _named(Stored(read_profile(path), path), model)
 

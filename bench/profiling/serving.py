@@ -49,10 +49,11 @@ def measure_serving(
     if 2 * profile.setting.devices <= cores:
         with served(prefill_replicas=1, decode_replicas=1, handoff_min_tokens=0) as server:
             step_ms, gap_ms = asked.handed_over_ms(server)
-    if others:
+    together = asked.together(alone, model.max_tokens)
+    if others and together.lasts:
         with served(colocated=True, decode_replicas=1 + others) as server:
             server.warm_up(1 + others, _at_once([(longest, _OUTPUT)]))
-            contention = asked.together(alone, model.max_tokens).contention(server, others, rounds, progress)
+            contention = together.contention(server, others, rounds, progress)
             again = asked.one_at_a_time(server)  # a while later, as the machine is not as fast at all times
         alone = {length: found + again[length] for length, found in alone.items()}
     overhead, token = asked.overhead(alone)
