@@ -73,21 +73,22 @@ class Goodput(BaseController):
         self._uses = 0
         self._looks = 0
         self._worth_it = False
+        self._choosy: set[str] = set()  # drafters among whose nodes there is something to choose by
         self._choice: Choice | None = None
 
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
         return self.budget_by(load, stats, [self.limits.drafters[0]] * len(load.classes))
 
     def budget_by(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
-        """With drafters[r] for request r. Where it is worth it more is proposed than is best for all alike, for `trim`
-        to choose from."""
+        """With drafters[r] for request r. Where it is worth it and drafters say what their nodes are worth, more is
+        proposed than is best for all alike, for `trim` to choose from."""
         budgets = self.allot(load, stats, drafters)
-        if not self._worth_it:
+        if not self._worth_it or not self._choosy.issuperset(drafters):
             self._choice = None
             return budgets
         each = max(FEW, self._time.horizon // len(drafters))
         wide = np.maximum(budgets.tokens, np.minimum(self.room(load), np.minimum(each, REACH * budgets.tokens.max())))
-        if self._choice is None or self._uses == USES:
+        if self._choice is None or self._uses in (0, USES):
             self._choice = Choice(self._time, load, stats)
         return Budgets(wide, wide, drafters, self._choice.floor(self._speedup))
 
@@ -95,7 +96,10 @@ class Goodput(BaseController):
         """The nodes that emit most tokens per second in this very step, by the drafter's confidence in them. Where it
         has none, or has drawn them, what is best for all alike."""
         drafts = drafts.prune(budgets.tokens[requests])
-        if self._choice is None or drafts.confidence is None or drafts.law in SAMPLED:
+        if drafts.confidence is None or drafts.law in SAMPLED:
+            return drafts
+        self._choosy.add(drafts.drafter)
+        if self._choice is None:
             return drafts
         return self._choice.of(drafts, drafts.confidence, self._numbers[drafts.drafter])
 
@@ -121,8 +125,9 @@ class Goodput(BaseController):
             self._patience.rewarded()
             self._worth_it = True
             self._refresh = float(np.clip((self._speedup - 1) / REFRESHING, *REFRESH))
-            self._uses, self._found_budgets = USES, self._budgets(tokens, drafters)
-            begun = np.maximum(tokens, np.where(self._is_new(load, stats, drafters), np.minimum(room, TRIES[0][0]), 0))
+            new = self._is_new(load, stats, drafters)
+            self._uses, self._found_budgets = 0 if new.any() else USES, self._budgets(tokens, drafters)
+            begun = np.maximum(tokens, np.where(new, np.minimum(room, TRIES[0][0]), 0))
             grown = np.maximum(begun, np.where(tokens == known, np.minimum(room, 2 * known), 0))
             tokens = self._vary(load, drafters, tokens, grown, begun)
         else:
