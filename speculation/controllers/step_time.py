@@ -35,8 +35,6 @@ LEAST_USUAL = 0.03
 """Of errors: on a machine that is never early nor late a slower step would count for nothing."""
 MIN_PLAIN, MIN_ADDED = 12, 4
 """Steps before a prediction is worth something."""
-SETTLED, SEEN = 64, 4
-"""Steps after which one of so many is learned from: that takes time between steps."""
 UNKNOWN = 0.5
 """Of a plain step: taken for what speculation costs beyond it until that was seen."""
 _SEQUENCES, _ROWS, _CONTEXT = 8.0, 16.0, 4096.0
@@ -111,7 +109,6 @@ class StepTime:
         self._added = Fit(1 + len(KNOTS) + 3 * num_drafters, MIN_ADDED)
         self._unit = 0.0  # what a step usually takes: predictions are in these
         self._most = 0.0
-        self._num_added = 0
         self._first: list[tuple[NDArray[np.float64], float]] = []  # features and seconds
 
     @property
@@ -182,9 +179,7 @@ class StepTime:
 
     def _observe_added(self, features: NDArray[np.float64], tokens: float, added: float) -> None:
         self._most = max(FORGETTING * self._most, tokens)
-        self._num_added += 1
-        if self._num_added < SETTLED or self._num_added % SEEN == 0:
-            self._added.observe(features, added)
+        self._added.observe(features, added)
 
 
 def _rows(load: Load) -> float:
