@@ -45,6 +45,10 @@ REACH, FEW = 3, 8
 """Times what is best for all alike, and tokens of a request: what is proposed to choose from."""
 USES = 7
 """Steps for which budgets that were found best are used, after one with what may be better."""
+YIELD_OF, LEAST_YIELD = 32, 1.01
+"""Steps that were speculated for over which it must have made them so many times as fast."""
+PAUSES = (64, 1024)
+"""Plain steps after it has not."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 16
 """Rounds of a class before it may be written off while others are drafted for; how often budgets are found until it is
 tried again."""
@@ -65,6 +69,7 @@ class Goodput(BaseController):
             self._time.rehearse(timed)
         self._purse = Purse()
         self._patience = Patience()
+        self._yield = Yield()
         self._since_plain = 0
         self._refresh = float(REFRESH[0])
         self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
@@ -113,6 +118,8 @@ class Goodput(BaseController):
             return plain_step(drafters, self._patience.rest())
         if not self._time.added_known:
             return self._budgets(self._try(load, drafters, room), drafters)
+        if self._yield.disappoints:
+            return plain_step(drafters, self._patience.rest_after(self._yield.pause()))
         asked = (tuple(drafters), tuple(load.classes), room.tobytes())
         if asked == self._asked and self._uses:
             self._uses -= 1
@@ -150,6 +157,8 @@ class Goodput(BaseController):
             if (expected := self._time.record_plain(load, timing.step_seconds)) is not None:
                 self._purse.account_plain(expected, timing.rested)
                 self._purse.account(expected, expected + timing.seconds - timing.step_seconds, 1.0)
+                if budgets.tokens.any():
+                    self._yield.observe(expected, expected + timing.seconds - timing.step_seconds)
             return
         self._since_plain += 1
         if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take
@@ -158,6 +167,7 @@ class Goodput(BaseController):
         plain, seconds = self._time.record(load, speculation, timing.seconds)
         self._purse.account_plain(plain, timing.rested)
         self._purse.account(plain, seconds, float(tally.emitted.mean()))
+        self._yield.observe(plain * float(tally.emitted.mean()), seconds)
 
     def _budgets(self, tokens: NDArray[np.int64], drafters: Sequence[str]) -> Budgets:
         return Budgets(tokens, tokens, drafters)
@@ -233,6 +243,11 @@ class Patience:
         self._wait -= steps
         return steps
 
+    def rest_after(self, steps: int) -> int:
+        """`rest` of a wait for so many steps that begins now."""
+        self._wait = steps
+        return self.rest()
+
     @property
     def next_try(self) -> tuple[int, int]:
         return TRIES[self._tries % len(TRIES)]
@@ -255,6 +270,37 @@ class Patience:
 
     def rewarded(self) -> None:
         self._wait, self._gap = 0, GAPS[0]
+
+
+class Yield:
+    """What speculation has brought of late, drafts that came to nothing included: what was foretold may be wrong, and
+    says nothing of steps for which nothing worth it was drafted."""
+
+    def __init__(self) -> None:
+        self._gap = PAUSES[0]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._saved = self._took = 0.0
+        self._steps = 0
+
+    def observe(self, plain: float, seconds: float) -> None:
+        """A step for which drafts were asked took so long, and plain ones would have taken `plain`."""
+        kept = 1 - 1 / YIELD_OF
+        self._saved, self._took = kept * self._saved + plain, kept * self._took + seconds
+        self._steps += 1
+
+    @property
+    def disappoints(self) -> bool:
+        return self._steps >= YIELD_OF and self._saved < LEAST_YIELD * self._took
+
+    def pause(self) -> int:
+        """Steps until it is tried again; twice as many if it has not brought more in between."""
+        if self._steps >= 2 * YIELD_OF:
+            self._gap = PAUSES[0]
+        steps, self._gap = self._gap, min(2 * self._gap, PAUSES[1])
+        self._begin()
+        return steps
 
 
 def build(limits: Limits) -> Goodput:
