@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.warm_up import RowTime
 from speculation.controllers.base import Limits
-from speculation.controllers.goodput import REFRESH, Goodput
+from speculation.controllers.goodput import LEAST_YIELD, PAUSES, REFRESH, TRIES, YIELD_OF, Goodput, Yield
 from speculation.controllers.purse import CAP, SHARE, START, Purse
 from speculation.controllers.step_time import MIN_PLAIN
 from speculation.laws import DraftLaw
@@ -73,6 +73,37 @@ def test_a_controller_that_knows_what_rows_cost_begins_at_once() -> None:
 
     assert first_draft(times) <= 1
     assert first_draft([]) >= MIN_PLAIN
+
+
+def test_a_useless_drafter_that_says_nothing_is_not_asked_for_more_to_choose_from() -> None:
+    machine = Hardware()
+    times = [RowTime(rows, 200, machine.step(rows, 200)) for size in (2, 5, 9, 17) * 3 for rows in (1, size)]
+    controller = Goodput(Limits(MAX_BUDGET, ("drafter",), times))
+    played = simulate(controller, {"drafter": SimulatedDrafter(0.0, says=False)}, ["any"], 500)
+    assert max(int(budgets.max()) for budgets in played.budgets) <= 2 * TRIES[0][0]
+    assert played.speedup() > 0.97
+
+
+def test_what_has_brought_nothing_pauses_whatever_was_foretold() -> None:
+    found = Yield()
+
+    def bring(steps: int, speedup: float) -> bool:
+        for _ in range(steps):
+            found.observe(speedup, 1.0)
+        return found.disappoints
+
+    assert not bring(YIELD_OF - 1, 1.0), "too few to tell"
+    assert bring(1, 1.0)
+    assert found.pause() == PAUSES[0]
+    assert bring(YIELD_OF, LEAST_YIELD - 0.01)
+    assert found.pause() == 2 * PAUSES[0]
+    assert not bring(3 * YIELD_OF, LEAST_YIELD + 0.1)
+    assert bring(6 * YIELD_OF, 0.9)
+    assert found.pause() == PAUSES[0], "it had been worth it for long"
+    for _ in range(10):
+        bring(YIELD_OF, 0.9)
+        last = found.pause()
+    assert last == PAUSES[1]
 
 
 def test_while_nothing_is_worth_it_the_controller_rests() -> None:
