@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -11,18 +11,15 @@ from numpy.typing import NDArray
 
 from speculation.native import address, load
 
-
-class _Arrays(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in ("request_of", "ranks", "parent_nodes", "parent_rows", "depths", "sibling_ranks")
-    )
+_ARRAYS = 6
+"""Of a Shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """All [nodes], as the properties of DraftBatch of these names."""
 
+    library: ctypes.CDLL
     request_of: NDArray[np.int64]
     ranks: NDArray[np.int64]
     parent_nodes: NDArray[np.int64]
@@ -37,29 +34,23 @@ class Shape:
         if library is None or not len(offsets) or parents.dtype != np.int64 or offsets.dtype != np.int64:
             return None
         parents, offsets = np.ascontiguousarray(parents), np.ascontiguousarray(offsets)
-        all_of_them = np.empty((len(fields(cls)), nodes), np.int64)
-        start, size = address(all_of_them), all_of_them.strides[0]
-        arrays = _Arrays(*(start + size * number for number in range(len(all_of_them))))
-        wrong = library.shape_of(len(offsets) - 1, nodes, address(parents), address(offsets), ctypes.byref(arrays))
-        return None if wrong else cls(*all_of_them)
+        arrays = np.empty((_ARRAYS, nodes), np.int64)
+        wrong = library.shape_of(len(offsets) - 1, nodes, address(parents), address(offsets), address(arrays))
+        return None if wrong else cls(library, *arrays)
 
     def path_products(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
         """[nodes] the product of `factors` [nodes] over each node and those above it."""
-        library, factors = load(), np.ascontiguousarray(factors)
-        assert library is not None, "it made this"
-        products = np.empty(len(factors))
-        library.path_products(len(factors), address(self.parent_nodes), address(factors), address(products))
+        factors, products = np.ascontiguousarray(factors), np.empty(len(factors))
+        self.library.path_products(len(factors), address(self.parent_nodes), address(factors), address(products))
         return products
 
     def follow(
         self, drafted: NDArray[np.int64], offsets: NDArray[np.int64], tokens: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """As walk.follow for drafted tokens [nodes] at these offsets [requests + 1], by tokens [rows]."""
-        library = load()
-        assert library is not None, "it made this"
         drafted, offsets, tokens = (np.ascontiguousarray(array, np.int64) for array in (drafted, offsets, tokens))
         accepted, last = np.empty(len(drafted), np.bool_), np.empty(len(offsets) - 1, np.int64)
-        library.follow(
+        self.library.follow(
             *(len(last), len(drafted), address(drafted), address(self.parent_rows)),
             *(address(offsets), address(tokens), address(accepted), address(last)),
         )
@@ -74,10 +65,9 @@ class Shape:
         ranks: int,
     ) -> NDArray[np.float64]:
         """As Acceptance counts them: [3 * ranks + 2]. No request has more than `ranks` nodes."""
-        library, counts = load(), np.zeros(3 * ranks + 2)
-        assert library is not None, "it made this"
+        counts = np.zeros(3 * ranks + 2)
         arrays = [np.ascontiguousarray(array) for array in (accepted, asked, wanted)]
-        library.count_ranks(
+        self.library.count_ranks(
             *(len(offsets) - 1, ranks, address(offsets), address(self.parent_nodes), address(self.sibling_ranks)),
             *(*map(address, arrays), address(counts)),
         )

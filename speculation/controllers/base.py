@@ -35,6 +35,10 @@ class BaseController:
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         pass
 
+    def preferred(self, load: Load) -> list[str]:
+        """[requests] the preferred drafter for each."""
+        return [self.limits.drafters[0]] * len(load.classes)
+
     def room(self, load: Load) -> NDArray[np.int64]:
         """[requests] draft tokens that each can take at most."""
         return np.minimum(load.limits, self.limits.max_budget)

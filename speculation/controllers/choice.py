@@ -8,6 +8,8 @@ drafter is sure, and costs nothing but the draft where it is not.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +35,7 @@ class Choice:
     def floor(self, speedup: float) -> float:
         """What a node must be said to be worth, at least, so that a drafter need not go on for less: what is emitted in
         the time of a row, where that takes least, in steps with this speed-up."""
-        slower = [by for number in range(self._time.num_drafters) if len(by := self._slower_by(number)) > 1]
-        return CAUTION * speedup * min((float(np.diff(by).min()) for by in slower), default=0.0)
+        return CAUTION * speedup * self._cheapest_row
 
     def of(self, drafts: DraftBatch, confidence: NDArray[np.float32], drafter: int) -> DraftBatch:
         """`drafter` is its number."""
@@ -47,6 +48,12 @@ class Choice:
         best = int(speedups.argmax())
         kept = order[: best + 1] if speedups[best] > 1 else order[:0]
         return drafts if len(kept) == drafts.num_nodes else drafts.only(np.sort(kept))
+
+    @cached_property
+    def _cheapest_row(self) -> float:
+        """In plain steps."""
+        slower = [by for number in range(self._time.num_drafters) if len(by := self._slower_by(number)) > 1]
+        return min((float(np.diff(by).min()) for by in slower), default=0.0)
 
     def _slower_by(self, drafter: int) -> NDArray[np.float64]:
         """[n - 1] times as long as a plain step, with n tokens of the drafter: as far as that is known."""

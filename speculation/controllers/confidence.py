@@ -22,7 +22,7 @@ REACH = 2
 
 class Confidence(Goodput):
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
-        budgets = self.allot(load, stats, [self.limits.drafters[0]] * len(load.classes))
+        budgets = self.allot(load, stats, self.preferred(load))
         tokens = np.minimum(self.room(load), REACH * budgets.tokens)
         return Budgets(tokens, tokens, budgets.drafters, min(1.0, self.price(load, budgets)))
 

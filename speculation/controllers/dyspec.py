@@ -18,7 +18,7 @@ CANDIDATES = 2
 
 class DySpec(Goodput):
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
-        budgets = self.allot(load, stats, [self.limits.drafters[0]] * len(load.classes))
+        budgets = self.allot(load, stats, self.preferred(load))
         candidates = np.minimum(self.room(load), CANDIDATES * budgets.tokens)
         return Budgets(budgets.tokens, candidates, budgets.drafters)
 

@@ -10,7 +10,7 @@ from speculation.rounds import Budgets, Load
 class Fixed(BaseController):
     def budget(self, load: Load, stats: Acceptance) -> Budgets:  # noqa: ARG002
         tokens = self.room(load)
-        return Budgets(tokens, tokens, [self.limits.drafters[0]] * len(tokens))
+        return Budgets(tokens, tokens, self.preferred(load))
 
 
 def build(limits: Limits) -> Fixed:

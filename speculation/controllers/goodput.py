@@ -5,13 +5,15 @@
 over B requests, where the gain of a rank is the probability that its node is proposed and accepted (`Acceptance`: for
 a chain alpha, alpha^2, …) and T is fitted while it runs (`StepTime`). Ranks are taken in the order of their gains, over
 all requests, up to where this is largest: so budgets differ per request and fall as the load rises. Nothing is asked
-for unless it beats a plain step by MARGIN.
+for unless it beats a plain step by MARGIN. That is for texts as they are on average: drafters that say what their nodes
+are worth propose more, and choice.py takes those that are worth it in the very step.
 
 What is not known yet has to be tried. T is known in part from steps that were timed before there were requests, without
 drafters; else plain steps come first. Then come TRIES. Where all that is known is worth asking for,
 twice that is; and while anything is, a few tokens for classes that the drafter has hardly drafted for. While nothing
 is, a try waits GAPS steps, twice as many after each that was in vain. No try is made, and no speculation goes on, that
-purse.py does not pay for, so a useless drafter costs no more than what is said there. A plain step now and then keeps T
+purse.py does not pay for, so a useless drafter costs no more than what is said there; what has brought nothing for
+long pauses (yielding.py). A plain step now and then keeps T
 known.
 """
 
@@ -28,6 +30,7 @@ from speculation.controllers.base import BaseController, Limits, plain_step
 from speculation.controllers.choice import Choice
 from speculation.controllers.purse import Purse
 from speculation.controllers.step_time import Speculation, StepTime
+from speculation.controllers.yielding import Yield
 from speculation.laws import SAMPLED
 from speculation.rounds import Budgets, Load, Tally, Timing
 from speculation.tree import DraftBatch
@@ -45,11 +48,6 @@ REACH, FEW = 3, 8
 """Times what is best for all alike, and tokens of a request: what is proposed to choose from."""
 USES = 7
 """Steps for which budgets that were found best are used, after one with what may be better."""
-YIELD_OF, LEAST_YIELD = 32, 1.03
-"""Steps that were speculated for over which it must have made them so many times as fast: some of what it costs lies
-between steps and is not timed."""
-PAUSES = (64, 1024)
-"""Plain steps after it has not."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 16
 """Rounds of a class before it may be written off while others are drafted for; how often budgets are found until it is
 tried again."""
@@ -83,7 +81,7 @@ class Goodput(BaseController):
         self._choice: Choice | None = None
 
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
-        return self.budget_by(load, stats, [self.limits.drafters[0]] * len(load.classes))
+        return self.budget_by(load, stats, self.preferred(load))
 
     def budget_by(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
         """With drafters[r] for request r. Where it is worth it and drafters say what their nodes are worth, more is
@@ -101,7 +99,7 @@ class Goodput(BaseController):
     def trim(self, drafts: DraftBatch, budgets: Budgets, requests: NDArray[np.int64]) -> DraftBatch:
         """The nodes that emit most tokens per second in this very step, by the drafter's confidence in them. Where it
         has none, or has drawn them, what is best for all alike."""
-        drafts = drafts.prune(budgets.tokens[requests])
+        drafts = super().trim(drafts, budgets, requests)
         if drafts.confidence is None or drafts.law in SAMPLED:
             return drafts
         self._choosy.add(drafts.drafter)
@@ -271,37 +269,6 @@ class Patience:
 
     def rewarded(self) -> None:
         self._wait, self._gap = 0, GAPS[0]
-
-
-class Yield:
-    """What speculation has brought of late, drafts that came to nothing included: what was foretold may be wrong, and
-    says nothing of steps for which nothing worth it was drafted."""
-
-    def __init__(self) -> None:
-        self._gap = PAUSES[0]
-        self._begin()
-
-    def _begin(self) -> None:
-        self._saved = self._took = 0.0
-        self._steps = 0
-
-    def observe(self, plain: float, seconds: float) -> None:
-        """A step for which drafts were asked took so long, and plain ones would have taken `plain`."""
-        kept = 1 - 1 / YIELD_OF
-        self._saved, self._took = kept * self._saved + plain, kept * self._took + seconds
-        self._steps += 1
-
-    @property
-    def disappoints(self) -> bool:
-        return self._steps >= YIELD_OF and self._saved < LEAST_YIELD * self._took
-
-    def pause(self) -> int:
-        """Steps until it is tried again; twice as many if it has not brought more in between."""
-        if self._steps >= 2 * YIELD_OF:
-            self._gap = PAUSES[0]
-        steps, self._gap = self._gap, min(2 * self._gap, PAUSES[1])
-        self._begin()
-        return steps
 
 
 def build(limits: Limits) -> Goodput:

@@ -9,13 +9,11 @@ constexpr int64_t kNoNode = -1;  // walk.NO_NODE
 
 extern "C" {
 
-// Of nodes that lie in their requests, each after its parent: all [nodes].
-struct Shape {
-  int64_t *request_of, *ranks, *parent_nodes, *parent_rows, *depths, *sibling_ranks;
-};
-
-// 0, or 1 if offsets or parents are not as they must be, and then nothing is said.
-int64_t shape_of(int64_t requests, int64_t nodes, const int64_t* parents, const int64_t* offsets, const Shape* shape) {
+// arrays: [6, nodes], those of shape.Shape. 0, or 1 if offsets or parents are not as they must be, and then nothing is
+// said.
+int64_t shape_of(int64_t requests, int64_t nodes, const int64_t* parents, const int64_t* offsets, int64_t* arrays) {
+  int64_t *request_of = arrays, *ranks = request_of + nodes, *parent_nodes = ranks + nodes,
+          *parent_rows = parent_nodes + nodes, *depths = parent_rows + nodes, *sibling_ranks = depths + nodes;
   thread_local std::vector<int64_t> children;
   if (offsets[0] != 0 || offsets[requests] != nodes) return 1;
   children.assign(nodes + requests, 0);
@@ -25,12 +23,12 @@ int64_t shape_of(int64_t requests, int64_t nodes, const int64_t* parents, const 
       const int64_t rank = node - offsets[r], parent = parents[node];
       if (parent < kRoot || parent >= rank) return 1;
       const int64_t above = parent == kRoot ? kRoot : offsets[r] + parent, row = offsets[r] + r + parent + 1;
-      shape->request_of[node] = r;
-      shape->ranks[node] = rank;
-      shape->parent_nodes[node] = above;
-      shape->parent_rows[node] = row;
-      shape->depths[node] = above == kRoot ? 1 : shape->depths[above] + 1;
-      shape->sibling_ranks[node] = children[row]++;
+      request_of[node] = r;
+      ranks[node] = rank;
+      parent_nodes[node] = above;
+      parent_rows[node] = row;
+      depths[node] = above == kRoot ? 1 : depths[above] + 1;
+      sibling_ranks[node] = children[row]++;
     }
   }
   return 0;

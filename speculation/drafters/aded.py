@@ -28,8 +28,6 @@ class Aded(RecyclingDrafter):
     fading = 0.5
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
-        if not requests:
-            return DraftBatch.of_chains([], self.law, self.name)
         salts = self.catch_up(requests)
         branches = slice(None) if self.branches else slice(1)
 

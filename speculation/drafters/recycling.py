@@ -116,8 +116,6 @@ class RecyclingDrafter(BaseDrafter):
         self._recycle(feedback.requests, feedback.observed)
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
-        if not requests:
-            return DraftBatch.of_chains([], self.law, self.name)
         salts, windows = self.catch_up(requests), last_windows(requests, self.contexts.width)
         if self._native is not None:
             return self._native.grow(
@@ -158,8 +156,9 @@ class RecyclingDrafter(BaseDrafter):
         self._recycle([request], row)
 
     def catch_up(self, requests: Sequence[DraftRequest]) -> Salts:
-        """Reads all texts up to the root; of at least one request."""
-        return Salts.joined([self._read(request, len(request.token_ids) - 1).salts for request in requests])
+        """Reads all texts up to the root."""
+        nobody = self.contexts.salts(np.empty((0, 2), np.uint64))
+        return Salts.joined([nobody, *(self._read(request, len(request.token_ids) - 1).salts for request in requests)])
 
     def _read(self, request: DraftRequest, end: int) -> Reader:
         """What followed the contexts that end before index `end`, as far as nobody has told."""

@@ -108,10 +108,9 @@ class HeadDrafter(BaseDrafter):
         """The trees that were begun last are finished."""
 
     def likeliest(self, logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """[rows, TOP] tokens of the target's vocabulary and their probabilities, rounded to no more than 1: a node that
-        were worth more than its parent would come before it in a tree."""
+        """[rows, TOP] tokens of the target's vocabulary and their probabilities."""
         ids, logprobs = likeliest(logits.float(), torch.arange(len(logits)), self._top)
-        return self._token_ids[ids.cpu().numpy()], logprobs.exp().clamp_(max=1.0).cpu().numpy()
+        return self._token_ids[ids.cpu().numpy()], logprobs.exp().cpu().numpy()
 
 
 def branches_of(tokens: NDArray[np.int64], chances: NDArray[np.float32]) -> Branches:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from engine.warm_up import RowTime
 from speculation.controllers.base import Limits
-from speculation.controllers.goodput import LEAST_YIELD, PAUSES, REFRESH, TRIES, YIELD_OF, Goodput, Yield
+from speculation.controllers.goodput import REFRESH, TRIES, Goodput
 from speculation.controllers.purse import CAP, SHARE, START, Purse
 from speculation.controllers.step_time import MIN_PLAIN
+from speculation.controllers.yielding import LEAST_YIELD, PAUSES, YIELD_OF, Yield
 from speculation.laws import DraftLaw
 from speculation.qlaw import QLaw
 from speculation.rounds import Budgets
