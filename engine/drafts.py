@@ -87,6 +87,10 @@ class Speculator(Protocol):
         """Whether it wants the logits of the step that is built next, of which `propose` has seen the candidates."""
         ...
 
+    def rests(self, schedule: Schedule) -> bool:
+        """Whether nothing is proposed for this step, without being asked. Called once for each, before `propose`."""
+        ...
+
     def propose(self, candidates: SequenceOf[Candidate], num_other_tokens: int) -> SequenceOf[Draft | None] | None:
         """A draft, no longer than there is room, for each candidate of a step that has so many tokens besides. None if
         there is none at all."""

@@ -268,6 +268,8 @@ class Engine:
         self._flying.append((schedule, batch, self._runner.submit(batch)))
 
     def _draft(self, schedule: Schedule, speculator: Speculator) -> None:
+        if speculator.rests(schedule):
+            return
         if candidates := self._scheduler.draft_room(schedule):
             drafts = speculator.propose(candidates, schedule.num_tokens - len(candidates))
             if drafts is not None:

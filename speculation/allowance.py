@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SHARE = 0.01
+SHARE = 0.005
 
 
 class Allowance:

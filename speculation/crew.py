@@ -75,11 +75,6 @@ class Crew:
     def reads_top(self) -> bool:
         return any(drafter.needs.top for drafter in self._drafters.values())
 
-    @property
-    def reads_rows(self) -> bool:
-        """Whether one of them wants to see rows that nobody drafted for."""
-        return any(drafter.needs.taps or drafter.needs.top for drafter in self._drafters.values())
-
     def step_took(self, seconds: float) -> None:
         self._step_s = _FADING * self._step_s + (1 - _FADING) * seconds if self._step_s else seconds
 

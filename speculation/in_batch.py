@@ -22,7 +22,7 @@ from core.draft_state import DraftStates
 from core.types import TokenLogprobs
 from engine.drafts import Candidate, Draft, Verdict
 from engine.sampler import GREEDY_TEMPERATURE, sampling_law
-from engine.schedule import Schedule
+from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.step import SamplingRow, StepBatch, StepOutput
 from speculation.acceptance import Acceptance
@@ -73,12 +73,11 @@ class Rest:
     request_ids: list[str]
     left: int
 
-    def covers(self, candidates: Sequence[Candidate], num_other_tokens: int) -> bool:
+    def covers(self, chunks: Sequence[Chunk]) -> bool:
         return (
             self.left > 0
-            and not num_other_tokens
-            and len(candidates) == len(self.request_ids)
-            and all(c.sequence.request_id == own for c, own in zip(candidates, self.request_ids, strict=True))
+            and len(chunks) == len(self.request_ids)
+            and all(c.decodes and c.sequence.request_id == own for c, own in zip(chunks, self.request_ids, strict=True))
         )
 
 
@@ -124,11 +123,14 @@ class InBatch:
 
     # --- before the step -------------------------------------------------------------------------------------------
 
+    def rests(self, schedule: Schedule) -> bool:
+        if not self._rest.covers(schedule.chunks):
+            return False
+        self._rest.left -= 1
+        self._rounds.append(None)
+        return True
+
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:
-        if self._rest.covers(candidates, num_other_tokens):
-            self._rest.left -= 1
-            self._rounds.append(None)
-            return None
         wishes = [self._wishes_of(candidate.sequence) for candidate in candidates]
         requests = self._crew.requests([candidate.sequence for candidate in candidates])
         load = Load(
@@ -224,19 +226,22 @@ class InBatch:
 
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
         started = time.perf_counter()
-        decodes = any(chunk.decodes for chunk in schedule.chunks)
-        round_ = self._rounds.popleft() if decodes else None
+        decodes = [chunk.decodes for chunk in schedule.chunks]
+        round_ = self._rounds.popleft() if any(decodes) else None
+        drafted = False
         if round_ is not None:
+            drafted = bool(round_.parts)
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
                 self._count(part, outcome, round_)
-        if self._crew.reads_rows or (round_ is not None and round_.parts):
-            self._teach(Step(schedule, batch, output), round_)
+        plain = all(decodes) and not drafted
+        if learners := list(self._crew) if drafted else self._readers(plain=plain):
+            self._teach(learners, Step(schedule, batch, output), round_, plain=plain)
         self._allowance.earn(output.seconds)
         self._crew.step_took(output.seconds)
         if round_ is not None:
             round_.verify_seconds += time.perf_counter() - started
             self._record(round_, output.seconds)
-        elif decodes:
+        elif any(decodes):
             self._num_rested += 1
             self.counters.step_seconds += output.seconds
 
@@ -271,17 +276,22 @@ class InBatch:
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
         self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_))
 
-    def _teach(self, step: Step, round_: Round | None) -> None:
-        """Where nothing was drafted, drafters that need not know every row are told as much as the allowance lets."""
-        started, plain = time.perf_counter(), step.only_decodes and (round_ is None or not round_.parts)
+    def _readers(self, *, plain: bool) -> list[str]:
+        """Drafters that want to see rows that nobody drafted for; of plain steps, those that need not see every row do
+        as far as the allowance goes."""
         spared = plain and not self._allowance.left
-        for name in self._crew:
-            if spared and not self._crew[name].needs.taps:
+        wants = ((name, self._crew[name].needs) for name in self._crew)
+        return [name for name, needs in wants if needs.taps or (needs.top and not spared)]
+
+    def _teach(self, names: Sequence[str], step: Step, round_: Round | None, *, plain: bool) -> None:
+        for name in names:
+            if name not in self._crew:  # what another was told was too much for it
                 continue
+            started, allowed = time.perf_counter(), plain and not self._crew[name].needs.taps
             if lessons := self._lessons(name, step, round_):
                 self._crew.call(name, partial(_tell, lessons))
-        if plain and not spared:
-            self._allowance.spend(time.perf_counter() - started)
+            if allowed:
+                self._allowance.spend(time.perf_counter() - started)
 
     def _lessons(self, name: str, step: Step, round_: Round | None) -> list[Callable[[], None]]:
         """What the drafter is to be told of a step: what came of its drafts, and of other rows what it wants to see."""

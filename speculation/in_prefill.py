@@ -29,8 +29,11 @@ class InPrefill:
     def reads_logits(self) -> bool:
         return self._crew.reads_top
 
+    def rests(self, schedule: Schedule) -> bool:  # noqa: ARG002
+        return True
+
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:  # noqa: ARG002
-        return None
+        raise AssertionError("it is always at rest")
 
     def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:  # noqa: ARG002
         raise AssertionError("nothing was drafted here")

@@ -43,11 +43,6 @@ class Step:
         self._candidates = [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
 
     @property
-    def only_decodes(self) -> bool:
-        """There is no prompt in it."""
-        return len(self._candidates) == len(self._chunks)
-
-    @property
     def first_rows(self) -> NDArray[np.int64]:
         """[samples] the first logit row of each chunk that samples."""
         return self._first_logits[self._sampled]

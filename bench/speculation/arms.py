@@ -54,8 +54,8 @@ class Watched:
     def __init__(self, speculator: Speculator) -> None:
         self.judged: list[Judged] = []
         self._speculator = speculator
-        self.propose, self.settle, self.forget = speculator.propose, speculator.settle, speculator.forget
-        self.pack, self.unpack = speculator.pack, speculator.unpack
+        self.rests, self.propose, self.settle = speculator.rests, speculator.propose, speculator.settle
+        self.forget, self.pack, self.unpack = speculator.forget, speculator.pack, speculator.unpack
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ twice that is; and while anything is, a few tokens for classes that the drafter 
 is, a try waits GAPS steps, twice as many after each that was in vain. No try is made, and no speculation goes on, that
 purse.py does not pay for, so a useless drafter costs no more than what is said there; what has brought nothing for
 long pauses (yielding.py). A plain step now and then keeps T
-known.
+known; before any speculation, some of about as many sequences are seen, since all that it gains is reckoned
+from those.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ USES = 7
 ENOUGH_ROUNDS, AGAIN = 8.0, 16
 """Rounds of a class before it may be written off while others are drafted for; how often budgets are found until it is
 tried again."""
-REST = 8
+REST = 16
 """Steps at most until the controller is asked again: asking and telling it take time between steps."""
 REFRESH = (8, 128)
 """Steps that speculate before a plain one: as many as make that cost REFRESHING, within these bounds."""
 REFRESHING = 0.005
 """Of the time."""
+IMPLAUSIBLE, DOUBTS = 1.15, 3
+"""Times as fast as plain: no step that verifies drafts is, so after so many in a row a plain one is looked at."""
 
 
 class Goodput(BaseController):
@@ -70,6 +73,7 @@ class Goodput(BaseController):
         self._patience = Patience()
         self._yield = Yield()
         self._since_plain = 0
+        self._doubts = 0
         self._refresh = float(REFRESH[0])
         self._asked: tuple[tuple[str, ...], tuple[str, ...], bytes] | None = None
         self._found_budgets = plain_step(())
@@ -111,7 +115,12 @@ class Goodput(BaseController):
         """What is best for all alike, with drafters[r] for request r."""
         self._worth_it = False
         room = self.room(load)
-        if not (room.any() and self._time.known and self._purse.affords(0.0) and self._since_plain < self._refresh):
+        if not (
+            room.any()
+            and self._time.knows_plain(load)
+            and self._purse.affords(0.0)
+            and self._since_plain < self._refresh
+        ):
             return plain_step(drafters)
         if not self._patience.looks(load):
             return plain_step(drafters, self._patience.rest())
@@ -152,9 +161,11 @@ class Goodput(BaseController):
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         if not tally.drafted.any():
-            self._since_plain = 0
+            self._since_plain = self._doubts = 0
             if (expected := self._time.record_plain(load, timing.step_seconds)) is not None:
                 self._purse.account_plain(expected, timing.rested)
+                if self._time.plain_was_wrong:
+                    self._purse.doubt()
                 self._purse.account(expected, expected + timing.seconds - timing.step_seconds, 1.0)
                 if budgets.tokens.any():
                     self._yield.observe(expected, expected + timing.seconds - timing.step_seconds)
@@ -164,6 +175,9 @@ class Goodput(BaseController):
             return
         speculation = self._speculation(tally.drafted, budgets.drafters)
         plain, seconds = self._time.record(load, speculation, timing.seconds)
+        self._doubts = self._doubts + 1 if timing.step_seconds < plain / IMPLAUSIBLE else 0
+        if self._doubts == DOUBTS:
+            self._since_plain = REFRESH[1]
         self._purse.account_plain(plain, timing.rested)
         self._purse.account(plain, seconds, float(tally.emitted.mean()))
         self._yield.observe(plain * float(tally.emitted.mean()), seconds)

@@ -13,6 +13,7 @@ expected, because the machine did something else, counts for little (Huber's wei
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,12 @@ LEAST_USUAL = 0.03
 """Of errors: on a machine that is never early nor late a slower step would count for nothing."""
 MIN_PLAIN, MIN_ADDED = 12, 4
 """Steps before a prediction is worth something."""
+MIN_ALIKE = 3
+"""Plain ones of about as many sequences, before what is foretold of them is; for prompts tell little of them."""
+SURPRISES = 3
+"""Errors of that kind in a row, all above what was expected or all below: then it is no hiccup."""
+DOUBT = 0.1
+"""What was seen before counts so much less with each further one."""
 UNKNOWN = 0.5
 """Of a plain step: taken for what speculation costs beyond it until that was seen."""
 _SEQUENCES, _ROWS, _CONTEXT = 8.0, 16.0, 4096.0
@@ -52,28 +59,55 @@ class Fit:
         self._weights = np.zeros(size)
         self._usual_error = 1.0
         self._count = 0
+        self._surprises = 0
+        """In a row. Negative: less than was expected."""
 
     @property
     def known(self) -> bool:
         return self._count >= self._min_steps
+
+    @property
+    def is_surprised(self) -> bool:
+        """By what was observed last."""
+        return self._surprises != 0
+
+    @property
+    def is_wrong(self) -> bool:
+        """By the last few together."""
+        return abs(self._surprises) >= SURPRISES
 
     def predict(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         """[...] for features [..., size]."""
         predicted: NDArray[np.float64] = features @ self._weights
         return predicted
 
-    def observe(self, features: NDArray[np.float64], value: float) -> None:
-        error = abs(value - float(self.predict(features)))
+    def observe(self, features: NDArray[np.float64], value: float, *, surprising: bool = True) -> None:
+        """`surprising`: whether an error may be one, and not of a kind that this model always makes."""
+        more = value - float(self.predict(features))
+        error = abs(more)
         counted = min(error, OUTLIER * max(self._usual_error, LEAST_USUAL))
-        weight = counted / error if self.known and error else 1.0
+        far = self.known and counted < error
+        if surprising:
+            self._surprises = _in_a_row(self._surprises, more) if far else 0
+        wrong = surprising and self.is_wrong
+        weight = counted / error if far and not wrong else 1.0
         self._usual_error += 0.2 * (counted - self._usual_error)
+        if wrong:
+            self._xx *= DOUBT
+            self._xy *= DOUBT
         self._xx *= FORGETTING
         self._xx += weight * np.outer(features, features)
         self._xx += self._ridge
         self._xy = FORGETTING * self._xy + weight * value * features
         self._count += 1
-        if self._count < 32 or self._count % 8 == 0:
+        if wrong or self._count < 32 or self._count % 8 == 0:
             self._weights = _non_negative(self._xx, self._xy, self._weights)
+
+
+def _in_a_row(before: int, more: float) -> int:
+    """Surprises, with one that was above 0 or below."""
+    sign = 1 if more > 0 else -1
+    return before + sign if before * sign > 0 else sign
 
 
 def _non_negative(xx: NDArray[np.float64], xy: NDArray[np.float64], start: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -109,12 +143,22 @@ class StepTime:
         self._added = Fit(1 + len(KNOTS) + 3 * num_drafters, MIN_ADDED)
         self._unit = 0.0  # what a step usually takes: predictions are in these
         self._most = 0.0
-        self._first: list[tuple[NDArray[np.float64], float]] = []  # features and seconds
+        self._first: list[tuple[Load, float]] = []  # and seconds
+        self._alike: Counter[int] = Counter()  # plain steps by `_size`
 
     @property
     def known(self) -> bool:
         """Whether `plain` is."""
         return len(self._first) == MIN_PLAIN
+
+    def knows_plain(self, load: Load) -> bool:
+        """Whether `plain` was seen with about as many sequences, and was no surprise the last time."""
+        return self.known and self._alike[_size(load)] >= MIN_ALIKE and not self._plain.is_surprised
+
+    @property
+    def plain_was_wrong(self) -> bool:
+        """What was foretold of plain steps until now."""
+        return self._plain.is_wrong
 
     @property
     def added_known(self) -> bool:
@@ -150,22 +194,25 @@ class StepTime:
     def record_plain(self, load: Load, seconds: float) -> float | None:
         """The first few are kept until there is something to tell a hiccup by. Returns what was expected, if anything
         was."""
-        features = _plain_features(load)
+        if not load.other_tokens:
+            self._alike[_size(load)] += 1
         if self.known:
-            expected = self._unit * float(self._plain.predict(features))
-            self._observe_plain(features, seconds, expected)
+            expected = self.plain(load)
+            self._observe_plain(load, seconds, expected)
             return expected
-        self._first.append((features, seconds))
+        self._first.append((load, seconds))
         if self.known:
             self._unit = float(np.median([seconds for _, seconds in self._first]))
-            for features, seconds in self._first:
+            for load, seconds in self._first:
                 if seconds < 2 * self._unit:
-                    self._observe_plain(features, seconds, self._unit)
+                    self._observe_plain(load, seconds, self._unit)
         return None
 
-    def _observe_plain(self, features: NDArray[np.float64], seconds: float, expected: float) -> None:
-        """Errors are relative to what was expected."""
-        self._plain.observe(features * (self._unit / expected), seconds / expected)
+    def _observe_plain(self, load: Load, seconds: float, expected: float) -> None:
+        """Errors are relative to what was expected. A chunk of a prompt reads more the longer the prompt, which is not
+        modelled."""
+        features = _plain_features(load) * (self._unit / expected)
+        self._plain.observe(features, seconds / expected, surprising=not load.other_tokens)
 
     def record(self, load: Load, speculation: Speculation, seconds: float) -> tuple[float, float]:
         """Of a step that speculated, once `plain` is known. Returns what a plain one would have taken, and `seconds`,
@@ -180,6 +227,11 @@ class StepTime:
     def _observe_added(self, features: NDArray[np.float64], tokens: float, added: float) -> None:
         self._most = max(FORGETTING * self._most, tokens)
         self._added.observe(features, added)
+
+
+def _size(load: Load) -> int:
+    """The same for numbers of sequences that differ by less than about 1.4 times."""
+    return round(2 * math.log2(len(load.classes)))
 
 
 def _rows(load: Load) -> float:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.warm_up import RowTime
-from speculation.controllers.base import Limits
+from speculation.controllers.base import Limits, plain_step
 from speculation.controllers.goodput import REFRESH, TRIES, Goodput
 from speculation.controllers.purse import CAP, SHARE, START, Purse
 from speculation.controllers.step_time import MIN_PLAIN
 from speculation.controllers.yielding import LEAST_YIELD, PAUSES, YIELD_OF, Yield
 from speculation.laws import DraftLaw
 from speculation.qlaw import QLaw
-from speculation.rounds import Budgets
+from speculation.rounds import Budgets, Load, Tally, Timing
 from speculation.tree import DraftBatch
 from tests.speculation.machine import Hardware, Run, SimulatedDrafter, best_budget, simulate
 
@@ -145,6 +145,20 @@ def test_a_plain_step_now_and_then_keeps_the_time_of_one_known() -> None:
     plain = [not budgets.any() for budgets in run(SimulatedDrafter(0.95), 1, 600).budgets]
     gaps = np.diff(np.flatnonzero(plain[100:]))
     assert gaps.max() == REFRESH[1] + 1
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.6])
+def test_a_machine_that_was_slow_when_it_began_is_no_reason_to_speculate(alpha: float) -> None:
+    """Steps that speculate then seem to gain what the machine does; only plain ones say that it isn't so."""
+    machine, controller = Hardware(), Goodput(Limits(MAX_BUDGET, ("drafter",)))
+    load = Load(["any"] * 16, np.full(16, 200), np.full(16, MAX_BUDGET))
+    seconds = 5 * machine.step(16, 16 * 200)
+    nothing, tally = plain_step(["drafter"] * 16), Tally(np.zeros(16, np.int64), np.ones(16, np.int64))
+    for _ in range(2 * MIN_PLAIN):
+        controller.record(load, nothing, tally, Timing(16, 16 * 200, 16, seconds))
+    played = simulate(controller, {"drafter": SimulatedDrafter(alpha)}, ["any"] * 16, 300)
+    assert played.speedup() > 0.93
+    assert played.speedup(60) > 0.97
 
 
 def test_nodes_that_were_drawn_are_not_chosen_by_what_they_are() -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from core.types import Grammar, GrammarKind, SamplingParams
 from engine.drafts import Candidate
 from engine.runner import ModelRunner
+from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.structured.grammars import Grammars
 from speculation.acceptance import Acceptance
@@ -216,9 +217,12 @@ def test_or_when_other_requests_are_decoded_or_a_prompt_beside_them() -> None:
     controller = Rests(100)
     speculator = in_batch(Prompter(), controller=controller)
     job = reproducible.Job(20, SamplingParams(max_tokens=23, temperature=0.0))
-    a, b = (Candidate(job.sequence(name), BUDGET) for name in "ab")
-    for candidates, num_other_tokens in (([a], 0), ([a], 0), ([a, b], 0), ([a, b], 0), ([b], 0), ([b], 5), ([b], 0)):
-        assert speculator.propose(candidates, num_other_tokens) is None
+    a, b = (Chunk(job.sequence(name), start=20, num_tokens=1, samples=True) for name in "ab")
+    prompt = Chunk(job.sequence("c"), start=0, num_tokens=5, samples=False)
+    for chunks in ([a], [a], [a, b], [a, b], [b], [b, prompt], [b]):
+        if not speculator.rests(Schedule(16, chunks)):
+            candidates = [Candidate(chunk.sequence, BUDGET) for chunk in chunks if chunk.decodes]
+            assert speculator.propose(candidates, 5 if prompt in chunks else 0) is None
     assert controller.asked == [1, 2, 1, 1]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.warm_up import RowTime
 from speculation.acceptance import Prospects
 from speculation.controllers.allocation import allocate
-from speculation.controllers.step_time import MIN_PLAIN, UNKNOWN, Fit, Speculation, StepTime
+from speculation.controllers.step_time import MIN_ALIKE, MIN_PLAIN, UNKNOWN, Fit, Speculation, StepTime
 from speculation.rounds import Load
 from tests.speculation.machine import Hardware
 
@@ -71,6 +71,39 @@ def test_a_machine_that_gets_slower_is_noticed() -> None:
     for step in range(400):
         time.record_plain(load(4), 0.01 if step < 100 else 0.02)
     assert time.plain(load(4)) == pytest.approx(0.02, rel=0.15)
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.005])
+def test_what_was_wrong_thrice_in_a_row_was_no_hiccup(seconds: float) -> None:
+    time = StepTime(1)
+    for _ in range(300):
+        time.record_plain(load(4), 0.01)
+    for _ in range(8):
+        time.record_plain(load(4), seconds)
+    assert time.plain(load(4)) == pytest.approx(seconds, rel=0.1)
+
+
+def test_one_step_that_takes_long_is_a_hiccup() -> None:
+    time = StepTime(1)
+    for step in range(300):
+        time.record_plain(load(4), 0.05 if step % 10 == 9 else 0.01)
+    assert time.plain(load(4)) == pytest.approx(0.01, rel=0.05)
+
+
+def test_what_prompts_took_does_not_say_what_many_sequences_take() -> None:
+    """Steps of a worker that has just begun: of one row, then prompts of which more and more are decoded."""
+    machine, time = Hardware(), StepTime(1)
+    for _ in range(MIN_PLAIN):
+        time.record_plain(load(1), machine.step(1, 300))
+    for batch in range(1, 17):
+        prompts = Load(["any"] * batch, np.full(batch, 300), np.full(batch, 16), other_tokens=512)
+        time.record_plain(prompts, machine.step(batch + 512, 300 * batch))
+    assert time.knows_plain(load(1))
+    assert not time.knows_plain(load(16))
+    for _ in range(2 * MIN_ALIKE):
+        time.record_plain(load(16), machine.step(16, 16 * 300))
+    assert time.knows_plain(load(16))
+    assert time.plain(load(16)) == pytest.approx(machine.step(16, 16 * 300), rel=0.1)
 
 
 def test_a_step_in_which_the_machine_did_something_else_is_no_loss_of_speculation() -> None:

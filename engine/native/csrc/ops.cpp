@@ -201,10 +201,17 @@ std::tuple<at::Tensor, at::Tensor> likeliest_op(const at::Tensor& logits, const 
   check_range(rows.const_data_ptr<int64_t>(), rows.numel(), logits.size(0), "row");
   at::Tensor ids = at::empty({rows.numel(), count}, rows.options());
   at::Tensor logprobs = at::empty({rows.numel(), count}, logits.options());
-  Likeliest likeliest;
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    likeliest(logits.const_data_ptr<float>() + rows.const_data_ptr<int64_t>()[i] * logits.stride(0), logits.size(1),
-              count, ids.mutable_data_ptr<int64_t>() + i * count, logprobs.mutable_data_ptr<float>() + i * count);
+  const float* from = logits.const_data_ptr<float>();
+  const int64_t* which = rows.const_data_ptr<int64_t>();
+  int64_t* to_ids = ids.mutable_data_ptr<int64_t>();
+  float* to_logprobs = logprobs.mutable_data_ptr<float>();
+#pragma omp parallel num_threads(at::get_num_threads()) if (rows.numel() > 1)
+  {
+    Likeliest likeliest;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < rows.numel(); ++i)
+      likeliest(from + which[i] * logits.stride(0), logits.size(1), count, to_ids + i * count, to_logprobs + i * count);
+  }
   return {ids, logprobs};
 }
 
