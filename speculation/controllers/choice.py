@@ -2,8 +2,9 @@
 
     (B + sum of the n highest worths) / (plain + added(n))
 
-over the requests of the step, at the best n, which is 0 where no node is worth its row. So a step goes far where the
-drafter is sure, and costs nothing but the draft where it is not.
+over the requests of the step, at the best n, which is 0 where no node is worth its row: then the draft was in vain and
+the step takes plain + what it took. So a step goes far where the drafter is sure, and costs nothing but the draft where
+it is not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from speculation.controllers.step_time import Speculation, StepTime
 from speculation.rounds import Load
 from speculation.tree import DraftBatch
 
+MARGIN = 1.01
+"""Times as fast as if the draft was in vain: neither is foretold exactly."""
 CAUTION = 0.8
 """Of what a node must be worth: what drafters say of it may be wrong."""
 
@@ -26,10 +29,12 @@ class Choice:
     """For a few steps of the same requests, whose load is much the same. Chooses among POINT_MASS nodes by what they
     are."""
 
-    def __init__(self, time: StepTime, load: Load, stats: Acceptance) -> None:
+    def __init__(self, time: StepTime, load: Load, stats: Acceptance, drafting_s: float) -> None:
+        """`drafting_s`: what it takes to draft, which is spent by the time nodes are chosen."""
         self._time = time
         self._load = load
         self._stats = stats
+        self._in_vain = 1 + drafting_s / time.plain(load)  # times as long as a plain step
         self._slower: dict[int, NDArray[np.float64]] = {}  # by drafter
 
     def floor(self, speedup: float) -> float:
@@ -44,9 +49,9 @@ class Choice:
         if not len(order):
             return drafts
         gains = self._stats.worths(drafts.drafter, said[order]).cumsum() / len(self._load.classes)
-        speedups = (1 + gains) / slower[: len(order)]
+        speedups = (1 + gains) / np.maximum(slower[: len(order)], self._in_vain)
         best = int(speedups.argmax())
-        kept = order[: best + 1] if speedups[best] > 1 else order[:0]
+        kept = order[: best + 1] if speedups[best] * self._in_vain > MARGIN else order[:0]
         return drafts if len(kept) == drafts.num_nodes else drafts.only(np.sort(kept))
 
     @cached_property

@@ -47,6 +47,8 @@ UNAFFORDABLE = 64
 """Steps before it is looked again whether there is the money for a try."""
 REACH, FEW = 3, 8
 """Times what is best for all alike, and tokens of a request: what is proposed to choose from."""
+RECENT = 0.1
+"""Of what drafting took of late, what it took the last time."""
 USES = 7
 """Steps for which budgets that were found best are used, after one with what may be better."""
 ENOUGH_ROUNDS, AGAIN = 8.0, 16
@@ -83,6 +85,7 @@ class Goodput(BaseController):
         self._worth_it = False
         self._choosy: set[str] = set()  # drafters among whose nodes there is something to choose by
         self._choice: Choice | None = None
+        self._drafting_s = 0.0  # of late
 
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
         return self.budget_by(load, stats, self.preferred(load))
@@ -97,7 +100,7 @@ class Goodput(BaseController):
         each = max(FEW, self._time.horizon // len(drafters))
         wide = np.maximum(budgets.tokens, np.minimum(self.room(load), np.minimum(each, REACH * budgets.tokens.max())))
         if self._choice is None or self._uses in (0, USES):
-            self._choice = Choice(self._time, load, stats)
+            self._choice = Choice(self._time, load, stats, self._drafting_s)
         return Budgets(wide, wide, drafters, self._choice.floor(self._speedup))
 
     def trim(self, drafts: DraftBatch, budgets: Budgets, requests: NDArray[np.int64]) -> DraftBatch:
@@ -160,6 +163,8 @@ class Goodput(BaseController):
         return seconds * self._speedup * len(load.classes) / self._time.plain(load)
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
+        if budgets.candidates.any():
+            self._drafting_s += RECENT * (timing.draft_seconds - self._drafting_s)
         if not tally.drafted.any():
             self._since_plain = self._doubts = 0
             if (expected := self._time.record_plain(load, timing.step_seconds)) is not None:

@@ -32,9 +32,9 @@ class Purse:
         return self._held is not None and self._held >= ENOUGH * self._plain
 
     def doubt(self) -> None:
-        """What was saved was reckoned by plain steps that take something else."""
+        """What was saved or lost was reckoned by plain steps that take something else."""
         if self._held is not None:
-            self._held = min(self._held, START * self._plain)
+            self._held = min(max(self._held, ENOUGH * self._plain), START * self._plain)
 
     def account(self, plain: float, seconds: float, tokens_per_request: float) -> None:
         """A step took `seconds` and a plain one would have taken `plain`; that emits one token per request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 YIELD_OF, LEAST_YIELD = 32, 1.03
 """Steps that were speculated for over which it must have made them so many times as fast: some of what it costs lies
 between steps and is not timed."""
-PAUSES = (64, 1024)
+PAUSES = (16, 1024)
 """Plain steps after it has not."""
 
 

@@ -167,7 +167,7 @@ def test_nodes_that_were_drawn_are_not_chosen_by_what_they_are() -> None:
     simulate(controller, {"drafter": SimulatedDrafter(0.9)}, ["any"], 100, max_budget=MAX_BUDGET)
     budgets = Budgets(np.array([3]), np.array([3]), ["drafter"])
     hopeless = replace(
-        DraftBatch.of_chains([[1, 2, 3, 4]], DraftLaw.POINT_MASS, "drafter"), confidence=np.full(4, 0.01, np.float32)
+        DraftBatch.of_chains([[1, 2, 3, 4]], DraftLaw.POINT_MASS, "drafter"), confidence=np.full(4, 0.001, np.float32)
     )
     assert controller.trim(hopeless, budgets, np.zeros(1, np.int64)).num_nodes == 0
     q = QLaw(np.zeros(4, np.int64), torch.full((1, 8), 1 / 8))
