@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +16,20 @@ import numpy as np
 import uvloop
 
 from bench.planning.part import Part
+from bench.processes import Module, running
 from bench.serving.client import Client
 from bench.serving.http import HttpClient
 from bench.serving.load import offer
 from bench.serving.timeline import Timeline
 from cluster.config.loading import validated
 from cluster.membership import Member
-from core.errors import ConfigError, Unavailable
+from core.errors import Unavailable
 from engine.model_config import ModelConfig
 from placement.outcome import Outcome
 from placement.profile import Setting
 from placement.workload import Workload
 
 _TIMEOUT_S = 600.0
-_END_S = 20.0
 _WARM_UPS = 4
 """Of each worker, at once and twice over: a first step of a kind takes longer than later ones."""
 
@@ -106,43 +103,26 @@ def serving(tree: dict[str, Any], folder: Path, setting: Setting) -> Iterator[Se
     many threads as in the setting. Raises ConfigError if one does not come up."""
     tree = tree | {"gateway": {"port": 0}}
     config = validated(tree)
-    with ExitStack() as started:
-        members: list[Member] = []
-        used = 0
-        for role, count in config.cluster.roles.items():
-            own = config.for_role(role)
-            ranks, cpus = own.engine.ranks, own.cluster.cpus_per_worker
-            threads = setting.threads if cpus is None else max(1, int(cpus / ranks))
-            for index in range(count):
-                part = Part(tree, str(folder), f"{role}-{index}", role, threads)
-                devices = None if setting.device == "cpu" else (used, ranks)
-                used += ranks
-                line = started.enter_context(_process(part, devices))
-                members.append(msgspec.json.decode(line, type=Member))
-        url = started.enter_context(_process(Part(tree, str(folder), members=members)))
-        yield Server(url, config.served_name, ModelConfig.from_folder(folder).vocab_size)
+    workers: list[Module] = []
+    used = 0
+    for role, count in config.cluster.roles.items():
+        own = config.for_role(role)
+        ranks, cpus = own.engine.ranks, own.cluster.cpus_per_worker
+        threads = setting.threads if cpus is None else max(1, int(cpus / ranks))
+        for index in range(count):
+            part = Part(tree, str(folder), f"{role}-{index}", role, threads)
+            workers.append(_module(part, None if setting.device == "cpu" else range(used, used + ranks)))
+            used += ranks
+    with running(workers) as started:
+        members = [msgspec.json.decode(worker.ready, type=Member) for worker in started]
+        with running([_module(Part(tree, str(folder), members=members))]) as (gateway,):
+            yield Server(gateway.ready, config.served_name, ModelConfig.from_folder(folder).vocab_size)
 
 
-@contextmanager
-def _process(part: Part, devices: tuple[int, int] | None = None) -> Iterator[str]:
-    """Yields what it prints when it is ready. `devices`: the first of its GPUs, and how many."""
-    command = [sys.executable, "-m", "bench.planning.part", msgspec.json.encode(part).decode()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(part.threads)}
+def _module(part: Part, devices: range | None = None) -> Module:
+    """On these of its GPUs."""
+    environment = {"OMP_NUM_THREADS": str(part.threads)}
     if devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(devices[0] + index) for index in range(devices[1]))
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)  # noqa: S603  our own
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        if not (line := process.stdout.readline().strip()):
-            raise ConfigError(f"{part.worker_id or 'the gateway'} ended before it was ready; see above")
-        yield line
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    told = part.worker_id or "the gateway"
+    return Module("bench.planning.part", msgspec.json.encode(part).decode(), told, environment)

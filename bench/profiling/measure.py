@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -104,16 +104,10 @@ def _points(options: Options, runner: ModelRunner | GroupRunner, progress: Progr
     shapes = options.grid.fitting(longest, room, spare)
     engine = options.engine.model_dump(exclude_unset=True)
 
-    def others(chosen: list[Shape]) -> AbstractContextManager[Neighbours]:
-        return neighbours(options.beside, Work(str(options.folder), engine, options.threads, chosen))
-
-    with ExitStack() as started:
-        prompts, decodes = (
-            started.enter_context(others([shape for shape in shapes if bool(shape.prompts) is kind]))
-            for kind in (True, False)
-        )
-        turns = [None, prompts, decodes] if options.beside else [None]
-        seconds = _seconds(Stepper(runner), shapes, turns, progress)
+    kinds = [[shape for shape in shapes if bool(shape.prompts) is kind] for kind in (True, False)]
+    works = [Work(str(options.folder), engine, options.threads, kind) for kind in kinds] if options.beside else []
+    with neighbours(options.beside, works) as beside:
+        seconds = _seconds(Stepper(runner), shapes, [None, *beside], progress)
     return [_medians(shapes, found) for found in seconds] + [()] * (3 - len(seconds))
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from bench.processes import Module, Process, running
 from bench.profiling.steps import Stepper
 from cluster.config.engine import EngineSection
 from cluster.worker import load_runner
-from core.errors import ConfigError
 from placement.grid import Shape
-
-_READY = "ready\n"
 
 
 class Work(msgspec.Struct):
@@ -33,40 +30,33 @@ class Work(msgspec.Struct):
 class Neighbours:
     """They stand still until they are told to compute."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+    def __init__(self, processes: Sequence[Process]) -> None:
         self._processes = processes
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """While this is open."""
         for process in self._processes:
-            process.send_signal(signal.SIGCONT)
+            process.signal(signal.SIGCONT)
         yield
         self.stand_still()
 
     def stand_still(self) -> None:
         for process in self._processes:
-            process.send_signal(signal.SIGSTOP)
+            process.signal(signal.SIGSTOP)
 
 
 @contextmanager
-def neighbours(count: int, work: Work) -> Iterator[Neighbours]:
-    """They are there while this is open, and stand still. Raises ConfigError if one does not come up."""
-    command = [sys.executable, "-m", "bench.profiling.neighbours", msgspec.json.encode(work).decode()]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]  # noqa: S603
-    try:
-        for process in started:
-            if process.stdout is None or process.stdout.readline() != _READY:
-                raise ConfigError("--beside: a worker beside the measured one ended before it was ready; see above")
-        found = Neighbours(started)
-        found.stand_still()
+def neighbours(count: int, works: Sequence[Work]) -> Iterator[list[Neighbours]]:
+    """So many for each of the works. They are there while this is open, and stand still. Raises ConfigError if one does
+    not come up."""
+    told = "--beside: a worker beside the measured one"
+    asked = [Module("bench.profiling.neighbours", msgspec.json.encode(work).decode(), told) for work in works]
+    with running([module for module in asked for _ in range(count)], end_s=0.0) as started:
+        found = [Neighbours(started[n * count : (n + 1) * count]) for n in range(len(works))]
+        for some in found:
+            some.stand_still()
         yield found
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
 
 
 def main() -> None:
@@ -74,8 +64,7 @@ def main() -> None:
     parent, work = os.getppid(), msgspec.json.decode(sys.argv[1], type=Work)
     runner = load_runner(Path(work.folder), EngineSection.model_validate(work.engine), work.threads)
     stepper, chosen = Stepper(runner), random.Random(os.getpid())
-    sys.stdout.write(_READY)
-    sys.stdout.flush()
+    print("ready", flush=True)
     while os.getppid() == parent:
         stepper.seconds(chosen.choice(work.shapes))
 

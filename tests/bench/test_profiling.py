@@ -136,7 +136,8 @@ def test_workers_that_compute_beside_the_measured_one_are_started_and_ended(mode
 
 
 def test_others_stand_still_while_steps_are_measured_alone(model) -> None:
-    with neighbours(1, Work(str(model), {"device": "cpu", "dtype": "float32"}, 1, [*QUICK.shapes()][:12])) as others:
+    work = Work(str(model), {"device": "cpu", "dtype": "float32"}, 1, [*QUICK.shapes()][:12])
+    with neighbours(1, [work]) as (others,):
         (process,) = [p for p in psutil.Process().children() if "bench.profiling.neighbours" in p.cmdline()]
         eventually(lambda: process.status() == psutil.STATUS_STOPPED)
         with others.computing():
@@ -236,7 +237,7 @@ def test_questions_without_a_drafter_are_refused(model, tmp_path) -> None:
 
 def test_a_worker_beside_that_cannot_start_is_an_error(model) -> None:
     work = Work(str(model / "none"), {"device": "cpu"}, 1, [Shape(((0, 8),))])
-    with pytest.raises(ConfigError, match="--beside: a worker"), neighbours(1, work):
+    with pytest.raises(ConfigError, match="--beside: a worker"), neighbours(1, [work]):
         pytest.fail("it can't have been ready")
 
 
