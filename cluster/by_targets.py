@@ -84,6 +84,8 @@ def config_for(
         found = plan([shape])
         found.settle()
     say(summary(found.made.plan))
+    for doubt in filter(None, (profile.doubt() for profile in profiles)):
+        say(f"warning: {doubt}")
     if drafter is not None and asked.dataset is None:
         say(f"what drafts by {drafter} bring was measured with questions of our own; --dataset takes some as yours are")
     replan = {"replan_slo": asked.slo, "replan_profile": str(stored[profiles.index(shape)].path)}

@@ -49,8 +49,9 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
     workers = predictor_of(config, grounds)
     if stuck := _stuck(_replanner(config, grounds, workers)):
         logger.warning("replan: %s", stuck)
-    if warning := crowded_cluster(profile, grounds.topology, workers, config.most_workers):
-        logger.warning("replan.profile: %s", warning)
+    for warning in (profile.doubt(), crowded_cluster(profile, grounds.topology, workers, config.most_workers)):
+        if warning:
+            logger.warning("replan.profile: %s", warning)
     return grounds
 
 

@@ -66,8 +66,8 @@ def replayed(asked: Asked) -> Replayed:
     forecast = maker(asked.forecast, _season(asked, settings), [period.rate for period in before])
     replanner = Replanner(settings, workers, start, forecast, before)
     found = replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
-    warning = crowded_cluster(profile, topology, workers, max(asked.workers, asked.max_workers or 0))
-    return replace(found, warnings=[warning] if warning else [])
+    crowd = crowded_cluster(profile, topology, workers, max(asked.workers, asked.max_workers or 0))
+    return replace(found, warnings=[warning for warning in (profile.doubt(), crowd) if warning])
 
 
 def _settings(asked: Asked) -> ReplanSettings:

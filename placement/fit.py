@@ -50,6 +50,12 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ms=ms,
         )
 
+    @property
+    def told(self) -> str:
+        parts = [f"{self.tokens} tokens of prompts"] if self.tokens else []
+        parts += [f"{self.sequences} sequences that decode {self.rows} rows"] if self.sequences else []
+        return f"a step of {' and '.join(parts)} which took {self.ms:.3g} ms"
+
     def predicted_ms(self, latency: StepLatency) -> float:
         return latency.step_ms(self.tokens, self.squares, self.context, self.sequences, self.rows)
 

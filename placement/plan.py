@@ -132,7 +132,11 @@ def make_plan(
         predicted=_predicted(chosen, workload, at, goal),
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
         refused={name: why for result in found for name, why in result.refused.items()},
-        warnings=[*_left_out(asked - len(workload), asked, model), *_warnings(chosen, by_name, workload)],
+        warnings=[
+            *_left_out(asked - len(workload), asked, model),
+            *(doubt for doubt in dict.fromkeys(shape.profile.doubt() for shape in shapes) if doubt),
+            *_warnings(chosen, by_name, workload),
+        ],
         pareto=_pareto(found, workload, goal, topology.priced),
     )
     try:

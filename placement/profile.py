@@ -19,6 +19,9 @@ from placement.layout import ALONE, Group, Role
 from placement.workload import Workload
 
 FORMAT = 1
+DOUBTFUL = 0.05
+"""Of the fit's errors the median, from which a profile is doubted: 0.02 is usual on a machine at rest, and a plan whose
+steps are off by more can't have medians that are true within a tenth."""
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,6 +163,20 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Of the fit, relative, by point."""
         latency = self.latency
         return [point.error(latency) for point in self.points]
+
+    def doubt(self) -> str | None:
+        """Why not to rely on it, a sentence; None if its steps follow the model as those of a machine at rest do."""
+        if self.source == "roofline":
+            return None
+        errors = self.errors()
+        median, place = statistics.median(map(abs, errors)), max(range(len(errors)), key=lambda n: abs(errors[n]))
+        if median <= DOUBTFUL:
+            return None
+        stage, worst = f"{self.setting.devices} {self.setting.device}", self.points[place]
+        return (
+            f"the fit of the profile with {stage} a stage is off by {median:.0%} in the median, most by "
+            f"{errors[place]:+.0%} for {worst.told}: something else computed meanwhile; profile again alone"
+        )
 
     def beyond(self, group: Group, workload: Workload) -> list[str]:
         """What a group would do with the workload that was never measured, a sentence each."""

@@ -51,6 +51,8 @@ def profile(
         found = _measured(model, quick, **flags)
     write_profile(found, out)
     click.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else found.table())
+    if doubt := found.doubt():
+        click.echo(f"warning: {doubt}", err=True)
     click.echo(f"stored as {out}", err=True)
 
 

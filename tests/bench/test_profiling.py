@@ -29,6 +29,7 @@ from placement.grid import FULL, QUICK, Shape
 from placement.layout import Role
 from placement.profile import read_profile
 from speculation.settings import Settings
+from tests.placement.profiles import disturbed, profile
 from tests.tiny import save_byte_tokenizer
 
 
@@ -113,6 +114,13 @@ def test_the_profile_says_what_was_measured_and_under_what_conditions(model, tmp
     assert stored.setting.versions.keys() == {"slipstream", "torch", "python"}
     assert stored.range.longest <= 256
     assert min(point.ms for point in stored.points) > 0
+
+
+def test_a_profile_whose_fit_is_off_is_warned_of(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("bench.profiling.cli._measured", lambda *_, **__: disturbed())
+    assert "warning: the fit of the profile" in profiled("small", "--out", tmp_path / "stored.json").stderr
+    monkeypatch.setattr("bench.profiling.cli._measured", lambda *_, **__: profile())
+    assert "warning" not in profiled("small", "--out", tmp_path / "stored.json").stderr
 
 
 def test_more_threads_than_cores_are_refused(model, tmp_path) -> None:

@@ -22,7 +22,7 @@ from core.errors import ConfigError
 from placement.native import load
 from placement.profile import Drafting, Setting, write_profile
 from placement.topology import NodeKind, Topology, Wire
-from tests.placement.profiles import profile
+from tests.placement.profiles import disturbed, profile
 from tests.tiny import save_byte_tokenizer, save_tiny_llama
 
 SLO = "ttft=500,tpot=60"
@@ -114,6 +114,14 @@ def test_what_serving_adds_is_measured_where_it_can_be(tmp_path: Path, device: s
     assert ("--serving" in arguments) is serving
     assert {"--quick", "--tensor-parallel-size", "--kv-cache-memory"} <= set(arguments)
     assert arguments[-4:] == ["--speculation-weights", "a=/a", "--speculation-weights", "b=/b"]
+
+
+def test_a_profile_whose_fit_is_off_is_warned_of(folder: Path, measured: list[Way], monkeypatch) -> None:
+    _, said = config(folder)
+    assert "warning: the fit" not in said
+    monkeypatch.setitem(globals(), "profile", disturbed)
+    _, said = config(folder, Asked("ttft=5000,tpot=500", lengths=LENGTHS), dtype="float32")
+    assert "warning: the fit of the profile with 1 cpu a stage is off by" in said
 
 
 def test_another_model_or_version_has_a_profile_of_its_own(measured: list[Way], tmp_path: Path, monkeypatch) -> None:

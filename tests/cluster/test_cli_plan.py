@@ -19,7 +19,7 @@ from placement.latency import Coefficients, StepLatency
 from placement.profile import Setting, write_profile
 from tests.commands import output_of
 from tests.placement.layouts import STEP
-from tests.placement.profiles import profile
+from tests.placement.profiles import disturbed, profile
 
 NODE = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8, dollars_per_hour: 2}]"
 LINKED = NODE + "\nlinks: [{within: here, gb_per_s: 10}]"
@@ -204,6 +204,12 @@ def test_the_table_says_why_and_ranks(files) -> None:
 def test_requests_that_were_never_measured_are_warned_of_with_the_range(files) -> None:
     found = planned("small", *files, "--slo", "ttft=5000,tpot=500", "--lengths", "prompt=2000,output=20")
     assert any("sequences of 2020 tokens, and none longer than 1025" in warning for warning in found["warnings"])
+
+
+def test_a_profile_whose_fit_is_off_is_warned_of(files, tmp_path: Path) -> None:
+    write_profile(disturbed(), tmp_path / "profile.json")
+    found = planned("small", *files, "--slo", "ttft=5000,tpot=500", *LENGTHS)
+    assert any("something else computed meanwhile" in warning for warning in found["warnings"])
 
 
 def test_requests_that_the_model_cannot_take_are_left_out_and_counted(files, tmp_path: Path) -> None:

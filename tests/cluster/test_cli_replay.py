@@ -19,7 +19,7 @@ from core.types import FinishReason
 from placement.profile import write_profile
 from placement.traces import served_lines
 from tests.commands import output_of
-from tests.placement.profiles import profile
+from tests.placement.profiles import disturbed, profile
 
 LINKED = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8}]\nlinks: [{within: here, gb_per_s: 10}]"
 
@@ -90,6 +90,13 @@ def test_a_log_of_ours_is_replayed_at_another_rate(files, tmp_path: Path) -> Non
     (tmp_path / "log.jsonl").write_bytes(served_lines(served))
     found = replayed(tmp_path / "log.jsonl", *files[1:], "--workers", 2, "--rate", 4)
     assert (found["requests"], found["rate_rps"], found["attainment"]) == (60, 4.0, 1.0)
+
+
+def test_a_profile_whose_fit_is_off_is_warned_of(files, tmp_path: Path) -> None:
+    write_profile(disturbed(), tmp_path / "profile.json")
+    (tmp_path / "one.csv").write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,100,10\n1,100,10\n")
+    found = replayed(tmp_path / "one.csv", *files[1:], "--workers", 2)
+    assert any("something else computed meanwhile" in warning for warning in found["warnings"])
 
 
 def test_requests_that_no_worker_can_hold_are_left_out_and_counted(files, tmp_path: Path) -> None:

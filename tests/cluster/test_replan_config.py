@@ -19,7 +19,7 @@ from placement.arrangement import Arrangement
 from placement.latency import Speculation
 from placement.outcome import Targets
 from placement.profile import Drafting, write_profile
-from tests.placement.profiles import profile
+from tests.placement.profiles import disturbed, profile
 
 
 @pytest.fixture
@@ -190,3 +190,11 @@ def test_a_warm_start_that_is_no_trace_is_refused(made: Path, tmp_path: Path) ->
     trace.write_text("")
     with pytest.raises(ConfigError, match="empty trace"):
         grounds_of(config(made, replan_warm_start=trace), 1)
+
+
+def test_a_profile_whose_fit_is_off_is_warned_of(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grounds_of(config(made), 1)
+    assert "the fit of the profile" not in caplog.text
+    write_profile(disturbed(), made)
+    grounds_of(config(made), 1)
+    assert "replan.profile: the fit of the profile with 1 cpu a stage is off by" in caplog.text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
+from msgspec.structs import replace
+
 from placement.fit import Point
 from placement.latency import StepLatency
 from placement.profile import ModelFacts, Profile, Setting
@@ -36,3 +38,10 @@ def profile(latency: StepLatency = STEP, **changes: object) -> Profile:
     )
     values = {"source": "measured", "model": facts, "setting": Setting(device="cpu"), "points": points(latency)}
     return Profile(**values | changes)  # type: ignore[arg-type]
+
+
+def disturbed(**changes: object) -> Profile:
+    """Something else computed during every other of its steps, and most during the last."""
+    calm = points(STEP)
+    took = [1.0 + 0.4 * (number % 2) for number in range(len(calm) - 1)] + [3.0]
+    return profile(points=tuple(replace(p, ms=more * p.ms) for p, more in zip(calm, took, strict=True)), **changes)

@@ -17,7 +17,7 @@ from placement.layout import Role
 from placement.profile import read_profile, write_profile
 from placement.workload import Workload
 from tests.placement.layouts import STEP, group
-from tests.placement.profiles import DECODES, PROMPTS, points, profile
+from tests.placement.profiles import DECODES, PROMPTS, disturbed, points, profile
 
 _term = st.floats(0.01, 10.0)
 _latencies = st.builds(
@@ -142,3 +142,14 @@ def test_the_table_has_a_line_for_each_point_and_the_errors() -> None:
     assert len(lines) == 1 + len(profile().points) + 2
     assert lines[-2] == f"error of the fit: median 0.0%, worst 0.0% of {len(profile().points)} steps"
     assert lines[-1].startswith("error of DistServe's form: median ")
+
+
+def test_a_profile_that_the_model_does_not_fit_is_doubted_by_its_worst_step() -> None:
+    assert profile().doubt() is None
+    one_odd = [*points(STEP)[:-1], replace(points(STEP)[-1], ms=100.0)]
+    assert profile(points=tuple(one_odd)).doubt() is None  # what the median leaves out, the fit does too
+    said = disturbed().doubt()
+    assert said is not None
+    assert "1 cpu a stage is off by " in said
+    assert "for a step of 256 tokens of prompts and 16 sequences that decode 16 rows which took " in said
+    assert disturbed(source="roofline").doubt() is None
