@@ -2,8 +2,8 @@
 that of whoever reads the answers, takes its part of the cores that the workers compute on.
 
 Prompts that end with their first token, and long answers, are alone and beside others, by turns, as a machine is not as
-fast at all times. Means over all rounds count: a machine may go from one speed to another for some seconds and back,
-and requests meet both.
+fast at all times. Medians over all rounds count: a machine may go from one speed to another for some seconds and back,
+whether others compute or not.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Together:
             return None
 
         def added(found: dict[Load, list[float]], beside: Load, alone: Load) -> float:
-            return max(1.0, 1.0 + (statistics.fmean(found[beside]) / statistics.fmean(found[alone]) - 1.0) / others)
+            return max(1.0, 1.0 + (statistics.median(found[beside]) / statistics.median(found[alone]) - 1.0) / others)
 
         return Contention(
             prompt=(added(prompt_ms, (0, 1 + others), (0, 1)), added(prompt_ms, (others, 1), (0, 1))),

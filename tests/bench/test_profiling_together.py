@@ -29,6 +29,8 @@ class Workers:
     def __init__(self, contention: Contention) -> None:
         self.contention = contention
         self.loads: list[tuple[int, int]] = []
+        self.slow: set[int] = set()
+        """Loads during which the machine is half as fast, by their place."""
 
     def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
         at = workload.arrivals_ms(rate) / 1e3
@@ -36,9 +38,9 @@ class Workers:
         turns = sorted({float(one) for one in at[answers:]})
         prompts = (len(workload) - answers) // max(1, len(turns))
         self.loads.append((answers, prompts))
-        more = self.contention.more
-        took = PROMPT_S * (1 + (prompts - 1) * more(1, 1) + answers * more(1, 0))
-        beside = TOKEN_S * (1 + (answers - 1) * more(0, 0)), prompts * TOKEN_S * more(0, 1)
+        more, times = self.contention.more, 1 + (len(self.loads) - 1 in self.slow)
+        took = times * PROMPT_S * (1 + (prompts - 1) * more(1, 1) + answers * more(1, 0))
+        beside = times * TOKEN_S * (1 + (answers - 1) * more(0, 0)), times * prompts * TOKEN_S * more(0, 1)
         found = []
         for index, (start, tokens) in enumerate(zip(at.tolist(), workload.output_tokens.tolist(), strict=True)):
             one = Timeline(index=index, start=start, finished=True, completion_tokens=tokens)
@@ -62,6 +64,16 @@ def test_what_each_kind_of_work_costs_the_other_is_found(others: int) -> None:
     alone_and_beside = {(0, 1), (1, 0), (0, 1 + others), (others, 1), (1, others), (1 + others, 0)}
     assert set(workers.loads) == alone_and_beside
     assert len(workers.loads) == 2 * len(alone_and_beside)  # by turns, in as many rounds
+
+
+def test_a_machine_that_is_slow_for_a_while_slows_nobody_beside_others() -> None:
+    """Nor alone: it is slow in fewer than half of the rounds."""
+    workers = Workers(Contention(prompt=(1.05, 1.12), decode=(1.08, 1.25)))
+    workers.slow = {0, 1, 2, 6}
+    found = TOGETHER.contention(workers, 1, 5, Silent())
+    assert found is not None
+    assert found.prompt == pytest.approx(workers.contention.prompt)
+    assert found.decode == pytest.approx(workers.contention.decode)
 
 
 def test_nobody_is_faster_beside_others() -> None:
