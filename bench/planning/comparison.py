@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
+from bench.planning.pace import Pace
 from placement.outcome import Outcome, Targets
 from placement.prediction import statistics_of
 
@@ -34,9 +36,9 @@ class Seen(msgspec.Struct):
 
 class Run(msgspec.Struct):
     """A layout at a rate. `errors`: (predicted - measured) / measured by `ttft_p50` and so on; of `attainment`, the
-    difference. `others_cores`: what processes of others took of this machine meanwhile; `alone`: how many times as long
-    as predicted requests took that came one at a time, before. `errors_at_pace`: of a prediction with steps that take
-    so many times as long."""
+    difference. `others_cores`: what processes of others took of this machine meanwhile. `before` and `after`: how many
+    times as long as predicted requests took that came one at a time, right before the run and right after it;
+    `at_pace`: what is predicted of steps that take as much longer, and `errors_at_pace` of that."""
 
     layout: str
     rate_rps: float
@@ -44,23 +46,35 @@ class Run(msgspec.Struct):
     measured: Seen
     errors: dict[str, float]
     others_cores: float
-    alone: float
+    before: Pace
+    after: Pace
+    at_pace: Seen
     errors_at_pace: dict[str, float]
+
+    @property
+    def pace(self) -> Pace:
+        return self.before.between(self.after)
 
     @staticmethod
     def of(
         layout: str,
         rate: float,
-        predicted: Outcome,
-        measured: Outcome,
+        outcomes: Outcomes,
         targets: Targets,
         others_cores: float,
-        alone: float,
-        at_pace: Outcome,
+        paces: tuple[Pace, Pace],
     ) -> Run:
-        ours, theirs = Seen.of(predicted, targets), Seen.of(measured, targets)
-        paced = theirs.errors_of(Seen.of(at_pace, targets))
-        return Run(layout, rate, ours, theirs, theirs.errors_of(ours), others_cores, alone, paced)
+        predicted, at_pace, measured = (Seen.of(outcome, targets) for outcome in outcomes)
+        errors, errors_at_pace = (measured.errors_of(seen) for seen in (predicted, at_pace))
+        return Run(layout, rate, predicted, measured, errors, others_cores, *paces, at_pace, errors_at_pace)
+
+
+class Outcomes(NamedTuple):
+    """Of one run."""
+
+    predicted: Outcome
+    at_pace: Outcome
+    measured: Outcome
 
 
 TOLERANCES = {"ttft_p50": 0.1, "ttft_p90": 0.15, "tpot_p50": 0.1, "tpot_p90": 0.15, "attainment": 0.05}
@@ -68,8 +82,8 @@ TOLERANCES = {"ttft_p50": 0.1, "ttft_p90": 0.15, "tpot_p50": 0.1, "tpot_p90": 0.
 
 
 class Comparison(msgspec.Struct):
-    """`best_predicted` and `best_measured` have the most goodput at the highest rate. What is within TOLERANCES:
-    `true` of `figures`, and `true_at_pace`."""
+    """`best_predicted` and `best_measured` have the most goodput at the highest rate. What is within TOLERANCES, of
+    `figures`: `true` as it was profiled, and `true_at_pace` with steps as long as requests alone had them then."""
 
     model: str
     ttft_ms: float

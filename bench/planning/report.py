@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from bench.planning.comparison import TOLERANCES, Comparison, Run
+from bench.planning.comparison import TOLERANCES, Comparison, Run, Seen
 
 
 def table(found: Comparison) -> str:
-    """Two lines a run: predicted / measured, and the error."""
+    """Of a run predicted / measured and the error, as profiled and at the machine's pace of that time."""
     rows = [f"{found.model}, {found.requests} requests a run, ms, predicted / measured"]
     for layout in dict.fromkeys(run.layout for run in found.runs):
         rows += ["", layout + ("  (chosen)" if layout == found.chosen else "")]
-        alone = next(run.alone for run in found.runs if run.layout == layout)
-        rows += [f"alone, requests take {alone:.2f} times as long as predicted", heading()]
+        rows.append(heading())
         rows += [line for run in found.runs if run.layout == layout for line in lines(run)]
     off = "" if found.best_predicted == found.best_measured else ", which was not predicted"
     most = max(run.others_cores for run in found.runs)
     rows += ["", f"other processes took {most:.2f} cores at the most"]
     rows += ["", f"best predicted: {found.best_predicted}", f"best measured: {found.best_measured}{off}"]
     limits = "p50 within 10 %, p90 within 15 %, attainment within 5 points"
-    rows.append(f"{found.true} of {found.figures} figures are true: {limits}")
-    return "\n".join([*rows, f"{found.true_at_pace} are if steps take as much longer as those of requests alone"])
+    rows.append(f"{found.true} of {found.figures} figures are true as profiled: {limits}")
+    rows.append(f"{found.true_at_pace} of {found.figures} are if steps take as much longer as for requests alone then")
+    return "\n".join(rows)
 
 
 def heading() -> str:
@@ -27,16 +27,25 @@ def heading() -> str:
 
 
 def lines(run: Run) -> list[str]:
-    pairs, errors = "", ""
+    """As profiled, and at the pace of that time."""
+    first, further = run.pace
+    return [
+        *_compared(f"{run.rate_rps:>8.3g}", run.predicted, run.measured, run.errors),
+        f"{'':>8}alone then, first tokens took {first:.2f} times as long, further ones {further:.2f}:",
+        *_compared(f"{'':>8}", run.at_pace, run.measured, run.errors_at_pace),
+    ]
+
+
+def _compared(label: str, predicted: Seen, measured: Seen, errors: dict[str, float]) -> list[str]:
+    pairs, off = "", ""
     for name, most in TOLERANCES.items():
-        error = run.errors[name]
-        one, other = (_figure(seen, name) for seen in (run.predicted, run.measured))
+        one, other = (_figure(seen, name) for seen in (predicted, measured))
         pairs += f"{one:>8} /{other:>8}"
-        errors += f"{f'{error:+.1%}' + ('' if abs(error) <= most else ' !'):>18}"
-    return [f"{run.rate_rps:>8.3g}{pairs}", f"{'':>8}{errors}"]
+        off += f"{f'{errors[name]:+.1%}' + ('' if abs(errors[name]) <= most else ' !'):>18}"
+    return [f"{label}{pairs}", f"{'':>8}{off}"]
 
 
-def _figure(seen: object, name: str) -> str:
+def _figure(seen: Seen, name: str) -> str:
     metric, _, statistic = name.partition("_")
     value = getattr(seen, f"{metric}_ms")[statistic] if statistic else None
     return f"{getattr(seen, name):.1%}" if value is None else f"{value:.1f}"

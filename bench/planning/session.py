@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench.planning.choice import choose, rates_of
-from bench.planning.comparison import Comparison, Run
+from bench.planning.comparison import Comparison, Outcomes, Run
 from bench.planning.load import Server, serving
 from bench.planning.others import Others
+from bench.planning.pace import Pace, pace_of
 from bench.planning.report import heading, lines
 from cluster.planned import config_of
 from cluster.planning import Searched, searched
 from core.errors import ConfigError
 from engine.checkpoints import Progress, resolve
 from placement.candidates import Candidate
-from placement.layout import Layout
 from placement.native import serve
 from placement.outcome import Outcome
 from placement.workload import Workload
 
 TRIES = 2
-_ALONE = 6
-"""Requests that are put to a server one at a time, before the others."""
-_APART_S = 1e4
 DISTURBED = 0.15
 """Cores that others may take during a run that counts."""
 
@@ -37,6 +32,8 @@ def compare(
 ) -> Comparison:
     """`flags` are those of `slipstream plan`. Raises ConfigError, or Unavailable if a request fails."""
     found = searched(model=model, kind=None, topology_file=None, ray_address=None, **flags)
+    for warning in found.made.plan.warnings:
+        progress.note(f"warning: {warning}")
     goodput = found.made.plan.ranking[0].goodput_rps or found.made.plan.rate_rps
     at = rates_of(rates, goodput)
     chosen = choose(found.made, found.space, names)
@@ -65,41 +62,33 @@ def _runs(
     runs = []
     with serving(tree, folder, setting) as server:
         server.warm_up(candidate.stages, workload)
-        alone = _alone(server, candidate.layout, workload)
-        paced = _at_pace(candidate.layout, alone)
-        progress.note(f"requests that are alone take {alone:.2f} times as long as predicted")
+        now = partial(pace_of, server, candidate.layout, workload)
+        before = now()
         for rate in rates:
             progress.begin(f"{candidate.name}: {len(workload)} requests at {rate:.3g}/s")
-            others, measured = _undisturbed(server, workload, rate, progress)
-            predicted, at_pace = (serve(layout, workload, rate).outcome for layout in (candidate.layout, paced))
-            targets = found.goal.targets
-            runs.append(Run.of(candidate.name, rate, predicted, measured, targets, others, alone, at_pace))
+            others, measured, paces = _undisturbed(server, now, before, workload, rate, progress)
+            then = paces[0].between(paces[1]).of(candidate.layout)
+            predicted, paced_too = (serve(layout, workload, rate).outcome for layout in (candidate.layout, then))
+            outcomes = Outcomes(predicted, paced_too, measured)
+            runs.append(Run.of(candidate.name, rate, outcomes, found.goal.targets, others, paces))
             progress.note("\n".join(lines(runs[-1])))
+            before = paces[1]
     return runs
 
 
-def _alone(server: Server, layout: Layout, workload: Workload) -> float:
-    """How many times as long as predicted requests take that come one at a time: what is off then is not in queues."""
-    few = workload.of_length(_ALONE)
-    predicted = serve(layout, few.with_gaps(np.full(_ALONE, _APART_S)), 1.0).outcome.e2e_ms
-    gaps = np.concatenate([[0.0], 1.2 * predicted[:-1] / 1000])
-    return float((server.outcome(few.with_gaps(gaps), 1.0).e2e_ms / predicted).mean())
-
-
-def _at_pace(layout: Layout, pace: float) -> Layout:
-    """Its steps take so many times as long."""
-    return replace(layout, groups=tuple(replace(group, latency=group.latency.times(pace)) for group in layout.groups))
-
-
-def _undisturbed(server: Server, workload: Workload, rate: float, progress: Progress) -> tuple[float, Outcome]:
-    """The cores that others took meanwhile, and what became of the requests: of the run with the least of TRIES, unless
-    one is good enough before."""
-    tried: list[tuple[float, Outcome]] = []
+def _undisturbed(
+    server: Server, now: Callable[[], Pace], before: Pace, workload: Workload, rate: float, progress: Progress
+) -> tuple[float, Outcome, tuple[Pace, Pace]]:
+    """The cores that others took meanwhile, what became of the requests, and the pace before and after: of the run with
+    the least of TRIES, unless one is good enough before."""
+    tried: list[tuple[float, Outcome, tuple[Pace, Pace]]] = []
     for _ in range(TRIES):
         others = Others()
         outcome = server.outcome(workload, rate)
-        tried.append((others.cores(), outcome))
-        if tried[-1][0] <= DISTURBED:
+        cores, after = others.cores(), now()
+        tried.append((cores, outcome, (before, after)))
+        if cores <= DISTURBED:
             break
-        progress.note(f"other processes took {tried[-1][0]:.2f} cores meanwhile")
+        before = after
+        progress.note(f"other processes took {cores:.2f} cores meanwhile")
     return min(tried, key=lambda run: run[0])

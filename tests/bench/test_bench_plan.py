@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from bench.planning.choice import rates_of
-from bench.planning.comparison import Comparison, Run
+from bench.planning.comparison import Comparison, Outcomes, Run
 from bench.planning.load import outcome_of, serving
 from bench.planning.others import Others
+from bench.planning.pace import Pace, beside, pace_of
 from bench.planning.part import Part, answer
 from bench.planning.report import table
 from bench.serving.timeline import Timeline
@@ -26,8 +27,13 @@ from cluster.membership import Member
 from core.errors import ConfigError, Unavailable
 from core.types import Role
 from engine.kv_layout import KVLayout
+from placement.layout import Layout
+from placement.layout import Role as Does
+from placement.native import serve
 from placement.outcome import Outcome, Targets
 from placement.profile import Setting, write_profile
+from placement.workload import Workload
+from tests.placement.layouts import group
 from tests.placement.pipelines import workload
 from tests.placement.profiles import profile
 from tests.tiny import save_byte_tokenizer, save_tiny_llama
@@ -40,7 +46,8 @@ def outcome(ttft: list[float], tpot: list[float]) -> Outcome:
 
 
 def run(layout: str, rate: float, predicted: Outcome, measured: Outcome, others: float = 0.0) -> Run:
-    return Run.of(layout, rate, predicted, measured, TARGETS, others, alone=1.07, at_pace=measured)
+    paces = Pace(1.0, 1.2), Pace(1.21, 1.2)
+    return Run.of(layout, rate, Outcomes(predicted, measured, measured), TARGETS, others, paces)
 
 
 def test_errors_are_relative_to_what_was_measured_and_attainment_is_in_points() -> None:
@@ -48,6 +55,35 @@ def test_errors_are_relative_to_what_was_measured_and_attainment_is_in_points() 
     assert found.errors["ttft_p50"] == pytest.approx(90 / 110 - 1)
     assert found.errors["tpot_p90"] == pytest.approx(0.1)
     assert found.errors["attainment"] == pytest.approx(0.5)
+
+
+def test_the_pace_is_the_median_of_what_requests_alone_took_beside_the_prediction() -> None:
+    predicted = Outcome(np.full(3, 100.0), np.array([10.0, 0.0, 20.0]), np.full(3, 600.0))
+    measured = Outcome(np.array([110.0, 120.0, 900.0]), np.array([12.0, 0.0, 26.0]), np.full(3, 700.0))
+    assert beside(predicted, measured) == pytest.approx((1.2, 1.25))
+    first_only = Outcome(np.full(2, 100.0), np.zeros(2), np.full(2, 100.0))
+    assert beside(first_only, Outcome(np.full(2, 150.0), np.zeros(2), np.full(2, 150.0))) == pytest.approx((1.5, 1.5))
+
+
+class Simulated:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def outcome(self, asked: Workload, rate: float) -> Outcome:
+        return serve(self.layout, asked, rate).outcome
+
+
+def test_requests_that_tell_the_pace_come_one_at_a_time() -> None:
+    """So that they are as fast as predicted, whoever would have waited."""
+    layout = Layout((group(Does.BOTH),), report_ms=0.0)
+    asked = workload([200, 300] * 10, [20, 30] * 10, [0.0] * 20)
+    assert pace_of(Simulated(layout), layout, asked) == pytest.approx((1.0, 1.0))  # type: ignore[arg-type]
+    slower = Simulated(Pace(1.1, 1.05).of(layout))
+    assert pace_of(slower, layout, asked) == pytest.approx((1.1, 1.05), rel=0.01)  # type: ignore[arg-type]
+
+
+def test_the_pace_of_a_run_is_between_that_before_and_that_after() -> None:
+    assert Pace(1.0, 1.0).between(Pace(1.21, 1.44)) == pytest.approx((1.1, 1.2))
 
 
 def test_the_best_is_the_one_with_most_within_the_targets_at_the_highest_rate() -> None:
@@ -68,9 +104,9 @@ def test_the_table_marks_figures_that_are_not_true_and_counts_those_that_are() -
     assert text.count("!") == 2
     assert "-3.8%" in text
     assert "other processes took 0.40 cores" in text
-    assert "alone, requests take 1.07 times as long as predicted" in text
-    assert "3 of 5 figures are true" in text
-    assert "\n5 are if steps take as much longer" in text
+    assert "alone then, first tokens took 1.10 times as long, further ones 1.20:" in text
+    assert "\n3 of 5 figures are true as profiled" in text
+    assert "\n5 of 5 are if steps take as much longer as for requests alone then" in text
 
 
 @pytest.mark.parametrize("rates", ["a", "1,,2", "0,1", "1,inf"])
@@ -170,6 +206,9 @@ def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_p
     assert found["best_measured"] == told["layout"]
     assert 0 < told["measured"]["ttft_ms"]["p50"] < 5000
     assert told["predicted"]["ttft_ms"]["p50"] > 14
+    paces = told["before"] + told["after"]  # a tiny model is faster than the profile says
+    assert max(paces) < 1.0
+    assert told["at_pace"]["ttft_ms"]["p50"] < told["predicted"]["ttft_ms"]["p50"]
 
 
 def test_a_layout_that_is_not_in_the_plan_is_refused_with_those_that_are(model, tmp_path) -> None:
