@@ -178,12 +178,10 @@ class ModelRunner:
         """Run a prompt and a decode step, so that the first request doesn't wait for kernels to be made, capture decode
         steps, and time steps that verify up to so many draft tokens. Writes to the first blocks: only before the first
         sequence."""
-        size, longest = self.layout.block_size, self.config.max_position_embeddings
-        warm_up(self, min(size, longest))
+        warm_up(self)
         self._capture()
         if draft_tokens:
-            room = min(self.pool.num_blocks * size, longest)
-            self.row_times = time_rows(self, 1 + draft_tokens, room, size)
+            self.row_times = time_rows(self, 1 + draft_tokens)
 
     def vocabulary(self) -> Vocabulary:
         """What others may share of the model. Raises ModelError for one that has no such parts as ours have."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from core.types import SamplingParams
 from engine.step import Runner, SamplingRow, StepBatch
+
+if TYPE_CHECKING:
+    from engine.kv_cache import Pool
+    from engine.kv_layout import KVLayout
+    from engine.model_config import ModelConfig
 
 ROWS = (2, 3, 5, 9, 13, 17, 25, 33, 49, 65)
 CONTEXTS = (0, 512)
@@ -20,8 +26,19 @@ _DRAWN = SamplingRow(SamplingParams(max_tokens=1, top_p=0.9, top_k=20), position
 _GREEDY = SamplingRow(SamplingParams(max_tokens=1, temperature=0.0), position=0)
 
 
-def warm_up(runner: Runner, num_tokens: int) -> None:
-    """A prompt of so many tokens, which fit a block, all but one of them after that one, and a decode step."""
+class Loaded(Runner, Protocol):
+    """A runner that says what it holds."""
+
+    config: ModelConfig
+    layout: KVLayout
+
+    @property
+    def pool(self) -> Pool: ...
+
+
+def warm_up(runner: Loaded) -> None:
+    """A prompt that fills a block, all but one of its tokens after that one, and a decode step."""
+    num_tokens = min(runner.layout.block_size, runner.config.max_position_embeddings)
     for count, context in {(num_tokens, 0), (num_tokens - 1, 1), (1, 0)}:
         if count:
             runner.submit(_step(count, context, 1, np.zeros(1, np.int64), num_tokens, _DRAWN)).result()
@@ -36,9 +53,11 @@ class RowTime:
     seconds: float
 
 
-def time_rows(runner: Runner, most: int, room: int, block_size: int) -> list[RowTime]:
-    """Steps of up to `most` rows, with a context where that is within `room` tokens, in turns with such of a single
-    row. After a round that is not told of."""
+def time_rows(runner: Loaded, most: int) -> list[RowTime]:
+    """Steps of up to `most` rows, with a context where the cache has room for it, in turns with such of a single row.
+    After a round that is not told of."""
+    block_size = runner.layout.block_size
+    room = min(runner.pool.num_blocks * block_size, runner.config.max_position_embeddings)
     most = min(most, room)
     sizes = [rows for rows in (*(rows for rows in ROWS if rows < most), most) if rows > 1]
     contexts = [context for context in CONTEXTS if context + most <= room]

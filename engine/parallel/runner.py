@@ -141,11 +141,9 @@ class GroupRunner:
 
     def warm_up(self, draft_tokens: int = 0) -> None:
         """As ModelRunner.warm_up."""
-        size, longest = self.layout.block_size, self.config.max_position_embeddings
-        warm_up(self, min(size, longest))
+        warm_up(self)
         if draft_tokens:
-            room = min(self.pool.num_blocks * size, longest)
-            self.row_times = time_rows(self, 1 + draft_tokens, room, size)
+            self.row_times = time_rows(self, 1 + draft_tokens)
 
     def check_health(self) -> None:
         if self._failure is not None:
