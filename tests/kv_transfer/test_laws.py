@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from explorer import DEADLINE, LEASE, PIECES, STALL, Explorer, World, walk
+from explorer import Explorer, walk
+from handoff_world import DEADLINE, LEASE, PIECES, STALL, World
 
 from kv_transfer import states
 from kv_transfer.states import GiverTransfer, Instruction, Outcome, Phase, TakerTransfer
