@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import heapq
+import itertools
 import os
 import random
 import select
@@ -26,6 +27,7 @@ _TUN = "/dev/net/tun"
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _CLONE_NEWNET = 0x40000000
 _PACKET_BYTES = 1 << 16
+_pairs = itertools.count()
 QUEUE_S = 0.5
 """A throttled wire drops what would wait longer, as a router with a short queue does."""
 
@@ -127,15 +129,17 @@ def missing() -> str:
 
 @contextmanager
 def two_hosts(seed: int = 0) -> Iterator[tuple[Host, Host, Wire]]:
-    """Made, and removed in any case, with every process that is still in them."""
+    """Made, and removed in any case, with every process that is still in them. There may be several pairs at a time,
+    with the same addresses, none of which hears of another."""
     _remove_stale()
-    hosts = tuple(Host(f"slipstream-{os.getpid()}-{name}", f"10.199.0.{n}") for n, name in ((1, "a"), (2, "b")))
+    pair = next(_pairs)
+    hosts = tuple(Host(f"slipstream-{os.getpid()}-{name}{pair}", f"10.199.0.{n}") for n, name in ((1, "a"), (2, "b")))
     ends: list[int] = []
     wire: Wire | None = None
     try:
         for index, host in enumerate(hosts):
             _ip("netns", "add", host.namespace)
-            ends.append(_device(host, f"sl{os.getpid() % 10**6}{'ab'[index]}"))
+            ends.append(_device(host, f"sl{os.getpid() % 10**6}{'ab'[index]}{pair}"))
         wire = Wire((ends[0], ends[1]), seed)
         yield hosts[0], hosts[1], wire
     finally:
