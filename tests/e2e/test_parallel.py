@@ -23,9 +23,11 @@ def ranks(server: Server) -> list[psutil.Process]:
     return server.titled("engine.parallel.rank")
 
 
-def complete(server: Server, **fields: object) -> httpx.Response:
-    body = {"model": "tiny", "prompt": "hello there", "max_tokens": 12, "temperature": 0} | fields
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+def complete(server: Server, prompt: list[int]) -> list[int]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60)
+    token_ids: list[int] = answer.json()["choices"][0]["token_ids"]
+    return token_ids
 
 
 def handed_over(server: Server) -> float:
@@ -40,24 +42,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_workers_of_two_ranks_hand_over_and_are_replaced_as_a_whole_and_end_when_the_terminal_does(
+def test_workers_of_two_shapes_hand_over_and_are_replaced_as_a_whole_and_end_when_the_terminal_does(
     folder: Path,
 ) -> None:
-    with served(folder, "--tensor-parallel-size", "2") as server:
-        assert "worker-tp2-pp1" in "".join(server.output)
-        before = complete(server).json()["choices"][0]["text"]
-        started = ranks(server)
-        assert len(started) == 4
-        wait_until(lambda: handed_over(server) > 0)  # told by a heartbeat
-        lost = [rank for rank in started if rank.parent() == started[0].parent()]
-        lost[1].send_signal(signal.SIGKILL)
-        assert alive(lost) == []
-        wait_until(lambda: len(ranks(server)) == 4 and server.roles == ["decode", "prefill"])
-        assert complete(server).json()["choices"][0]["text"] == before
-        assert_drained(server, signal.SIGHUP)
-
-
-def test_workers_of_two_shapes_hand_over_from_one_to_the_other(folder: Path) -> None:
     prompt = list(range(3, 60))
     model = LlamaForCausalLM.from_pretrained(folder)
     model.generation_config.eos_token_id = None
@@ -65,11 +52,18 @@ def test_workers_of_two_shapes_hand_over_from_one_to_the_other(folder: Path) -> 
     shapes = {"prefill-tensor-parallel-size": 2, "prefill-pipeline-parallel-size": 1, "pipeline-parallel-size": 2}
     with served(folder, *(f"--{name}={size}" for name, size in shapes.items())) as server:
         for name in ("worker-tp2-pp1-prefill", "worker-tp1-pp2-decode"):
+            assert name in "".join(server.output)
             assert len(server.replicas(name)) == 1
-        assert len(ranks(server)) == 4
-        answered = complete(server, prompt=prompt, max_tokens=8, ignore_eos=True, return_token_ids=True)
-        assert answered.json()["choices"][0]["token_ids"] == expected
-        wait_until(lambda: handed_over(server) > 0)
+        started = ranks(server)
+        assert len(started) == 4
+        assert complete(server, prompt) == expected
+        wait_until(lambda: handed_over(server) > 0)  # told by a heartbeat
+        lost = [rank for rank in started if rank.parent() == started[0].parent()]
+        lost[1].send_signal(signal.SIGKILL)
+        assert alive(lost) == []
+        wait_until(lambda: len(ranks(server)) == 4 and server.roles == ["decode", "prefill"])
+        assert complete(server, prompt) == expected
+        assert_drained(server, signal.SIGHUP)
 
 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_started(folder: Path) -> None:
