@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.conftest import alive, assert_drained, launch, session, start
+from tests.e2e.conftest import alive, launch, session, start
 
 pytestmark = pytest.mark.e2e
 
@@ -35,6 +35,7 @@ def stop_during(process: subprocess.Popen[str], step: str) -> tuple[int, str]:
 def test_ray_keeps_to_the_loopback_address_and_what_a_killed_launcher_leaves_goes_with_the_next_start(
     folder: Path,
 ) -> None:
+    """Which Ctrl-C ends during its start-up: that is one stopped step, and claims nothing."""
     killed = start(folder, "--colocated")
     agents = [p for p in killed.tree if p.cmdline()[0].startswith("ray::") and p.cmdline()[0].endswith("Agent")]
     listens = {c.laddr.ip for p in agents for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
@@ -42,18 +43,11 @@ def test_ray_keeps_to_the_loopback_address_and_what_a_killed_launcher_leaves_goe
     with killed.process:
         killed.process.kill()
     assert where.exists()
-    server = start(folder, "--colocated")
-    still_there, still_alive = where.exists(), alive(processes)
-    assert_drained(server, signal.SIGTERM)
+    status, text = stop_during(launch(folder), "ray")
     assert agents
     assert listens <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-    assert not still_there
-    assert still_alive == []
-
-
-def test_ctrl_c_during_start_up_is_one_stopped_step_and_claims_nothing(folder: Path) -> None:
-    process = launch(folder)
-    status, text = stop_during(process, "ray")
+    assert not where.exists()
+    assert alive(processes) == []
     assert status == 128 + signal.SIGINT
     assert re.search(r"✗ \S+ +\d.*stopped", text)
     for word in ("✓ ready", "Serving", "Draining", "Traceback", "Aborted"):
