@@ -69,7 +69,6 @@ def main(folder: str) -> None:
         "topology": to_yaml(topology_of(nodes_of(ray.nodes()), inside, between)),
     }
     print(json.dumps(found), flush=True)
-    serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
 
