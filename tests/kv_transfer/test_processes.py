@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import other_process
 import pytest
+import pytest_asyncio
 from other_process import GIVER_SEED, LAYOUT, TAKER_SEED
 from sides import STATE, Gate, connected, pool_of_noise, tokens
 
@@ -105,20 +106,31 @@ async def take(taker: Taker, address: str, transfer_id: str) -> None:
     )
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def spare() -> AsyncIterator[tuple[Other, str]]:
+    """A giver that no test ends, and its address."""
+    async with other("giver", 10) as giver:
+        yield giver, await giver.line()
+
+
+async def hand_over(spare: tuple[Other, str], taker: Taker, transfer_id: str) -> None:
+    giver, address = spare
+    giver.offer(transfer_id)
+    await take(taker, address, transfer_id)
+    assert await giver.line() == f"{transfer_id} committed"
+
+
 @EACH
-async def test_the_kv_of_another_process_arrives_bit_for_bit(transport: str) -> None:
-    async with other("giver", 10) as giver, taking_here(transport) as taker:
-        address = await giver.line()
-        giver.offer("t")
-        await take(taker, address, "t")
-        assert await giver.line() == "t committed"
+async def test_the_kv_of_another_process_arrives_bit_for_bit(transport: str, spare: tuple[Other, str]) -> None:
+    async with taking_here(transport) as taker:
+        await hand_over(spare, taker, f"{transport}-alone")
 
 
 @EACH
 async def test_a_giver_killed_in_the_middle_fails_the_transfer_and_the_next_goes_elsewhere(
-    transport: str, monkeypatch: pytest.MonkeyPatch
+    transport: str, spare: tuple[Other, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with taking_here(transport) as taker, other("giver", 10) as doomed, other("giver", 10) as spare:
+    async with taking_here(transport) as taker, other("giver", 10) as doomed:
         address = await doomed.line()
         gate = Gate(monkeypatch, *WRITES[transport])
         doomed.offer("t")
@@ -133,11 +145,7 @@ async def test_a_giver_killed_in_the_middle_fails_the_transfer_and_the_next_goes
         with pytest.raises(TransferError, match="is gone"):
             await asyncio.wait_for(taking, 2)
         assert (taker.counters.committed, taker.counters.failed) == (0, 1)
-
-        address = await spare.line()
-        spare.offer("u")
-        await take(taker, address, "u")
-        assert await spare.line() == "u committed"
+        await hand_over(spare, taker, f"{transport}-instead")
 
 
 @EACH
