@@ -24,6 +24,7 @@ from core.draft_state import DraftStates
 from core.errors import InternalError, InvalidRequest
 from core.types import Finish
 from engine.batching import build_batch, of_plain_rows
+from engine.counters import Counters, EngineStats
 from engine.drafts import Speculator, Verdict
 from engine.schedule import Chunk, Opened
 from engine.scheduler import Schedule, Scheduler, SequenceUpdate
@@ -38,28 +39,6 @@ logger = logging.getLogger(__name__)
 
 THREAD_NAME = "engine"
 """What `top -H` shows for the thread that computes, and for those that OpenMP starts from it."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot taken between two turns of the loop. Counters are monotonic since start, `taken` ones among them: of
-    what was added or reserved, what the snapshot knows, in sequences and in tokens to compute."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_waiting_tokens: int = 0
-    num_free_blocks: int = 0
-    num_preemptions: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    step_tokens: int = 0
-    """Computed by these steps, of prompts and outputs."""
-    step_seconds: float = 0.0
-    num_taken: int = 0
-    num_taken_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +87,12 @@ class Engine:
         """Not admitted yet: their grammars are being compiled."""
         self._rejected: list[SequenceUpdate] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._prompt_tokens = self._generated_tokens = self._steps = self._step_tokens = 0
-        self._step_seconds = 0.0
         self._flying: deque[tuple[Schedule, StepBatch, Future[StepOutput]]] = deque()
         self._max_flying = scheduler.config.max_steps_in_flight
         self._oldest_since: float | None = None
         self._stopped = False
         self.failure: InternalError | None = None
-        self._giving = threading.Lock()
-        self._num_given = self._num_given_tokens = self._num_taken = self._num_taken_tokens = 0
-        self._stats = self._snapshot()
+        self._counters = Counters(scheduler)
 
     def start(self) -> None:
         self._thread.start()
@@ -141,12 +116,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """As the last turn of the loop left it, with what was given since among what waits."""
-        stats = self._stats
-        return replace(
-            stats,
-            num_waiting=stats.num_waiting + self._num_given - stats.num_taken,
-            num_waiting_tokens=stats.num_waiting_tokens + self._num_given_tokens - stats.num_taken_tokens,
-        )
+        return self._counters.stats
 
     @property
     def alive(self) -> bool:
@@ -163,9 +133,7 @@ class Engine:
         self._give(sequence, 0, self._scheduler.reserve)
 
     def _give(self, sequence: Sequence, num_tokens: int, accept: Callable[[Sequence], None]) -> None:
-        with self._giving:
-            self._num_given += 1
-            self._num_given_tokens += num_tokens
+        self._counters.given(num_tokens)
         self._commands.put(lambda: self._take(sequence, num_tokens, accept))
 
     def undefer(self, request_id: str) -> None:
@@ -241,7 +209,7 @@ class Engine:
         return False
 
     def _tell(self, report: Report) -> None:
-        self._stats = self._snapshot()
+        self._counters.snapshot()
         if report.updates or report.granted or report.opened or report.computed:
             self._on_report(report)
 
@@ -283,10 +251,7 @@ class Engine:
             return Report(updates=self._fail(error))
         output = future.result()
         updates = self._take_in(schedule, batch, output)
-        self._steps += 1
-        self._step_tokens += schedule.num_tokens
-        self._step_seconds += output.seconds
-        self._count(updates)
+        self._counters.stepped(schedule.num_tokens, output.seconds, updates)
         for update in updates:
             if update.finish is not None:
                 self._live.pop(update.sequence.request_id, None)
@@ -314,12 +279,6 @@ class Engine:
             speculator.forget(update.sequence)
         return update
 
-    def _count(self, updates: list[SequenceUpdate]) -> None:
-        for update in updates:
-            self._generated_tokens += len(update.token_ids)
-            if update.index == len(update.sequence.request.emitted_token_ids):
-                self._prompt_tokens += update.sequence.num_prompt_tokens
-
     def _fail(self, error: BaseException) -> list[SequenceUpdate]:
         """A step raised: device state is unknown, so nothing that lives here can go on, and later steps in flight are
         of no use. Blocks of a hand-off stay its own."""
@@ -335,8 +294,7 @@ class Engine:
     # --- command bodies, on the loop's thread ------------------------------------------------------------------------
 
     def _take(self, sequence: Sequence, num_tokens: int, accept: Callable[[Sequence], None]) -> None:
-        self._num_taken += 1
-        self._num_taken_tokens += num_tokens
+        self._counters.taken(num_tokens)
         self._admit(sequence, accept)
 
     def _admit(self, sequence: Sequence, accept: Callable[[Sequence], None]) -> None:
@@ -428,25 +386,6 @@ class Engine:
     def _failed(sequence: Sequence, error: InternalError | InvalidRequest) -> SequenceUpdate:
         return SequenceUpdate(
             sequence=sequence, token_ids=[], index=sequence.num_output_tokens, finish=Finish.from_error(error)
-        )
-
-    def _snapshot(self) -> EngineStats:
-        scheduler, blocks = self._scheduler, self._scheduler.blocks
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_waiting_tokens=scheduler.num_waiting_tokens,
-            num_free_blocks=blocks.num_free,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=blocks.num_queried_tokens,
-            prefix_cache_hits=blocks.num_hit_tokens,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            steps=self._steps,
-            step_tokens=self._step_tokens,
-            step_seconds=self._step_seconds,
-            num_taken=self._num_taken,
-            num_taken_tokens=self._num_taken_tokens,
         )
 
 
