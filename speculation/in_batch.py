@@ -60,6 +60,10 @@ class Round:
     budgets: Budgets
     num_tokens: int
     """Rows of the step without drafts."""
+    began: float
+    """By time.perf_counter: before it was proposed for or, of a plain step, after nothing was."""
+    alone: bool
+    """Whether no other step was under way then."""
     parts: list[Part] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     draft_seconds: float = 0.0
@@ -108,6 +112,7 @@ class InBatch:
         self._rounds: deque[Round | None] = deque()  # None: the controller rests
         self._rest = Rest([], 0)
         self._num_rested = 0
+        self._under_way = 0  # steps
         self._wishes: dict[str, Wishes] = {}
 
     @property
@@ -124,6 +129,7 @@ class InBatch:
     # --- before the step -------------------------------------------------------------------------------------------
 
     def rests(self, schedule: Schedule) -> bool:
+        self._under_way += 1
         if not self._rest.covers(schedule.chunks):
             return False
         self._rest.left -= 1
@@ -131,6 +137,7 @@ class InBatch:
         return True
 
     def propose(self, candidates: Sequence[Candidate], num_other_tokens: int) -> Sequence[Draft | None] | None:
+        began = time.perf_counter()
         wishes = [self._wishes_of(candidate.sequence) for candidate in candidates]
         requests = self._crew.requests([candidate.sequence for candidate in candidates])
         load = Load(
@@ -144,12 +151,13 @@ class InBatch:
         budgets = self._controller.budget(load, self._stats)
         drafters = [wish.drafter or chosen for wish, chosen in zip(wishes, budgets.drafters, strict=True)]
         budgets = replace(budgets, drafters=drafters)
-        round_ = Round(requests, load, budgets, num_other_tokens + len(candidates))
+        round_ = Round(requests, load, budgets, num_other_tokens + len(candidates), began, alone=self._under_way == 1)
         self._rounds.append(round_)
         self._rest = Rest([c.sequence.request_id for c in candidates] if budgets.rest else [], budgets.rest)
-        if not self._crew or not budgets.candidates.any():
-            return None
         started = time.perf_counter()
+        if not self._crew or not budgets.candidates.any():
+            round_.began = started
+            return None
         drafts = self._draft(round_, candidates, wishes)
         round_.draft_seconds = time.perf_counter() - started
         return drafts
@@ -226,6 +234,7 @@ class InBatch:
 
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
         started = time.perf_counter()
+        self._under_way -= 1
         decodes = [chunk.decodes for chunk in schedule.chunks]
         round_ = self._rounds.popleft() if any(decodes) else None
         drafted = False
@@ -316,6 +325,10 @@ class InBatch:
         return np.array([hot and mask is None for hot, mask in zip(warm, part.masks, strict=True)], np.bool_)
 
     def _record(self, round_: Round, step_seconds: float) -> None:
+        """What the engine does around the step counts with it, where no other step was computed meanwhile: there is
+        more of it where drafts are attached and judged."""
+        if round_.alone:
+            step_seconds = time.perf_counter() - round_.began - round_.draft_seconds - round_.verify_seconds
         drafted = sum(part.drafts.num_nodes for part in round_.parts)
         timing = Timing(
             batch_size=len(round_.requests),

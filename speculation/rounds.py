@@ -183,7 +183,7 @@ class Timing:
     batched_tokens: int
     """All rows of the step: one per sequence, draft tokens, chunks of prompts."""
     step_seconds: float
-    """The target's forward and its sampling."""
+    """The target's forward and its sampling, and what the engine does before and after."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     """The rule, the commit, and telling everyone."""
