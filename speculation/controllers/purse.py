@@ -11,7 +11,7 @@ from __future__ import annotations
 
 SHARE = 0.003
 """Of the time of plain work, for trying."""
-START, ENOUGH, CAP = 4.0, 1.5, 64.0
+START, ENOUGH, CAP = 4.0, 1.5, 24.0
 """In plain steps, by what the last one would have taken."""
 
 

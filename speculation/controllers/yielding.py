@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-YIELD_OF, LEAST_YIELD = 32, 1.02
+YIELD_OF, LEAST_YIELD = 32, 1.03
 """Steps that were speculated for over which it must have made them so many times as fast: what the controller itself
 takes is not timed."""
-PAUSES = (16, 1024)
+PAUSES = (32, 1024)
 """Plain steps after it has not."""
 
 

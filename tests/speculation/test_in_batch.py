@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from engine.drafts import Candidate
 from engine.runner import ModelRunner
 from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence as EngineSequence
+from engine.step import StepBatch, StepOutput
 from engine.structured.grammars import Grammars
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import BaseController, Limits, plain_step
@@ -118,6 +121,25 @@ class Rests(BaseController):
         self.rested.append(timing.rested)
 
 
+class Clock(Moods):
+    def __init__(self) -> None:
+        super().__init__()
+        self.timings: list[Timing] = []
+
+    def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
+        self.timings.append(timing)
+
+
+class Boasting(LateRunner):
+    """Says of its steps that they took no time."""
+
+    def submit(self, batch: StepBatch) -> Future[StepOutput]:
+        future = super().submit(batch)
+        said: Future[StepOutput] = Future()
+        future.add_done_callback(lambda done: said.set_result(replace(done.result(), seconds=0.0)))
+        return said
+
+
 def in_batch(
     drafter: Prompter, rule: str = "sampled", vocab: int = VOCAB, controller: Controller | None = None
 ) -> InBatch:
@@ -204,6 +226,24 @@ def test_what_a_drafter_is_shown_is_what_the_model_says_of_its_tokens(model: Mod
         assert seen.top_ids is not None
         assert seen.taps[1].shape[0] == len(seen.indices)
         assert seen.top_ids[:, 0].tolist() == [text[index + 1] for index in seen.indices]
+
+
+def test_what_the_engine_does_around_a_step_counts_with_it(model: ModelRunner) -> None:
+    """Unless others are computed meanwhile."""
+    jobs = [reproducible.Job(20, SamplingParams(max_tokens=20, temperature=0.0)) for _ in range(2)]
+    told = []
+    for depth in (1, 2):
+        clock = Clock()
+        outputs(
+            Boasting(model, depth),
+            jobs,
+            num_blocks=64,
+            step_tokens=64,
+            speculator=in_batch(Prompter(), controller=clock),
+        )
+        told.append([timing.step_seconds for timing in clock.timings])
+    assert min(told[0]) > 0.0
+    assert min(told[1]) == 0.0
 
 
 def test_a_controller_that_rests_is_asked_again_when_its_steps_are_over(model: ModelRunner) -> None:
