@@ -25,6 +25,7 @@ from engine.sampler import GREEDY_TEMPERATURE, sampling_law
 from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.step import SamplingRow, StepBatch, StepOutput
+from speculation import native
 from speculation.acceptance import Acceptance
 from speculation.allowance import Allowance
 from speculation.counters import Counters
@@ -100,7 +101,9 @@ class InBatch:
         max_budget: int,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`patience_s`: how long a drafter may take, at least; see crew.py."""
+        """`patience_s`: how long a drafter may take, at least; see crew.py. Takes as long as the C++ of this package
+        takes to compile where nobody has yet, so that no drafter seems to stall meanwhile."""
+        native.load()
         self.counters = Counters()
         self._crew = Crew(drafters, self.counters.switched_off, patience_s)
         self._allowance = Allowance()

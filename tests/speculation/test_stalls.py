@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from core import compiler
 from core.types import SamplingParams, SpeculationWish
 from engine.runner import ModelRunner
+from speculation import native
 from speculation.acceptance import Acceptance
 from speculation.aside import Aside, Stalled
 from speculation.controllers.base import Limits
@@ -112,6 +115,19 @@ def test_requests_go_on_without_a_drafter_that_stalls(model: ModelRunner, where:
     assert again[0].token_ids == wanted[0].token_ids
     assert len(drafter.calls) == calls, "it was asked for something after it was given up"
     assert harness.blocks.num_free == 64
+
+
+def test_on_a_machine_where_nothing_is_compiled_yet_nobody_stalls(
+    model: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = compiler.load
+    monkeypatch.setattr(compiler, "load", lambda *args: time.sleep(1.0) or load(*args))
+    native.load.cache_clear()
+    speculator = in_batch(Copier(SURROUNDINGS), patience_s=0.1)
+    with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
+        harness.outputs([Job(20, SamplingParams(max_tokens=20, temperature=0.0)).sequence("a")])
+    assert not speculator.counters.switched_off
+    assert speculator.counters.by_drafter
 
 
 def test_a_drafter_that_is_lost_to_one_rule_is_not_asked_by_the_next(model: ModelRunner) -> None:
