@@ -238,14 +238,14 @@ class InBatch:
     def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
         started = time.perf_counter()
         self._under_way -= 1
-        decodes = [chunk.decodes for chunk in schedule.chunks]
-        round_ = self._rounds.popleft() if any(decodes) else None
+        num_decodes = sum(chunk.decodes for chunk in schedule.chunks)
+        round_ = self._rounds.popleft() if num_decodes else None
         drafted = False
         if round_ is not None:
             drafted = bool(round_.parts)
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
                 self._count(part, outcome, round_)
-        plain = all(decodes) and not drafted
+        plain = num_decodes == len(schedule.chunks) and not drafted
         if learners := list(self._crew) if drafted else self._readers(plain=plain):
             self._teach(learners, Step(schedule, batch, output), round_, plain=plain)
         self._allowance.earn(output.seconds)
@@ -253,7 +253,7 @@ class InBatch:
         if round_ is not None:
             round_.verify_seconds += time.perf_counter() - started
             self._record(round_, output.seconds)
-        elif any(decodes):
+        elif num_decodes:
             self._num_rested += 1
             self.counters.step_seconds += output.seconds
 

@@ -171,9 +171,10 @@ class Goodput(BaseController):
                 self._purse.account_plain(expected, timing.rested)
                 if self._time.plain_was_wrong:
                     self._purse.doubt()
-                self._purse.account(expected, expected + timing.seconds - timing.step_seconds, 1.0)
+                in_vain = expected + timing.seconds - timing.step_seconds
+                self._purse.account(expected, in_vain, 1.0)
                 if budgets.tokens.any():
-                    self._yield.observe(expected, expected + timing.seconds - timing.step_seconds)
+                    self._yield.observe(expected, in_vain)
             return
         self._since_plain += 1
         if load.other_tokens:  # what a chunk of a prompt takes would drown what drafts take
@@ -184,8 +185,9 @@ class Goodput(BaseController):
         if self._doubts == DOUBTS:
             self._since_plain = REFRESH[1]
         self._purse.account_plain(plain, timing.rested)
-        self._purse.account(plain, seconds, float(tally.emitted.mean()))
-        self._yield.observe(plain * float(tally.emitted.mean()), seconds)
+        emitted = float(tally.emitted.mean())
+        self._purse.account(plain, seconds, emitted)
+        self._yield.observe(plain * emitted, seconds)
 
     def _budgets(self, tokens: NDArray[np.int64], drafters: Sequence[str]) -> Budgets:
         return Budgets(tokens, tokens, drafters)

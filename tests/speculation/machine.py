@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.warm_up import RowTime
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import plain_step
 from speculation.laws import DraftLaw
@@ -39,6 +40,10 @@ class Hardware:
             + self.beyond * max(0.0, rows - self.free_rows)
             + self.per_context * context
         )
+
+    def row_times(self, sizes: Sequence[int], context: int) -> list[RowTime]:
+        """As a worker has them before its first request: each size after a step of one row."""
+        return [RowTime(rows, context, self.step(rows, context)) for size in sizes for rows in (1, size)]
 
 
 @dataclass(frozen=True)

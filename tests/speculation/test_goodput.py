@@ -64,8 +64,7 @@ def test_it_comes_close_to_the_best_budget(alpha: float, batch: int) -> None:
 
 
 def test_a_controller_that_knows_what_rows_cost_begins_at_once() -> None:
-    machine = Hardware()
-    times = [RowTime(rows, 200, machine.step(rows, 200)) for size in (2, 5, 9, 17) * 3 for rows in (1, size)]
+    times = Hardware().row_times((2, 5, 9, 17) * 3, 200)
 
     def first_draft(times: list[RowTime]) -> int:
         controller = Goodput(Limits(MAX_BUDGET, ("drafter",), times))
@@ -77,8 +76,7 @@ def test_a_controller_that_knows_what_rows_cost_begins_at_once() -> None:
 
 
 def test_a_useless_drafter_that_says_nothing_is_not_asked_for_more_to_choose_from() -> None:
-    machine = Hardware()
-    times = [RowTime(rows, 200, machine.step(rows, 200)) for size in (2, 5, 9, 17) * 3 for rows in (1, size)]
+    times = Hardware().row_times((2, 5, 9, 17) * 3, 200)
     controller = Goodput(Limits(MAX_BUDGET, ("drafter",), times))
     played = simulate(controller, {"drafter": SimulatedDrafter(0.0, says=False)}, ["any"], 500)
     assert max(int(budgets.max()) for budgets in played.budgets) <= 2 * TRIES[0][0]

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.warm_up import RowTime
 from speculation.acceptance import Acceptance
 from speculation.controllers.choice import MARGIN, Choice
 from speculation.controllers.step_time import Speculation, StepTime
@@ -25,9 +24,8 @@ NAME = "random"
 def timed(per_row: float) -> StepTime:
     """As on a machine where a row costs so much of a second."""
     machine, time = Hardware(fixed=10e-3, per_row=per_row, beyond=0.0), StepTime(1)
-    for rows in (2, 5, 9, 17, 33) * 6:
-        for count in (1, rows):
-            time.rehearse(RowTime(count, 100, machine.step(count, 100)))
+    for row_time in machine.row_times((2, 5, 9, 17, 33) * 6, 100):
+        time.rehearse(row_time)
     return time
 
 
