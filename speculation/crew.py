@@ -21,7 +21,7 @@ from speculation.aside import Aside, Stalled
 from speculation.packing import packed, unpacked
 from speculation.protocols import Drafter
 from speculation.rounds import DraftRequest
-from speculation.seen import Step, observed
+from speculation.seen import Step, observed, observed_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ class Crew:
     def __len__(self) -> int:
         return len(self._drafters)
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Layers that one of them wants to see."""
-        return tuple(sorted({tap for drafter in self._drafters.values() for tap in drafter.needs.taps}))
+    def taps(self, *, soon: bool) -> tuple[int, ...]:
+        """Layers that one of them wants to see of a step. `soon`: whether it may be asked for drafts right after."""
+        needs = (drafter.needs for drafter in self._drafters.values())
+        return tuple(sorted({tap for each in needs if soon or not each.only_latest for tap in each.taps}))
 
     @property
     def reads_top(self) -> bool:
@@ -141,10 +141,15 @@ class Crew:
         drafter = self[name]
         if not (drafter.needs.taps or drafter.needs.top):
             return None
-        rows = step.rows_beside(own, all_rows=bool(drafter.needs.taps), held_only=held_only)
+        rows = step.rows_beside(own, all_rows=drafter.needs.all_rows, held_only=held_only)
         if rows is None:
             return None
         return partial(drafter.absorb, self.requests(rows.sequences), observed(step, drafter.needs, *rows.places))
+
+    def absorbing_all(self, name: str, steps: Sequence[Step]) -> Callable[[], None]:
+        """`absorbing` of plain steps of the same sequences, one after the other, at once."""
+        sequences, seen = observed_in_turn(steps, self[name].needs)
+        return partial(self[name].absorb, self.requests(sequences), seen)
 
     # --- hand-off --------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ from speculation.seen import Step, observed
 from speculation.tree import DraftBatch, ranges
 from speculation.wishes import Wishes
 
+MOST_UNTOLD = 16
+"""Steps whose hidden states are kept until drafters are told of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -115,12 +118,15 @@ class InBatch:
         self._rounds: deque[Round | None] = deque()  # None: the controller rests
         self._rest = Rest([], 0)
         self._num_rested = 0
+        self._untold: list[Step] = []  # of a rest, in a row and of the same sequences, for who reads all hidden states
+        self._soon = True  # whether drafts may be asked for right after the step that was proposed for last
         self._under_way = 0  # steps
         self._wishes: dict[str, Wishes] = {}
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return self._crew.taps
+        """For the step that was proposed for last."""
+        return self._crew.taps(soon=self._soon)
 
     @property
     def reads_logits(self) -> bool:
@@ -134,8 +140,11 @@ class InBatch:
     def rests(self, schedule: Schedule) -> bool:
         self._under_way += 1
         if not self._rest.covers(schedule.chunks):
+            self._soon = True
+            self._tell_of_rest()
             return False
         self._rest.left -= 1
+        self._soon = not self._rest.left
         self._rounds.append(None)
         return True
 
@@ -157,6 +166,7 @@ class InBatch:
         round_ = Round(requests, load, budgets, num_other_tokens + len(candidates), began, alone=self._under_way == 1)
         self._rounds.append(round_)
         self._rest = Rest([c.sequence.request_id for c in candidates] if budgets.rest else [], budgets.rest)
+        self._soon = not budgets.rest or num_other_tokens > 0  # a prompt's last row may be handed over
         started = time.perf_counter()
         if not self._crew or not budgets.candidates.any():
             round_.began = started
@@ -246,8 +256,13 @@ class InBatch:
             for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
                 self._count(part, outcome, round_)
         plain = num_decodes == len(schedule.chunks) and not drafted
-        if learners := list(self._crew) if drafted else self._readers(plain=plain):
-            self._teach(learners, Step(schedule, batch, output), round_, plain=plain)
+        if learners := list(self._crew) if drafted else self._readers(output, plain=plain):
+            step = Step(schedule, batch, output)
+            if plain and round_ is None:
+                learners = self._tell_later(learners, step)
+            else:
+                self._tell_of_rest()
+            self._teach(learners, step, round_, plain=plain)
         self._allowance.earn(output.seconds)
         self._crew.step_took(output.seconds)
         if round_ is not None:
@@ -258,6 +273,7 @@ class InBatch:
             self.counters.step_seconds += output.seconds
 
     def forget(self, sequence: EngineSequence) -> None:
+        self._tell_of_rest()
         self._wishes.pop(sequence.request_id, None)
         self._crew.forget(sequence)
 
@@ -288,12 +304,33 @@ class InBatch:
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
         self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_))
 
-    def _readers(self, *, plain: bool) -> list[str]:
+    def _readers(self, output: StepOutput, *, plain: bool) -> list[str]:
         """Drafters that want to see rows that nobody drafted for; of plain steps, those that need not see every row do
-        as far as the allowance goes."""
+        as far as the allowance goes, and who wants hidden states does where they were asked for."""
         spared = plain and not self._allowance.left
         wants = ((name, self._crew[name].needs) for name in self._crew)
-        return [name for name, needs in wants if needs.taps or (needs.top and not spared)]
+        return [
+            name
+            for name, needs in wants
+            if (output.taps.keys() >= set(needs.taps) if needs.taps else needs.top and not spared)
+        ]
+
+    def _tell_later(self, learners: Sequence[str], step: Step) -> list[str]:
+        """Those who are told of a step of a rest at once; the others are together with what follows, which takes a
+        fraction of the time of telling them of each."""
+        now = [name for name in learners if not self._crew[name].needs.can_wait]
+        if len(now) < len(learners):
+            self._untold.append(step)
+            if not self._rest.left or len(self._untold) == MOST_UNTOLD:
+                self._tell_of_rest()
+        return now
+
+    def _tell_of_rest(self) -> None:
+        """Of its steps that were kept, those who can wait."""
+        steps, self._untold = self._untold, []
+        for name in self._crew if steps else ():
+            if self._crew[name].needs.can_wait:
+                self._crew.call(name, self._crew.absorbing_all(name, steps))
 
     def _teach(self, names: Sequence[str], step: Step, round_: Round | None, *, plain: bool) -> None:
         for name in names:

@@ -23,7 +23,7 @@ class InPrefill:
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return self._crew.taps
+        return self._crew.taps(soon=True)
 
     @property
     def reads_logits(self) -> bool:

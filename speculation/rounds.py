@@ -48,6 +48,18 @@ class Needs:
     thread: bool = True
     """One of its own, which may stall. Not for a drafter that only looks up what is in its memory: to wake a thread
     twice a step takes longer."""
+    only_latest: bool = False
+    """Of hidden states: those of a request's last row, by the time that it may be drafted for. Else all rows."""
+
+    @property
+    def all_rows(self) -> bool:
+        """Of what is computed without a draft: else the last one of each request."""
+        return bool(self.taps) and not self.only_latest
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether it may be told of several plain steps at once. Not who wants logits of them: those are large."""
+        return self.all_rows and not self.top
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,19 @@ def observed(
     return Observed(offsets, indices, taps, ids.cpu().numpy(), logprobs.cpu().numpy())
 
 
+def observed_in_turn(steps: Sequence[Step], needs: Needs) -> tuple[list[EngineSequence], Observed]:
+    """`observed` hidden states of plain steps that followed each other, of the same sequences: those of each together,
+    in the order of its tokens."""
+    rows = [step.rows_beside((), all_rows=True) for step in steps]
+    first = rows[0]
+    assert first is not None, "a plain step has rows"
+    seen = [observed(step, Needs(taps=needs.taps), *one.places) for step, one in zip(steps, rows, strict=True) if one]
+    offsets = offsets_of(np.full(len(first.sequences), len(seen), np.int64))
+    indices = np.stack([one.indices for one in seen], 1).ravel()
+    taps = {tap: torch.stack([one.taps[tap] for one in seen], 1).flatten(0, 1) for tap in needs.taps}
+    return first.sequences, Observed(offsets, indices, taps)
+
+
 def _plain_rows(chunk: Chunk) -> int:
     """Rows whose tokens are the sequence's own."""
     return chunk.num_tokens if chunk.draft is None else 1

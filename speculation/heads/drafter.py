@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -31,13 +31,15 @@ LEAST_LEVEL = 0.15
 class HeadDrafter(BaseDrafter):
     max_depth: int
     """Levels that it proposes at most."""
+    only_latest: ClassVar[bool] = False
+    """See Needs."""
 
     def __init__(self, surroundings: Surroundings, checkpoint: Checkpoint) -> None:
         super().__init__(surroundings)
         self.max_depth = checkpoint.config.depth
         self.version = checkpoint.version
         self.config = checkpoint.config
-        self.needs = Needs(taps=tuple(sorted(set(self.config.taps))))
+        self.needs = Needs(taps=tuple(sorted(set(self.config.taps))), only_latest=self.only_latest)
         assert surroundings.embedding is not None  # load_for has looked
         self.embedding = surroundings.embedding
         self._token_ids = checkpoint.token_ids.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from speculation.rounds import DraftRequest, Feedback, Observed
 
 
 class LastRowDrafter(HeadDrafter):
+    only_latest: ClassVar[bool] = True
+
     def __init__(self, surroundings: Surroundings, checkpoint: Checkpoint) -> None:
         super().__init__(surroundings, checkpoint)
         self.heads = self.network(Heads, checkpoint)

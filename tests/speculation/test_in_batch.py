@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from core.types import Grammar, GrammarKind, SamplingParams
+from engine.batching import build_batch
 from engine.drafts import Candidate
 from engine.runner import ModelRunner
 from engine.schedule import Chunk, Schedule
@@ -26,7 +28,7 @@ from speculation.controllers.base import BaseController, Limits, plain_step
 from speculation.in_batch import InBatch
 from speculation.laws import DraftLaw
 from speculation.protocols import Controller
-from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Needs, Tally, Timing
+from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Needs, Observed, Tally, Timing
 from speculation.rules.registry import RULES
 from speculation.tree import DraftBatch, offsets_of
 from tests.engine import test_reproducible as reproducible
@@ -49,6 +51,7 @@ class Prompter:
         """By prompt."""
         self.alive: set[int] = set()
         self.seen: list[Feedback] = []
+        self.absorbed: list[tuple[list[DraftRequest], Observed]] = []
         self._rng = np.random.default_rng(seed)
         self._vocab = vocab
 
@@ -58,11 +61,12 @@ class Prompter:
     def finish(self, key: int) -> None:
         self.alive.remove(key)
 
-    def absorb(self, requests: Sequence[DraftRequest], observed: object) -> None:
-        pass
+    def absorb(self, requests: Sequence[DraftRequest], observed: Observed) -> None:
+        self.absorbed.append((list(requests), observed))
 
     def observe(self, feedback: Feedback) -> None:
         self.seen.append(feedback)
+        self.absorb(feedback.requests, feedback.observed)
 
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
         trees = [self._tree(request, int(budget)) for request, budget in zip(requests, budgets, strict=True)]
@@ -92,15 +96,42 @@ class Prompter:
 class Moods(BaseController):
     """Budgets of every size, none included, and rests."""
 
-    def __init__(self, drafters: Sequence[str] = ("prompter",), seed: int = 0) -> None:
+    def __init__(self, drafters: Sequence[str] = ("prompter",), seed: int = 0, longest_rest: int = 3) -> None:
         super().__init__(Limits(BUDGET, tuple(drafters)))
         self._rng = np.random.default_rng(seed)
+        self._longest_rest = longest_rest
 
     def budget(self, load: Load, stats: Acceptance) -> Budgets:
         room = self.room(load)
         asked = self._rng.integers(0, room + 1) * self._rng.integers(0, 2)
-        rest = 0 if asked.any() else int(self._rng.integers(0, 4))
+        rest = 0 if asked.any() else int(self._rng.integers(0, self._longest_rest + 1))
         return Budgets(asked, asked, [self.limits.drafters[0]] * len(room), rest=rest)
+
+
+class Reader(Prompter):
+    """Proposes only where it was shown the row before the root, as heads do."""
+
+    def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        latest = {
+            request.key: int(seen.indices[end - 1])
+            for requests, seen in self.absorbed
+            for request, end in zip(requests, seen.offsets[1:], strict=True)
+        }
+        ready = [latest.get(request.key) == len(request.token_ids) - 2 for request in requests]
+        self.asked += len(ready)
+        self.ready += sum(ready)
+        return super().propose(requests, np.where(ready, budgets, 0), floor)
+
+    asked = ready = 0
+
+    def rows(self) -> list[tuple[int, int, torch.Tensor]]:
+        """Request, index and hidden state of all that it was shown."""
+        return [
+            (request.key, int(seen.indices[row]), seen.taps[1][row])
+            for requests, seen in self.absorbed
+            for request, start, end in zip(requests, seen.offsets[:-1], seen.offsets[1:], strict=True)
+            for row in range(start, end)
+        ]
 
 
 class Rests(BaseController):
@@ -226,6 +257,99 @@ def test_what_a_drafter_is_shown_is_what_the_model_says_of_its_tokens(model: Mod
         assert seen.top_ids is not None
         assert seen.taps[1].shape[0] == len(seen.indices)
         assert seen.top_ids[:, 0].tolist() == [text[index + 1] for index in seen.indices]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    jobs=st.lists(reproducible.jobs, min_size=1, max_size=5),
+    step_tokens=st.integers(10, 80),
+    spare=st.integers(0, 30),
+    depth=st.integers(1, 2),
+    seed=st.integers(0, 2**32),
+)
+def test_who_reads_all_rows_is_shown_each_in_its_order_and_in_time(
+    model: ModelRunner, jobs: list[reproducible.Job], step_tokens: int, spare: int, depth: int, seed: int
+) -> None:
+    """Through rests, preemptions and batches that change, while other steps are under way."""
+    drafter = Reader(Needs(taps=(1,)), seed=seed)
+    speculator = in_batch(drafter, controller=Moods(seed=seed, longest_rest=20))
+    outputs(LateRunner(model, depth), jobs, num_blocks=11 + spare, step_tokens=step_tokens, speculator=speculator)
+    assert not speculator.counters.switched_off
+    assert drafter.ready == drafter.asked
+    following: dict[int, int] = {}
+    for key, index, _ in drafter.rows():
+        assert index <= following.get(key, index)  # a sequence that was preempted is computed again
+        following[key] = max(following.get(key, 0), index + 1)
+
+
+class Hand:
+    """Takes steps of a speculator by hand, each of some sequences that decode."""
+
+    def __init__(self, speculator: InBatch) -> None:
+        self._speculator = speculator
+        self._sequences = {
+            name: reproducible.Job(20, SamplingParams(max_tokens=90, temperature=0.0)).sequence(name) for name in "ab"
+        }
+        for sequence in self._sequences.values():
+            sequence.block_table.extend(range(8))
+
+    def begin(self, names: str) -> Schedule:
+        sequences = [self._sequences[name] for name in names]
+        chunks = [Chunk(one, start=len(one.token_ids) - 1, num_tokens=1, samples=True) for one in sequences]
+        schedule = Schedule(16, chunks, num_tokens=len(chunks))
+        if not self._speculator.rests(schedule):
+            self._speculator.propose([Candidate(one, BUDGET) for one in sequences], 0)
+        for one in sequences:
+            one.token_ids.append(1)
+        return schedule
+
+    def end(self, schedule: Schedule) -> None:
+        hidden = torch.tensor([[float(chunk.start)] for chunk in schedule.chunks])
+        count = len(schedule.chunks)
+        batch = build_batch(schedule, taps=self._speculator.taps)
+        self._speculator.settle(schedule, batch, StepOutput(np.ones(count, np.int64), taps={1: hidden}))
+
+
+def test_who_reads_all_rows_is_told_of_a_rest_before_drafts_are_asked_for(model: ModelRunner) -> None:
+    drafter = Reader(Needs(taps=(1,)))
+    hand = Hand(in_batch(drafter, controller=Rests(100)))
+    for names in ("a", "a", "a"):
+        hand.end(hand.begin(names))
+    assert [index for _, index, _ in drafter.rows()] == [19]
+    both = hand.begin("ab")
+    assert [index for _, index, _ in drafter.rows()] == [19, 20, 21]
+    hand.end(both)
+    assert sorted((key, index) for key, index, _ in drafter.rows()) == [(0, 19), (0, 20), (0, 21), (0, 22), (1, 19)]
+
+
+def test_steps_that_are_settled_after_others_were_begun_are_told_of_in_their_order(model: ModelRunner) -> None:
+    drafter = Reader(Needs(taps=(1,)))
+    hand = Hand(in_batch(drafter, controller=Rests(100)))
+    hand.end(hand.begin("a"))
+    resting = hand.begin("a")
+    both = hand.begin("ab")
+    for schedule in (resting, both):
+        hand.end(schedule)
+    told = [(key, index, int(state)) for key, index, state in drafter.rows()]
+    assert told == [(0, 19, 19), (0, 20, 20), (0, 21, 21), (1, 19, 19)]
+
+
+@pytest.mark.parametrize("needs", [Needs(taps=(1,)), Needs(taps=(1,), only_latest=True)])
+def test_hidden_states_of_a_rest_are_read_at_once_or_not_at_all(model: ModelRunner, needs: Needs) -> None:
+    jobs = [reproducible.Job(20 + more, SamplingParams(max_tokens=23, temperature=0.0)) for more in (0, 3)]
+    every, drafter = Reader(Needs(taps=(1,), top=1)), Reader(needs)
+    for one in (every, drafter):
+        speculator = in_batch(one, controller=Rests(4))
+        outputs(LateRunner(model, 1), jobs, num_blocks=64, step_tokens=64, speculator=speculator)
+    states = {(key, index): state for key, index, state in every.rows()}
+    shown = [index for key, index, state in drafter.rows() if key == 0 and torch.equal(state, states[key, index])]
+    steps = [requests for requests, _ in drafter.absorbed]
+    if needs.only_latest:  # the last row of the prompt and of each rest
+        assert shown == [19, *range(24, 42, 5)]
+        assert len(steps) == 5
+    else:
+        assert shown == list(range(42))
+        assert len(steps) == 1 + 5 + 5  # prompts, steps that the controller was asked about, and rests
 
 
 def test_what_the_engine_does_around_a_step_counts_with_it(model: ModelRunner) -> None:
