@@ -1,5 +1,33 @@
-"""The tiny random models of the engine's tests."""
+"""The tiny random models of the engine's tests, and one with a head of each kind that was trained on it."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.runner import ModelRunner
+from speculation.heads.distil import Result
 from tests.engine.conftest import make_checkpoint, one_thread, reference
+from tests.speculation.heads.trained import KINDS, distilled, save_target
 
 __all__ = ["make_checkpoint", "one_thread", "reference"]
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    folder = tmp_path_factory.mktemp("target")
+    save_target(folder)
+    return ModelRunner.load(folder, dtype="float32", device="cpu", num_blocks=400, block_size=4)
+
+
+@pytest.fixture(scope="session")
+def results(target: ModelRunner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Result]]:
+    """Folder and result of each kind."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    return {kind: (folder, distilled(kind, target, folder)) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def folders(results: dict[str, tuple[Path, Result]]) -> dict[str, Path]:
+    return {kind: folder for kind, (folder, _) in results.items()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from core.draft_state import DraftState, DraftStates, PackedTensor
 from core.errors import TransferError
-from core.types import Request, SamplingParams
+from core.types import Grammar, GrammarKind, Request, SamplingParams
 from core.wire import decoder, encode
 from engine.block_manager import BlockManager
 from engine.drafts import Candidate, Draft, Speculator
@@ -23,13 +25,16 @@ from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import Status
+from engine.structured.grammars import Grammars
 from kv_transfer.messages import SequenceState
-from speculation.drafters.registry import DRAFTERS
+from speculation.drafters.registry import DRAFTERS, find_drafter
 from speculation.in_batch import InBatch
 from speculation.make import make_observer, make_speculator
 from speculation.packing import expect, packed, unpacked
+from speculation.rules.registry import DEFAULT_RULE, RULES
 from speculation.settings import Settings
 from tests.engine.driver import tokens
+from tests.speculation.characters import save_tokenizer
 
 BLOCKS, BLOCK_SIZE, BUDGET, WAIT_S = 48, 8, 8, 20
 RECYCLERS = ("hybrid", "token_recycling", "aded")
@@ -47,13 +52,14 @@ class Worker:
 
     runner: ModelRunner
     speculator: Speculator | None
+    grammars: Grammars | None = None
     reports: queue.Queue[Report] = field(default_factory=queue.Queue)
 
     def __post_init__(self) -> None:
         config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=200)
         self.blocks = BlockManager(BLOCKS, BLOCK_SIZE, enable_prefix_caching=False)
         scheduler = Scheduler(config, self.blocks)
-        self.engine = Engine(self.runner, scheduler, self.reports.put, speculator=self.speculator)
+        self.engine = Engine(self.runner, scheduler, self.reports.put, self.grammars, speculator=self.speculator)
         self.engine.start()
 
     def to_the_end(self) -> tuple[list[int], list[Round]]:
@@ -70,8 +76,9 @@ class Worker:
 
 @pytest.fixture(autouse=True, scope="module")
 def learning_takes_what_it_takes() -> Iterator[None]:
-    """What is learned from plain steps is a matter of time otherwise, and the drafts with it."""
+    """What is learned from plain steps is a matter of time otherwise, and the drafts with it; so is who stalls."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("speculation.crew.PATIENCE_STEPS", 10_000)
         patch.setattr("speculation.allowance.SHARE", 1e9)
         yield
 
@@ -94,28 +101,51 @@ def runners(folder: Path) -> list[ModelRunner]:
     ]
 
 
-def settings(name: str, draft: Path) -> Settings:
+def settings(name: str, draft: Path, rule: str = DEFAULT_RULE) -> Settings:
     weights = {name: draft} if name == "draft_model" else {}
-    return Settings(drafters=(name,), max_budget=BUDGET, max_memory_bytes=8 << 20, controller="fixed", weights=weights)
+    return Settings(
+        drafters=(name,),
+        max_budget=BUDGET,
+        max_memory_bytes=8 << 20,
+        rule=rule,
+        controller="fixed",
+        weights=weights,
+    )
 
 
 def requests() -> list[Request]:
-    """Prompts of several chunks that repeat themselves in part, greedy and drawn ones."""
-    prompts = [tokens(30, seed=1) * 2, tokens(23, seed=2) + tokens(30, seed=1), tokens(5, seed=3)]
+    """Prompts of several chunks that repeat themselves in part, greedy and drawn, with all that can be asked for."""
+    grammar = Grammar(GrammarKind.REGEX, "([a-p]{1,3}[0-9A-P]){2,20}")
+    given: list[tuple[list[int], dict[str, Any]]] = [
+        (tokens(30, seed=1) * 2, {}),
+        (tokens(23, seed=2) + tokens(30, seed=1), {"temperature": 0.8}),
+        (tokens(5, seed=3), {"logprobs": 2, "stop_token_ids": tuple(range(0, 97, 9))}),
+        (tokens(11, seed=4) * 3, {"repetition_penalty": 1.2, "logit_bias": {7: 2.0}}),
+        (tokens(11, seed=4) * 3, {"temperature": 0.8, "frequency_penalty": 0.5, "top_k": 20}),
+        (tokens(13, seed=5) * 2, {"grammar": grammar}),
+        (tokens(13, seed=5) * 2, {"grammar": grammar, "temperature": 1.0, "presence_penalty": 0.5}),
+    ]
     return [
         Request(
             request_id=f"r{index}",
             prompt_token_ids=prompt,
-            sampling=SamplingParams(max_tokens=30, temperature=0.8 * (index % 2), seed=index),
+            sampling=SamplingParams(**({"max_tokens": 30, "temperature": 0.0, "seed": index} | asked)),
             deadline=0.0,
         )
-        for index, prompt in enumerate(prompts)
+        for index, (prompt, asked) in enumerate(given)
     ]
 
 
 @contextlib.contextmanager
 def workers(runners: Sequence[ModelRunner], *speculators: Speculator | None) -> Iterator[list[Worker]]:
-    made = [Worker(runner, speculator) for runner, speculator in zip(runners, speculators, strict=False)]
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder))
+        grammars = [Grammars(Path(folder), runner.config.vocab_size) for runner in runners]
+        made = [Worker(*parts) for parts in zip(runners, speculators, grammars, strict=False)]
+        yield from _running(made)
+
+
+def _running(made: list[Worker]) -> Iterator[list[Worker]]:
     try:
         yield made
     finally:
@@ -195,6 +225,26 @@ def test_drafts_after_a_hand_off_are_those_of_a_worker_that_did_it_all(
     apart = handed_over(runners, observer, make_speculator(chosen, runners[1], 4), monkeypatch)
     assert apart == together
     assert sum(accepted for _, rounds in apart[0] for _, accepted in rounds) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        (name, rule.name)
+        for name in NAMES
+        for rule in RULES.values()
+        if rule.name != DEFAULT_RULE and rule.laws & set(find_drafter(name).laws)
+    ],
+)
+def test_so_are_those_of_the_other_rules(
+    runners: list[ModelRunner], draft: Path, name: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the random numbers of a rule, which are those of the request and the position."""
+    chosen = settings(name, draft, rule)
+    together = colocated(runners[0], make_speculator(chosen, runners[0], 4), monkeypatch)
+    observer = make_observer(chosen, runners[0], 4)
+    assert handed_over(runners, observer, make_speculator(chosen, runners[1], 4), monkeypatch) == together
+    assert sum(accepted for _, rounds in together[0] for _, accepted in rounds) > 0
 
 
 @pytest.mark.parametrize("name", RECYCLERS)
