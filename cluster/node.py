@@ -27,6 +27,7 @@ from core.wire import (
     Opened,
     Prefill,
     Receive,
+    SpeculationCounters,
     Step,
     ToWorker,
     WorkerCounters,
@@ -91,8 +92,8 @@ class WorkerNode:
         self._scheduler = scheduler
         self._make_speculator = make_speculator
         self._speculator = make_speculator() if make_speculator is not None and role is not Role.PREFILL else None
-        observer = make_observer() if make_observer is not None and self._speculator is None else None
-        drafting = self._speculator or observer
+        self._observer = make_observer() if make_observer is not None and self._speculator is None else None
+        drafting = self._speculator or self._observer
         self._engine = Engine(runner, scheduler, self._on_report, grammars, self._on_written, drafting)
         if isinstance(runner, ModelRunner):  # of a group's ranks we hear at the end of each step
             runner.kv_sink = self._engine.layer_written
@@ -344,9 +345,17 @@ class WorkerNode:
                 transfer_overlap_seconds=taker.overlap_seconds,
                 transfer_encode_seconds=giver.encode_seconds,
                 transfer_decode_seconds=taker.decode_seconds,
-                speculation=None if self._speculator is None else self._speculator.counters.snapshot(),
+                speculation=self._speculation(),
             ),
         )
+
+    def _speculation(self) -> SpeculationCounters | None:
+        """Of drafters that only see prompts here there is nothing to tell unless one has failed."""
+        if self._speculator is not None:
+            return self._speculator.counters.snapshot()
+        if self._observer is not None and self._observer.counters.switched_off:
+            return self._observer.counters.snapshot()
+        return None
 
 
 def to_delta(update: SequenceUpdate) -> TokenDelta:

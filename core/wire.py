@@ -134,7 +134,7 @@ class WorkerCounters(Struct, frozen=True, kw_only=True):
     transfer_wire_bytes: dict[str, int] = field(default_factory=dict)
     """By codec."""
     speculation: SpeculationCounters | None = None
-    """None if the worker does not speculate."""
+    """None if the worker does not speculate; of one that only shows prompts to drafters, those that have failed."""
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True, tag=True):

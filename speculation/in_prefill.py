@@ -9,6 +9,7 @@ from engine.drafts import Candidate, Draft, Verdict
 from engine.schedule import Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.step import StepBatch, StepOutput
+from speculation.counters import Counters
 from speculation.crew import Crew
 from speculation.protocols import Drafter
 from speculation.seen import Step
@@ -18,8 +19,8 @@ class InPrefill:
     """Implements engine.drafts.Speculator. Nothing is drafted, for sequences that decode here either."""
 
     def __init__(self, drafters: Mapping[str, Drafter]) -> None:
-        self.switched_off: dict[str, str] = {}
-        self._crew = Crew(drafters, self.switched_off)
+        self.counters = Counters()
+        self._crew = Crew(drafters, self.counters.switched_off)
 
     @property
     def taps(self) -> tuple[int, ...]:

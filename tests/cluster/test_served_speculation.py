@@ -34,6 +34,7 @@ from speculation.drafters.registry import registered
 from speculation.in_batch import InBatch
 from tests.e2e.conftest import save_tokenizer
 from tests.speculation.copier import COPIER
+from tests.speculation.failing import FAILING
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -131,6 +132,21 @@ async def test_greedy_output_is_that_of_transformers_and_drafts_are_counted_wher
     assert copier.accepted_tokens == sum(copier.accepted_per_position)
     assert decode.draft_seconds > 0 < decode.verify_seconds
     assert steps["both-0" if "colocated" in layout else "decode-0"] > 0
+
+
+async def test_a_drafter_that_fails_where_prompts_are_computed_is_told_of(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    model, folder = tiny
+    with registered(FAILING):
+        async with local_cluster(config(**COPYING | {"speculation": "failing"}), folder) as cluster:
+            before = counted(cluster, "prefill-0")
+            [answer] = await run(cluster, request("r", PROMPTS[2]))
+            after = counted(cluster, "prefill-0")
+    assert answer.token_ids == expected(model, PROMPTS[2])
+    assert before is None
+    assert after is not None
+    assert (after.switched_off, after.drafters) == (["failing"], [])
 
 
 async def test_what_counts_as_accepted_ends_with_a_stop_token_inside_a_draft(
