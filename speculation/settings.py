@@ -16,6 +16,10 @@ from speculation.names import check_name
 from speculation.rules.registry import DEFAULT_RULE, RULES, Rule, find_rule
 
 
+LEAST_MEMORY = 64 * 1024
+"""Bytes of a drafter: some thousand tokens of text."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Raises ConfigError for names that there are not, and for what does not go together."""
@@ -36,6 +40,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name("controller", self.controller, CONTROLLERS)
+        if self.memory_of_each < LEAST_MEMORY:
+            raise ConfigError(
+                f"{self.memory_of_each} bytes for each drafter hold next to nothing; --speculation-memory, which "
+                f"drafters share, must be {len(self.drafters) * LEAST_MEMORY // 1024}KiB at least",
+                param="memory",
+            )
         for name in self.drafters:
             self.law_of(name)
             if find_drafter(name).takes_weights and name not in self.weights:

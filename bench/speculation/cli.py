@@ -23,6 +23,7 @@ _OF_ANSWERS = (
     "controllers",
     "weights",
     "budget",
+    "speculation_memory",
     "num_prompts",
     "max_tokens",
     "temperature",
@@ -41,6 +42,7 @@ _OF_STEPS = ("context", "runs")
 @click.option("--rules", default=DEFAULT_RULE, show_default=True, help="Verify rules, with commas between.")
 @click.option("--controllers", default=DEFAULT_CONTROLLER, show_default=True, help="With commas between.")
 @click.option("--budget", type=click.IntRange(1), help="Draft tokens of a request in a step; default: as for serve.")
+@click.option("--speculation-memory", help="That drafters may hold together; default: as for serve.")
 @click.option("--batch", default="1,4,16", help="Questions at a time. [default: 1,4,16]")
 @click.option("--num-prompts", default=80, type=click.IntRange(1), help="Spread over the file. [default: 80]")
 @click.option("--max-tokens", default=1024, type=click.IntRange(2), help="Of an answer; default: 1024, as Spec-Bench.")
@@ -93,6 +95,7 @@ def _answers(
     rules: str,
     controllers: str,
     budget: int | None,
+    speculation_memory: str | None,
     weights: Sequence[str],
     plot: Path | None,
     dataset: Path | None,
@@ -105,7 +108,7 @@ def _answers(
     from speculation.drafters.registry import registered
 
     with registered(USELESS):
-        entries = parse_entries(drafters, rules, controllers, budget, weights)
+        entries = parse_entries(drafters, rules, controllers, budget, weights, speculation_memory)
         from bench.speculation.measure import Options, measure
         from bench.speculation.table import line
         from engine.checkpoints import Silent, resolve

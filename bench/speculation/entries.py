@@ -19,20 +19,30 @@ from speculation.settings import Settings
 USELESS = DrafterKind("useless", module="bench.speculation.useless")
 CHOOSES = "bandit"
 """The controller that several drafters can be given to."""
-_FLAGS = {"drafter": "--drafters", "rule": "--rules", "controller": "--controllers"}
+_FLAGS = {
+    "drafter": "--drafters",
+    "rule": "--rules",
+    "controller": "--controllers",
+    "memory": "--speculation-memory",
+}
 """That set what a ConfigError is about. Those about weights begin with the word."""
 
 
 def parse_entries(
-    drafters: str | None, rules: str, controllers: str, budget: int | None, weights: Sequence[str]
+    drafters: str | None,
+    rules: str,
+    controllers: str,
+    budget: int | None,
+    weights: Sequence[str],
+    memory: str | None = None,
 ) -> list[Settings]:
     """All combinations; by default of all drafters that need no weights. Raises ConfigError, naming the flag, for an
     unknown name or what can't go together."""
     if drafters is None:
         drafters = ",".join(k.name for k in DRAFTERS.values() if not k.takes_weights and k is not USELESS)
-    folders = _folders(weights)
+    folders, max_bytes = _folders(weights), _bytes(memory)
     found = [
-        _entry(tuple(names.split("+")), rule, controller, budget, folders)
+        _entry(tuple(names.split("+")), rule, controller, budget, folders, max_bytes)
         for names, rule, controller in product(_parts(drafters), _parts(rules), _parts(controllers))
     ]
     if unused := sorted(folders.keys() - {name for entry in found for name in entry.drafters}):
@@ -41,14 +51,18 @@ def parse_entries(
 
 
 def _entry(
-    drafters: tuple[str, ...], rule: str, controller: str, budget: int | None, folders: dict[str, Path]
+    drafters: tuple[str, ...],
+    rule: str,
+    controller: str,
+    budget: int | None,
+    folders: dict[str, Path],
+    max_bytes: int,
 ) -> Settings:
-    defaults = SpeculationSection()
     try:
         entry = Settings(
             drafters=drafters,
-            max_budget=defaults.budget if budget is None else budget,
-            max_memory_bytes=parse_bytes(defaults.memory),
+            max_budget=SpeculationSection().budget if budget is None else budget,
+            max_memory_bytes=max_bytes,
             rule=rule,
             controller=controller,
             weights={name: folder for name, folder in folders.items() if name in drafters},
@@ -64,6 +78,13 @@ def _entry(
             f"{'+'.join(drafters)}"
         )
     return entry
+
+
+def _bytes(memory: str | None) -> int:
+    try:
+        return parse_bytes(SpeculationSection().memory if memory is None else memory)
+    except ValueError as error:
+        raise ConfigError(f"--speculation-memory: {error}") from error
 
 
 def _folders(weights: Sequence[str]) -> dict[str, Path]:

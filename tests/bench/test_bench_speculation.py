@@ -439,6 +439,8 @@ def test_rows_are_free_up_to_the_first_that_are_not() -> None:
         (["--weights", "useless"], "--weights: 'useless' is not NAME=FOLDER"),
         (["--weights", "other=/tmp"], "--weights: other is not among --drafters"),
         (["--weights", "useless=/tmp"], "--weights useless: this drafter takes none"),
+        (["--speculation-memory", "much"], "--speculation-memory: 'much' is not a size"),
+        (["--speculation-memory", "1K"], "--speculation-memory: 1024 bytes for each drafter hold next to nothing"),
         (["--batch", "1,0"], "--batch: '1,0' is not a list of batch sizes"),
         (["--batch", "9", *SMALL], "--batch: 9 is more than the 8 questions"),
         (["--max-tokens", "256"], "--max-tokens: with 256 no question of"),

@@ -45,6 +45,7 @@ def settings(**given: Any) -> Settings:
         ({"speculation_budget": 64, "max_num_batched_tokens": 64}, "lower it to 63 at most"),
         ({"speculation_budget": 0}, "speculation.budget"),
         ({"speculation_memory": "0"}, "speculation.memory"),
+        ({"speculation_memory": "1K"}, "--speculation-memory, which drafters share, must be 64KiB at least"),
         ({"speculation_weights": ("copier=drafts",)}, "weights copier: this drafter takes none"),
         ({"speculation_weights": ("small_model=drafts",)}, "weights small_model: the drafters are copier"),
         ({"speculation_weights": ("drafts",)}, "is not name=path"),
