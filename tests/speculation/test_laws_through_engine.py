@@ -1,0 +1,126 @@
+"""Texts that an engine draws with drafts follow the law that the model, penalties and truncation make, under every rule
+that compares laws: over several tokens, and so over several rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import speculation.rules.chain
+from core.types import Request, SamplingParams
+from engine.runner import ModelRunner
+from engine.sampler import sampling_law
+from engine.sequence import Sequence
+from engine.step import SamplingRow
+from speculation.dice import KeyedDice
+from speculation.make import make_speculator
+from speculation.rounds import Outcome, TargetRows
+from speculation.settings import Settings
+from speculation.tree import DraftBatch
+from tests.chi_square import p_value
+from tests.engine.late import LateRunner, engine_over
+
+VOCAB, KEPT, LENGTH = 12, 3, 3
+REQUESTS = 1200
+P_VALUE = 1e-9
+"""Seeds are fixed: the tests pass or fail always."""
+PROMPT = [3, 5, 7, 5]
+PARAMS = {"temperature": 1.5, "top_k": KEPT, "repetition_penalty": 1.4, "presence_penalty": 0.6, "logit_bias": {4: 1.5}}
+Logits = Callable[[Path, list[int]], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def folders(make_checkpoint: Callable[..., Path]) -> list[Path]:
+    """Of a target and a draft, which have not much in common."""
+    return [make_checkpoint(vocab_size=VOCAB, seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def target(folders: list[Path]) -> ModelRunner:
+    return ModelRunner.load(folders[0], dtype="float32", device="cpu", num_blocks=64, block_size=8)
+
+
+@pytest.fixture(scope="module")
+def law(folders: list[Path], reference: Logits) -> NDArray[np.float64]:
+    """[VOCAB] * LENGTH"""
+    joint = np.zeros((VOCAB,) * LENGTH)
+
+    def follow(text: list[int], probability: float) -> None:
+        if len(text) == LENGTH:
+            joint[tuple(text)] = probability
+            return
+        row = SamplingRow(SamplingParams(max_tokens=LENGTH, **PARAMS), len(text), PROMPT, text)
+        logits = reference(folders[0], [*PROMPT, *text])[-1:]
+        chances = sampling_law(logits.float(), [row])[0].double().numpy()
+        for token in np.flatnonzero(chances):
+            follow([*text, int(token)], probability * chances[token])
+
+    follow([], 1.0)
+    return joint / joint.sum()
+
+
+def texts(target: ModelRunner, draft: Path, rule: str) -> tuple[NDArray[np.int64], int]:
+    """How often each came, [VOCAB] * LENGTH, and how many draft tokens were accepted."""
+    chosen = Settings(
+        drafters=("draft_model",),
+        rule=rule,
+        max_budget=4,
+        max_memory_bytes=64 << 20,
+        controller="fixed",
+        weights={"draft_model": draft},
+    )
+    speculator = make_speculator(chosen, target, 8)
+    requests = [
+        Request(
+            request_id=str(seed),
+            prompt_token_ids=PROMPT,
+            sampling=SamplingParams(max_tokens=LENGTH, seed=seed, **PARAMS),
+            deadline=0,
+        )
+        for seed in range(REQUESTS)
+    ]
+    with engine_over(LateRunner(target, 1), speculator=speculator) as harness:
+        found = harness.outputs([Sequence(request) for request in requests])
+    assert not speculator.counters.switched_off
+    counts = np.zeros((VOCAB,) * LENGTH, np.int64)
+    np.add.at(counts, tuple(np.array([output.token_ids for output in found]).T), 1)
+    return counts, sum(of.accepted_tokens for of in speculator.counters.by_drafter.values())
+
+
+@pytest.mark.parametrize("rule", ["sampled", "chain", "tree", "k_seq"])
+def test_drawn_texts_follow_the_law(
+    target: ModelRunner, folders: list[Path], law: NDArray[np.float64], rule: str
+) -> None:
+    counts, accepted = texts(target, folders[1], rule)
+    assert accepted > REQUESTS // 10
+    assert p_value(counts.ravel(), law.ravel()) > P_VALUE
+
+
+def accept_first(drafts: DraftBatch, rows: TargetRows, dice: KeyedDice) -> Outcome:
+    """Of every chain, if the target may say it at all."""
+    assert rows.laws is not None
+    assert rows.law_starts is not None
+    nodes = drafts.offsets[:-1]
+    accepted = np.zeros(drafts.num_nodes, np.bool_)
+    accepted[nodes] = (rows.laws[rows.law_starts, drafts.tokens[nodes]] > 0).numpy()
+    last = rows.laws[rows.law_starts + accepted[nodes]].argmax(-1)
+    return Outcome.of(drafts, accepted, last.numpy())
+
+
+def test_a_rule_that_accepts_too_much_is_found(
+    target: ModelRunner, folders: list[Path], law: NDArray[np.float64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculation.rules.chain, "verify", accept_first)
+    counts, _ = texts(target, folders[1], "chain")
+    assert p_value(counts.ravel(), law.ravel()) < P_VALUE
+
+
+def test_the_law_has_something_to_tell(law: NDArray[np.float64]) -> None:
+    likely = law[law > 0]
+    assert len(likely) == KEPT**LENGTH
+    assert 1.0 / (likely**2).sum() > 4  # as many texts as good as equally likely
