@@ -25,4 +25,10 @@ class Alarm:
             self._timer.cancel()
             self._timer = None
         if math.isfinite(at):
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, at - time.monotonic()), self._ring)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, at - time.monotonic()), self._rang)
+
+    def _rang(self) -> None:
+        """Timers of some loops, such as uvloop's, fire up to a millisecond early. Whoever then sets the same time again
+        is to be rung again."""
+        self._at, self._timer = math.inf, None
+        self._ring()
