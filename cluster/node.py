@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 STEP_TIMEOUT_S = 120.0
 """No step takes this long on a device that works."""
 DRAIN_POLL_S = 0.05
+FAREWELL_S = 1.0
+"""For gateways to take what a worker that stops has told them: the last tokens of what it has just ended."""
 
 Session = Link[ToWorker, FromWorker]
 
@@ -134,8 +136,8 @@ class WorkerNode:
             self._heartbeat.cancel()
         if self._drafting is not None:
             self._drafting.cancel()
-        for session in list(self._sessions):
-            session.close()
+        self._end_sessions()
+        await self._server.farewell(WORKER_SERVICE, FAREWELL_S)
         await self._server.stop()
         await self._decode.close()
         await self._taker.close()
@@ -208,6 +210,10 @@ class WorkerNode:
             for request_id in [r for r, owned in self._owned.items() if owned.session is session]:
                 self._abort(request_id)
 
+    def _end_sessions(self) -> None:
+        if not self._broken.done():
+            self._broken.set_result(None)
+
     async def _read(self, session: Session) -> None:
         async for message in session:
             self._handle(session, message)
@@ -266,8 +272,8 @@ class WorkerNode:
             session.send(Step(deltas))
         for sequence in report.granted:
             self._decode.granted(sequence)
-        if self._engine.failure is not None and not self._broken.done():
-            self._broken.set_result(None)  # every session ends, so that gateways go elsewhere at once
+        if self._engine.failure is not None:
+            self._end_sessions()  # so that gateways go elsewhere at once
 
     def _advance(self, owned: _Owned, update: SequenceUpdate) -> None:
         request_id = update.sequence.request_id

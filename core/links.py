@@ -118,11 +118,14 @@ class LinkServer:
     def __init__(self) -> None:
         self._server = grpc.aio.server(options=_OPTIONS)
         self._handlers: set[asyncio.Task[str | None]] = set()
+        self._open: dict[str, set[asyncio.Future[None]]] = {}
+        """Of each service, its links: done once they have ended."""
 
     def add_service(self, name: str, incoming: type[In], on_link: OnLink[In, Out]) -> None:
         """Call before start. `incoming` is the union of messages the other end may send."""
 
         async def serve(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+            self._watch(name, context)
             link: Link[In, Out] = Link(context.peer(), incoming)
             link.attach(raw)
             handler = self._run(name, link, on_link)
@@ -138,6 +141,13 @@ class LinkServer:
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(f"slipstream.{name}", {"Open": method}),)
         )
+
+    def _watch(self, name: str, context: grpc.aio.ServicerContext) -> None:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        links = self._open.setdefault(name, set())
+        links.add(ended)
+        ended.add_done_callback(links.discard)
+        context.add_done_callback(lambda _: ended.set_result(None))
 
     def _run(self, name: str, link: Link[In, Out], on_link: OnLink[In, Out]) -> asyncio.Task[str | None]:
         """The handler as a task that returns what went wrong, for the other end to read."""
@@ -168,6 +178,12 @@ class LinkServer:
             raise ConfigError(f"cannot listen on {host}:{port}: the port is in use; choose another") from error
         await self._server.start()
         return f"{host}:{bound}"
+
+    async def farewell(self, name: str, within_s: float) -> None:
+        """Returns once the links of a service, whose handlers have been told to return, have ended, and with them all
+        that was sent over them before has been taken by the other end; or when the time is over."""
+        if links := self._open.get(name):
+            await asyncio.wait(set(links), timeout=within_s)
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new links, give open ones `grace_s` to end, end the rest; returns when every handler has."""

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ from cluster.config.loading import load
 from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from cluster.membership import Plan
+from cluster.node import WorkerNode
 from cluster.worker import load_runner
 from core.errors import Unavailable
+from core.links import Link, LinkClient
 from core.types import FinishReason, Request, Role, SamplingParams, TokenDelta
+from core.wire import WORKER_SERVICE, FromWorker, ToWorker
 from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
+from tests.held import Held
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -49,16 +53,6 @@ def job(number: int) -> Request:
         request_id=f"r{number}",
         prompt_token_ids=rng.choices(range(3, 128), k=rng.randrange(10, 100)),
         sampling=SamplingParams(max_tokens=rng.randrange(2, 60), temperature=0.0),
-        deadline=time.time() + TIMEOUT_S,
-    )
-
-
-def long_job() -> Request:
-    """One that is still running when the next has come."""
-    return Request(
-        request_id="long",
-        prompt_token_ids=[3, 4, 5],
-        sampling=SamplingParams(max_tokens=200, temperature=0.0),
         deadline=time.time() + TIMEOUT_S,
     )
 
@@ -120,10 +114,14 @@ def roles(cluster: LocalCluster) -> Counter[Role]:
     return Counter(w.role for w in cluster.backend.status().workers if not w.leaving)
 
 
-async def arranged(cluster: LocalCluster, wanted: dict[Role, int]) -> None:
+async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
-        while roles(cluster) != Counter(wanted):
-            await asyncio.sleep(0.02)
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def arranged(cluster: LocalCluster, wanted: dict[Role, int]) -> None:
+    await until(lambda: roles(cluster) == Counter(wanted))
 
 
 def replan(cluster: LocalCluster, wanted: dict[Role, int], step_tokens: int | None = None) -> None:
@@ -132,9 +130,10 @@ def replan(cluster: LocalCluster, wanted: dict[Role, int], step_tokens: int | No
 
 
 async def all_free(cluster: LocalCluster) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while any(n.status().num_free_blocks != n.status().num_blocks or n.num_owned for n in cluster.nodes.values()):
-            await asyncio.sleep(0.02)
+    def idle(node: WorkerNode) -> bool:
+        return node.status().num_free_blocks == node.status().num_blocks and not node.num_owned
+
+    await until(lambda: all(map(idle, cluster.nodes.values())))
 
 
 async def test_no_request_is_lost_or_doubled_while_roles_numbers_and_steps_change(
@@ -204,26 +203,26 @@ async def test_a_worker_whose_coming_is_cancelled_is_closed(
 
 
 async def test_a_worker_that_leaves_ends_what_it_has_and_gets_nothing_more(
-    tiny: tuple[LlamaForCausalLM, Path],
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = tiny
     async with local_cluster(config(colocated=True, decode_replicas=2), folder) as cluster:
-        long = long_job()
-        stream = cluster.backend.generate(long)
-        tokens = list((await anext(stream)).token_ids)
+        held = {name: Held(monkeypatch, node.runner) for name, node in cluster.nodes.items()}
+        answer = asyncio.create_task(collect(cluster.backend.generate(job(2))))
+        await until(lambda: any(node.num_owned for node in cluster.nodes.values()))
         (busy,) = [name for name, node in cluster.nodes.items() if node.num_owned]
+        (idle,) = held.keys() - {busy}
+        held[idle].go_on.set()
         leaving = asyncio.create_task(cluster.retire_worker(busy))
-        async with asyncio.timeout(TIMEOUT_S):
-            while not any(w.leaving for w in cluster.backend.status().workers):
-                await asyncio.sleep(0.005)
+        await until(lambda: any(w.leaving for w in cluster.backend.status().workers))
         other = await collect(cluster.backend.generate(job(1)))
-        assert cluster.nodes[busy].num_owned == 1, "the long request is still there, and nothing else"
-        async for delta in stream:
-            tokens += delta.token_ids
+        assert cluster.nodes[busy].num_owned == 1, "the request is still there, and nothing else"
+        held[busy].go_on.set()
+        tokens = await answer
         await asyncio.wait_for(leaving, TIMEOUT_S)
         assert busy not in cluster.nodes
         routes = cluster.backend.status().routes
-    assert right(model, long, tokens)
+    assert right(model, job(2), tokens)
     assert right(model, job(1), other)
     assert sum(routes.values()) == 2, "nothing was tried twice"
 
@@ -241,20 +240,35 @@ async def test_what_a_leaving_worker_does_not_end_in_its_time_goes_on_elsewhere(
     assert all(right(model, job(number), tokens) for number, tokens in answers.items())
 
 
-async def test_the_last_worker_is_asked_even_as_it_leaves(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+async def test_what_a_worker_has_said_is_heard_though_it_stops(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    """As when a worker that leaves has just ended its last request."""
     async with local_cluster(config(colocated=True), tiny[1]) as cluster:
-        stream = cluster.backend.generate(long_job())
-        await anext(stream)
+        client = LinkClient(cluster.address("both-0"))
+        link: Link[FromWorker, ToWorker] = await client.open(WORKER_SERVICE, FromWorker, ToWorker)  # type: ignore[arg-type]
+        heard = aiter(link)
+        await anext(heard)
+        for number in range(1000):
+            cluster.nodes["both-0"].set_role(B, 100 + number)
+        stopping = asyncio.create_task(cluster.remove_worker("both-0"))
+        assert len([message async for message in heard]) >= 1000
+        await stopping
+        await client.close()
+
+
+async def test_the_last_worker_is_asked_even_as_it_leaves(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local_cluster(config(colocated=True), tiny[1]) as cluster:
+        node = cluster.nodes["both-0"]
+        held = Held(monkeypatch, node.runner)
+        first = asyncio.create_task(collect(cluster.backend.generate(job(1))))
+        await until(lambda: node.num_owned == 1)
         leaving = asyncio.create_task(cluster.retire_worker("both-0"))
-        async with asyncio.timeout(TIMEOUT_S):
-            while not cluster.backend.status().workers[0].leaving:
-                await asyncio.sleep(0.005)
-        await collect(cluster.backend.generate(job(2)))
-        async for _ in stream:
-            pass
-        await leaving
-        async with asyncio.timeout(TIMEOUT_S):
-            while cluster.backend.status().workers:  # its link ends a moment after it
-                await asyncio.sleep(0.005)
+        await until(lambda: cluster.backend.status().workers[0].leaving)
+        second = asyncio.create_task(collect(cluster.backend.generate(job(2))))
+        await until(lambda: node.num_owned == 2)
+        held.go_on.set()
+        await asyncio.gather(first, second, leaving)
+        await until(lambda: not cluster.backend.status().workers)  # its link ends a moment after it
         with pytest.raises(Unavailable):
             await collect(cluster.backend.generate(job(3)))
