@@ -10,6 +10,10 @@ from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
+_LOOKS = 10
+"""At what it waits for, in the time that it waits at most. Who was not run himself between two of them, because the
+machine or this process stood still, has waited no longer for that."""
+
 
 class Stalled(Exception):
     """It has not come back in time."""
@@ -32,7 +36,7 @@ class _Task(Generic[T]):
             self._done.release()
 
     def wait(self, seconds: float) -> T:
-        if not self._done.acquire(timeout=seconds):
+        if not any(self._done.acquire(timeout=seconds / _LOOKS) for _ in range(_LOOKS)):
             raise Stalled
         if self._error is not None:
             raise self._error

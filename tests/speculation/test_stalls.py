@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from tests.engine.late import LateRunner, engine_over
 from tests.engine.test_reproducible import Job
 from tests.speculation.copier import Copier
 
-VOCAB, BUDGET, WAIT_S = TINY["vocab_size"], 4, 20
+VOCAB, BUDGET, WAIT_S = TINY["vocab_size"], 4, 60
 SURROUNDINGS = Surroundings(
     vocab_size=VOCAB, max_budget=BUDGET, max_requests=8, max_memory_bytes=1 << 20, law=DraftLaw.POINT_MASS
 )
@@ -120,12 +121,14 @@ def test_requests_go_on_without_a_drafter_that_stalls(model: ModelRunner, where:
 def test_on_a_machine_where_nothing_is_compiled_yet_nobody_stalls(
     model: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = compiler.load
-    monkeypatch.setattr(compiler, "load", lambda *args: time.sleep(1.0) or load(*args))
+    """Whoever makes the drafters waits for the compiler, not who waits for them."""
+    load, compiled_by = compiler.load, []
+    monkeypatch.setattr(compiler, "load", lambda *args: compiled_by.append(threading.current_thread()) or load(*args))
     native.load.cache_clear()
-    speculator = in_batch(Copier(SURROUNDINGS), patience_s=0.1)
+    speculator = in_batch(Copier(SURROUNDINGS), patience_s=WAIT_S)
     with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
         harness.outputs([Job(20, SamplingParams(max_tokens=20, temperature=0.0)).sequence("a")])
+    assert compiled_by == [threading.current_thread()]
     assert not speculator.counters.switched_off
     assert speculator.counters.by_drafter
 
@@ -188,6 +191,19 @@ def test_a_late_thread_is_left_to_itself_and_ends_when_it_comes_back() -> None:
     wake.set()
     first.join(WAIT_S)
     assert not first.is_alive()
+
+
+def test_a_process_that_stood_still_has_not_waited_meanwhile() -> None:
+    """It is stopped for a second, five times as long as it would wait, while work that takes a moment is under way."""
+    code = (
+        "import os, subprocess, time\n"
+        "from speculation.aside import Aside\n"
+        "aside = Aside('test')\n"
+        "aside.run(lambda: None, 5.0)\n"
+        "again = subprocess.Popen(['sh', '-c', f'sleep 1; kill -CONT {os.getpid()}'])\n"
+        "aside.run(lambda: os.kill(os.getpid(), 19) or time.sleep(0.02), 0.2)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_S)
 
 
 def test_its_thread_ends_with_it() -> None:
