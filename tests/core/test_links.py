@@ -15,10 +15,13 @@ import pytest
 import pytest_asyncio
 from msgspec import Struct
 
+from core import links
 from core.errors import ConfigError, InternalError, Unavailable
 from core.links import Link, LinkClient, LinkServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+
+TIMEOUT_S = 60.0
 
 
 class Ping(Struct, frozen=True, tag=True):
@@ -63,7 +66,7 @@ async def no_task_is_left_behind() -> AsyncIterator[None]:
     yield
     leftover = {task for task in asyncio.all_tasks() - before if task is not asyncio.current_task()}
     if leftover:
-        _, leftover = await asyncio.wait(leftover, timeout=2)
+        _, leftover = await asyncio.wait(leftover, timeout=TIMEOUT_S)
     assert not leftover
     assert not complaints
 
@@ -87,7 +90,7 @@ async def test_what_was_sent_before_close_still_arrives() -> None:
         link.send(Ping(2))
         link.close()
         link.send(Ping(3))  # dropped
-        assert await asyncio.wait_for(seen, 5) == [Ping(1), Ping(2)]
+        assert await asyncio.wait_for(seen, TIMEOUT_S) == [Ping(1), Ping(2)]
 
 
 async def test_a_handler_that_returns_closes_the_link() -> None:
@@ -95,7 +98,7 @@ async def test_a_handler_that_returns_closes_the_link() -> None:
         link.send(Pong(7))
 
     async with connected(greet) as (link, _):
-        assert await asyncio.wait_for(received(link), 5) == [Pong(7)]
+        assert await asyncio.wait_for(received(link), TIMEOUT_S) == [Pong(7)]
         assert link.closed
         assert link.error is None
 
@@ -116,7 +119,7 @@ async def test_a_handler_that_raises_is_logged_and_named_at_the_other_end(caplog
 
     async with connected(fail) as (link, _):
         with caplog.at_level(logging.WARNING, "core.links"):
-            assert await asyncio.wait_for(received(link), 5) == []
+            assert await asyncio.wait_for(received(link), TIMEOUT_S) == []
         assert link.error is not None
         assert "ZeroDivisionError in the handler of Echo" in link.error
     assert any(record.exc_info and "boom" in str(record.exc_info[1]) for record in caplog.records)
@@ -134,7 +137,7 @@ async def test_a_message_the_server_cannot_decode_breaks_the_link() -> None:
 
     async with connected(expect) as (link, _):
         link.send(Pong(1))  # type: ignore[arg-type]
-        assert await asyncio.wait_for(received(link), 5) == []
+        assert await asyncio.wait_for(received(link), TIMEOUT_S) == []
         assert link.error is not None
         assert "malformed message" in link.error
         assert "Invalid value 'Pong'" in str(await raised)
@@ -147,7 +150,7 @@ async def test_a_message_the_client_cannot_decode_raises_in_its_iteration() -> N
 
     async with connected(babble) as (link, _):
         with pytest.raises(InternalError, match="malformed message from 127"):
-            await asyncio.wait_for(received(link), 5)
+            await asyncio.wait_for(received(link), TIMEOUT_S)
         assert link.closed
 
 
@@ -161,10 +164,10 @@ async def test_closing_the_channel_ends_iteration_on_both_sides() -> None:
 
     async with connected(wait_for_end) as (link, client):
         reader = asyncio.create_task(received(link))
-        await asyncio.wait_for(started.wait(), 5)
+        await asyncio.wait_for(started.wait(), TIMEOUT_S)
         await client.close()
-        assert await asyncio.wait_for(reader, 5) == []
-        await asyncio.wait_for(ended.wait(), 5)
+        assert await asyncio.wait_for(reader, TIMEOUT_S) == []
+        await asyncio.wait_for(ended.wait(), TIMEOUT_S)
 
 
 async def test_stopping_the_server_ends_the_link_at_the_client() -> None:
@@ -176,7 +179,7 @@ async def test_stopping_the_server_ends_the_link_at_the_client() -> None:
     messages = aiter(link)
     assert await anext(messages) == Pong(1)
     await server.stop()
-    assert await asyncio.wait_for(anext(messages, None), 5) is None
+    assert await asyncio.wait_for(anext(messages, None), TIMEOUT_S) is None
     await client.close()
 
 
@@ -193,9 +196,9 @@ async def test_a_handler_that_ignores_the_end_is_cancelled(monkeypatch: pytest.M
 
     async with connected(ignore) as (link, client):
         link.send(Ping(1))
-        await asyncio.wait_for(started.wait(), 5)
+        await asyncio.wait_for(started.wait(), TIMEOUT_S)
         await client.close()
-        await asyncio.wait_for(cancelled.wait(), 5)
+        await asyncio.wait_for(cancelled.wait(), TIMEOUT_S)
 
 
 async def test_cancelling_the_reader_cancels_it() -> None:
@@ -247,9 +250,17 @@ async def spawn(*arguments: str) -> asyncio.subprocess.Process:
 
 async def first_line(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
-    return (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+    return (await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)).decode().strip()
 
 
+@pytest.fixture
+def no_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noticed all the same was told by the socket, at once."""
+    others = [option for option in links._OPTIONS if option[0] != "grpc.keepalive_time_ms"]
+    monkeypatch.setattr(links, "_OPTIONS", [*others, ("grpc.keepalive_time_ms", 10_000 * int(TIMEOUT_S))])
+
+
+@pytest.mark.usefixtures("no_keepalive")
 async def test_a_killed_server_process_is_noticed_at_once() -> None:
     process = await spawn()
     client = LinkClient(await first_line(process))
@@ -258,12 +269,13 @@ async def test_a_killed_server_process_is_noticed_at_once() -> None:
     messages = aiter(link)
     assert await anext(messages) == Pong(1)
     process.send_signal(signal.SIGKILL)
-    assert await asyncio.wait_for(anext(messages, None), 1) is None
+    assert await asyncio.wait_for(anext(messages, None), TIMEOUT_S) is None
     assert link.error is None
     await process.wait()
     await client.close()
 
 
+@pytest.mark.usefixtures("no_keepalive")
 async def test_a_killed_client_process_is_noticed_at_once() -> None:
     ended = asyncio.Event()
 
@@ -276,7 +288,7 @@ async def test_a_killed_client_process_is_noticed_at_once() -> None:
     process = await spawn(await server.start("127.0.0.1"))
     assert await first_line(process) == "up"
     process.send_signal(signal.SIGKILL)
-    await asyncio.wait_for(ended.wait(), 1)
+    await asyncio.wait_for(ended.wait(), TIMEOUT_S)
     await process.wait()
     await server.stop()
 
@@ -291,7 +303,7 @@ async def test_nobody_listening_is_unavailable() -> None:
 async def test_a_service_that_is_not_there_is_named() -> None:
     async with connected(echo) as (_, client):
         link: ClientLink = await client.open("Other", Pong, Ping)
-        assert await asyncio.wait_for(received(link), 5) == []
+        assert await asyncio.wait_for(received(link), TIMEOUT_S) == []
         assert link.error is not None
         assert grpc.StatusCode.UNIMPLEMENTED.name in link.error
 
