@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from sides import STATE, layout, pool_of_noise
+from sides import STATE, TIMEOUT_S, layout, pool_of_noise
 
 from core.links import LinkServer
 from kv_transfer import pieces
@@ -74,7 +74,7 @@ async def take(transport: str, address: str, transfer_id: str, block_ids: str, n
         blocks(block_ids),
         start_token=0,
         num_tokens=int(num_tokens),
-        deadline=time.time() + 30,
+        deadline=time.time() + TIMEOUT_S,
     )
 
 
@@ -82,7 +82,7 @@ async def wait(address: str, transfer_id: str) -> None:
     print("waiting", flush=True)
     taker = Taker(pool_of_noise(LAYOUT, seed=TAKER_SEED))
     never: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
-    await taker.expect(transfer_id, address, never, deadline=time.time() + 30)
+    await taker.expect(transfer_id, address, never, deadline=time.time() + TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, SequenceState, ToGiver
 from kv_transfer.pieces import Rows, rows_of, slots_of
 from kv_transfer.taker import Reservation, Taker
+from tests.loop_clock import LoopClock, loop_clock
 
 STATE = SequenceState(token_ids=[42])
+TIMEOUT_S = 60.0
 
 
 def layout(block_size: int = 16, **changes: Any) -> KVLayout:
@@ -62,10 +64,15 @@ class Gate:
 
         def gated(*arguments: Any) -> Any:
             loop.call_soon_threadsafe(self.reached.set)
-            assert self.opened.wait(10)
+            assert self.opened.wait(TIMEOUT_S)
             return original(*arguments)
 
         monkeypatch.setattr(module, name, gated)
+
+
+def time_of_hand_offs() -> AbstractAsyncContextManager[LoopClock]:
+    """Of leases, stalls and deadlines, for tests in which they are short."""
+    return loop_clock(*(f"kv_transfer.{module}" for module in ("alarm", "counters", "giving", "taker", "taking")))
 
 
 @dataclass
@@ -88,10 +95,10 @@ class Sides:
 
     async def end(self) -> tuple[str, str]:
         """The next release at the giver."""
-        return await asyncio.wait_for(self.ends.get(), 5)
+        return await asyncio.wait_for(self.ends.get(), TIMEOUT_S)
 
     async def take(
-        self, transfer_id: str, block_ids: Sequence[int], stop: int, start: int = 0, wait_s: float = 20.0
+        self, transfer_id: str, block_ids: Sequence[int], stop: int, start: int = 0, wait_s: float = TIMEOUT_S
     ) -> SequenceState:
         taken = await self.taker.take(
             transfer_id, self.address, block_ids, start_token=start, num_tokens=stop, deadline=time.time() + wait_s
@@ -100,7 +107,7 @@ class Sides:
         return taken.state
 
     def expect(
-        self, transfer_id: str, wait_s: float = 20.0
+        self, transfer_id: str, wait_s: float = TIMEOUT_S
     ) -> tuple[asyncio.Future[Reservation], asyncio.Task[SequenceState]]:
         """Where the blocks go, and the transfer that waits for them."""
         reserved: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
@@ -122,7 +129,7 @@ def assert_same(sides: Sides, theirs: list[int], ours: list[int], start: int, st
 async def wanted(sides: Sides, transfer_id: str) -> None:
     """Returns when the giver has heard of a transfer."""
     while transfer_id not in sides.giver._live:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sides import STATE, Gate, assert_same, connected, tokens, wanted
+from sides import STATE, TIMEOUT_S, Gate, assert_same, connected, time_of_hand_offs, tokens, wanted
 
 from core.errors import LeaseExpired, TransferError
 from kv_transfer import giving, pieces
@@ -110,7 +110,7 @@ async def test_a_cancel_does_not_wait_for_a_giver_that_is_slow_to_send(
         await gate.reached.wait()
         taking.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(taking, 2)
+            await asyncio.wait_for(taking, TIMEOUT_S / 2)  # less than the gate is closed
         assert sides.ends.empty(), "the giver freed blocks that its transport still reads"
         gate.opened.set()
         assert await sides.end() == ("t", "aborted")
@@ -121,7 +121,7 @@ async def test_a_cancel_does_not_wait_for_a_giver_that_is_slow_to_send(
 
 
 async def test_an_offer_nobody_takes_expires() -> None:
-    async with connected(lease_s=0.05) as sides:
+    async with time_of_hand_offs(), connected(lease_s=0.1) as sides:
         sides.offer("t", [5], 10)
         assert await sides.end() == ("t", "expired")
         assert sides.giver.counters.expired == 1
@@ -130,7 +130,7 @@ async def test_an_offer_nobody_takes_expires() -> None:
 
 
 async def test_a_taker_that_waits_keeps_its_lease() -> None:
-    async with connected(lease_s=0.2) as sides:
+    async with time_of_hand_offs(), connected(lease_s=0.2) as sides:
         taking = asyncio.create_task(sides.take("t", [1], 10))
         for clock in ("one lease", "two leases", "three leases"):
             sides.offer(clock, [9], 10)
@@ -141,7 +141,7 @@ async def test_a_taker_that_waits_keeps_its_lease() -> None:
 
 
 async def test_an_offer_waits_longer_than_a_lease_for_a_taker_without_blocks() -> None:
-    async with connected(lease_s=0.2) as sides:
+    async with time_of_hand_offs(), connected(lease_s=0.2) as sides:
         reserved, expecting = sides.expect("t")
         await wanted(sides, "t")
         sides.offer("t", [5], 10)
@@ -204,10 +204,15 @@ async def test_a_taker_without_blocks_hears_of_a_withdrawal_and_whether_the_requ
 
 
 async def test_a_deadline_ends_the_wait_for_blocks() -> None:
-    async with connected() as sides:
+    async with time_of_hand_offs() as clock, connected() as sides:
+        sides.offer("before", [6], 10)  # the link is open when the deadline begins to run
+        await sides.take("before", [2], 10)
+        assert await sides.end() == ("before", "committed")
+        clock.held = True
         _, expecting = sides.expect("t", wait_s=0.5)
         await wanted(sides, "t")
         sides.offer("t", [5], 10)
+        clock.held = False
         with pytest.raises(LeaseExpired, match="the deadline of the request has passed"):
             await expecting
         assert await sides.end() == ("t", "aborted")

@@ -16,7 +16,7 @@ import other_process
 import pytest
 import pytest_asyncio
 from other_process import GIVER_SEED, LAYOUT, TAKER_SEED
-from sides import STATE, Gate, connected, pool_of_noise, tokens
+from sides import STATE, TIMEOUT_S, Gate, connected, pool_of_noise, time_of_hand_offs, tokens, wanted
 
 from core.errors import LeaseExpired, TransferError
 from kv_transfer import pieces
@@ -54,7 +54,7 @@ class Other:
 
     async def line(self) -> str:
         assert self._process.stdout is not None
-        return (await asyncio.wait_for(self._process.stdout.readline(), 30)).decode().strip()
+        return (await asyncio.wait_for(self._process.stdout.readline(), TIMEOUT_S)).decode().strip()
 
     def offer(self, transfer_id: str) -> None:
         assert self._process.stdin is not None
@@ -97,7 +97,7 @@ async def taking_here(transport: str, **options: float) -> AsyncIterator[Taker]:
 
 async def take(taker: Taker, address: str, transfer_id: str) -> None:
     taken = await taker.take(
-        transfer_id, address, OURS, start_token=0, num_tokens=NUM_TOKENS, deadline=time.time() + 20
+        transfer_id, address, OURS, start_token=0, num_tokens=NUM_TOKENS, deadline=time.time() + TIMEOUT_S
     )
     assert taken == (STATE, True)
     np.testing.assert_array_equal(
@@ -139,11 +139,11 @@ async def test_a_giver_killed_in_the_middle_fails_the_transfer_and_the_next_goes
         lost = taker._peers[address].result()._reader
         assert lost is not None
         await doomed.kill()
-        await asyncio.wait_for(asyncio.shield(lost), 2)  # noticed while the copy still hangs
+        await asyncio.wait_for(asyncio.shield(lost), TIMEOUT_S / 2)  # noticed while the copy still hangs
         assert not taking.done()
         gate.opened.set()
         with pytest.raises(TransferError, match="is gone"):
-            await asyncio.wait_for(taking, 2)
+            await asyncio.wait_for(taking, TIMEOUT_S)
         assert (taker.counters.committed, taker.counters.failed) == (0, 1)
         await hand_over(spare, taker, f"{transport}-instead")
 
@@ -153,11 +153,12 @@ async def test_a_taker_killed_in_the_middle_frees_the_givers_blocks_once(transpo
     async with connected(LAYOUT, LAYOUT, transports=[transport]) as sides:
         arguments = ("taker", transport, sides.address, "t", ",".join(map(str, OURS)), NUM_TOKENS)
         async with other(*arguments) as doomed:
+            await wanted(sides, "t")  # it may take longer to start than a lease lasts
             sides.offer("t", THEIRS, NUM_TOKENS)
             assert await doomed.line() == "pulling"
             assert sides.ends.empty()
             await doomed.kill()
-            assert await asyncio.wait_for(sides.ends.get(), 2) == ("t", "failed")
+            assert await sides.end() == ("t", "failed")
         sides.offer("u", THEIRS, NUM_TOKENS)
         await sides.take("u", OURS, NUM_TOKENS)
         assert await sides.end() == ("u", "committed")
@@ -167,10 +168,13 @@ async def test_a_taker_killed_in_the_middle_frees_the_givers_blocks_once(transpo
     ("number", "outcome"), [(signal.SIGKILL, "failed"), (signal.SIGSTOP, "expired")], ids=["dies", "falls silent"]
 )
 async def test_an_offer_ends_when_the_taker_that_waits_for_blocks(number: int, outcome: str) -> None:
-    async with connected(LAYOUT, LAYOUT, lease_s=0.8) as sides, other("waiter", sides.address, "t") as doomed:
+    async with (
+        time_of_hand_offs(),
+        connected(LAYOUT, LAYOUT, lease_s=0.8) as sides,
+        other("waiter", sides.address, "t") as doomed,
+    ):
         assert await doomed.line() == "waiting"
-        while "t" not in sides.giver._live:
-            await asyncio.sleep(0.001)
+        await wanted(sides, "t")
         sides.offer("t", THEIRS, NUM_TOKENS)
         sides.offer("clock", [1], 10)
         assert await sides.end() == ("clock", "expired")  # a lease has passed and "t" still stands
@@ -179,27 +183,33 @@ async def test_an_offer_ends_when_the_taker_that_waits_for_blocks(number: int, o
 
 
 async def test_a_giver_that_stops_answering_costs_one_lease() -> None:
-    async with other("giver", 0.4) as giver, taking_here("shared_memory") as taker:
+    async with time_of_hand_offs(), other("giver", 0.8) as giver, taking_here("shared_memory") as taker:
         address = await giver.line()
         giver.offer("t")
         await take(taker, address, "t")
         giver.signal(signal.SIGSTOP)
-        with pytest.raises(LeaseExpired, match=r"the giver has not answered for 0\.4 s"):
-            await asyncio.wait_for(take(taker, address, "u"), 2)
+        with pytest.raises(LeaseExpired, match=r"the giver has not answered for 0\.8 s"):
+            await asyncio.wait_for(take(taker, address, "u"), TIMEOUT_S)
 
 
 async def test_a_giver_that_stops_in_the_middle_of_a_send_is_given_up_after_the_stall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with other("giver", 10) as giver, taking_here("torch_distributed", stall_s=0.3) as taker:
+    async with (
+        time_of_hand_offs() as clock,
+        other("giver", 10) as giver,
+        taking_here("torch_distributed", stall_s=0.3) as taker,
+    ):
         address = await giver.line()
+        clock.held = True  # until the first piece has come, which takes a pair
         gate = Gate(monkeypatch, torch_distributed, "land")
         giver.offer("t")
         taking = asyncio.create_task(take(taker, address, "t"))
         await gate.reached.wait()
         giver.signal(signal.SIGSTOP)
         gate.opened.set()
+        clock.held = False
         with pytest.raises(TransferError, match=r"no piece arrived for 0\.3 s"):
-            await asyncio.wait_for(taking, 2)
+            await asyncio.wait_for(taking, TIMEOUT_S)
         giver.signal(signal.SIGCONT)
         assert await giver.line() == "t aborted"

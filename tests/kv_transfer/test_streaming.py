@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sides import STATE, Sides, assert_same, connected, layout, wanted
+from sides import STATE, TIMEOUT_S, Sides, assert_same, connected, layout, wanted
 
 from core.errors import TransferError
 from kv_transfer.codecs.names import CodecName
@@ -68,10 +68,10 @@ async def test_layers_and_chunks_leave_before_the_prompt_is_complete(
         await wanted(sides, "t")
         prompt = Prompt(sides)
         prompt.compute(0, 30, 0)
-        await asyncio.wait_for(verified(sides, 30), 10)  # the first layer of the first chunk, token by token
+        await asyncio.wait_for(verified(sides, 30), TIMEOUT_S)  # the first layer of the first chunk, token by token
         for layer in range(1, 6):
             prompt.compute(0, 30, layer)
-        await asyncio.wait_for(verified(sides, 6 * 30), 10)
+        await asyncio.wait_for(verified(sides, 6 * 30), TIMEOUT_S)
         assert not taking.done()
         await prompt.chunk(30, 50)
         sides.giver.complete("t", STATE)
@@ -118,7 +118,7 @@ async def test_a_prompt_that_is_aborted_half_way_ends_the_transfer_and_frees_the
         await wanted(sides, "t")
         prompt = Prompt(sides)
         await prompt.chunk(0, 20)
-        await asyncio.wait_for(verified(sides, 1), 10)
+        await asyncio.wait_for(verified(sides, 1), TIMEOUT_S)
         sides.giver.withdraw("t", "aborted")
         await prompt.chunk(20, 30)  # the engine had not heard yet
         with pytest.raises(Withdrawn, match="aborted"):
@@ -132,7 +132,7 @@ async def test_a_taker_that_gives_up_half_way_frees_the_blocks_at_once() -> None
         await wanted(sides, "t")
         prompt = Prompt(sides)
         await prompt.chunk(0, 20)
-        await asyncio.wait_for(verified(sides, 1), 10)
+        await asyncio.wait_for(verified(sides, 1), TIMEOUT_S)
         taking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await taking
@@ -201,4 +201,4 @@ async def test_what_does_not_fit_the_reservation_is_refused(
                 taking.on_message(Sealed("t", num_pieces, pieces))
                 num_pieces += len(pieces)
         with pytest.raises(TransferError, match=reason):
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, TIMEOUT_S)

@@ -8,7 +8,7 @@ import time
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from sides import STATE, connected, layout, wanted
+from sides import STATE, TIMEOUT_S, connected, layout, wanted
 
 from core.errors import TransferError
 from tests.spans import spans
@@ -26,7 +26,7 @@ async def test_a_transfer_tells_where_its_time_went(spans: InMemorySpanExporter)
         reserved = asyncio.get_running_loop().create_future()
         reserved.set_result(sides.taker.reservation([1, 2], start_token=0, num_tokens=30))
         taking = asyncio.create_task(
-            sides.taker.expect("t", sides.address, reserved, deadline=time.time() + 20, trace=CLIENT)
+            sides.taker.expect("t", sides.address, reserved, deadline=time.time() + TIMEOUT_S, trace=CLIENT)
         )
         await wanted(sides, "t")
         sides.giver.open("t", [5, 6], 30)
