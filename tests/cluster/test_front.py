@@ -21,6 +21,7 @@ from tests.e2e.conftest import save_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
+TIMEOUT_S = 60.0
 CONFIG = load(None, {"dtype": "float32", "kv_cache_memory": "4MiB", "port": 0, "colocated": True})
 
 
@@ -36,13 +37,14 @@ async def gateway(folder: Path, list_members: ListMembers) -> AsyncIterator[Fron
 
 
 async def health(url: str) -> int:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
         return (await client.get(f"{url}/health")).status_code
 
 
 async def test_a_gateway_that_joins_a_cluster_listens_when_it_knows_a_worker(
-    tiny: tuple[LlamaForCausalLM, Path],
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(front, "ACQUAINTANCE_S", TIMEOUT_S)
     async with local_cluster(CONFIG, tiny[1]) as cluster, gateway(tiny[1], cluster._list_members) as joined:
         assert await health(joined.url) == 200
 
@@ -54,5 +56,5 @@ async def test_without_workers_a_gateway_listens_all_the_same_and_says_so(
         return []
 
     monkeypatch.setattr(front, "ACQUAINTANCE_S", 0.1)
-    async with asyncio.timeout(30), gateway(tiny[1], nobody) as alone:
+    async with asyncio.timeout(TIMEOUT_S), gateway(tiny[1], nobody) as alone:
         assert await health(alone.url) == 503

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from transformers import LlamaForCausalLM
 
 from cluster.config.loading import load
@@ -19,7 +20,9 @@ from core.links import Link, LinkClient
 from core.types import Request, Role, SamplingParams
 from core.wire import WORKER_SERVICE, Abort, FromWorker, Opened, Prefill, Receive, Step, ToWorker
 
-TIMEOUT_S = 30.0
+ON_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+
+TIMEOUT_S = 60.0
 
 
 class Side:
@@ -59,7 +62,7 @@ async def until(condition: object) -> None:
             await asyncio.sleep(0.005)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def sides(tiny: tuple[LlamaForCausalLM, Path]) -> AsyncIterator[tuple[Side, Side]]:
     """Two workers with 8 blocks of 16 tokens each."""
     config = load(None, {"dtype": "float32", "kv_cache_memory": "96KiB", "handoff_min_tokens": 0})
@@ -90,6 +93,7 @@ def hand_off(request: Request, giver: Side, taker: Side) -> None:
     giver.link.send(Prefill(request, request.request_id))
 
 
+@ON_ONE_LOOP
 async def test_prompts_that_fill_both_workers_are_handed_over_in_both_directions(sides: tuple[Side, Side]) -> None:
     a, b = sides
     hand_off(job("there"), giver=a, taker=b)
@@ -107,6 +111,7 @@ async def test_prompts_that_fill_both_workers_are_handed_over_in_both_directions
         await until(lambda side=side: side.node.status().num_free_blocks == 8)
 
 
+@ON_ONE_LOOP
 async def test_a_prompt_behind_a_reservation_that_is_given_up_has_its_turn(sides: tuple[Side, Side]) -> None:
     a, b = sides
     b.link.send(Receive(job("there"), "there", a.address, TIMEOUT_S))

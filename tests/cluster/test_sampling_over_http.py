@@ -22,6 +22,7 @@ from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.tokenizer import ServedModel
 from tests.e2e.conftest import save_tokenizer
+from tests.held import Held
 from tests.tiny import save_tiny_llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
@@ -179,21 +180,26 @@ async def test_a_prefix_is_shared_within_a_salt_only(tiny: tuple[LlamaForCausalL
     assert cached == [0, 0, 64, 0, 64, 64]
 
 
-async def test_the_more_urgent_is_served_first(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+async def test_the_more_urgent_is_served_first(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[int] = []
 
-    async def one(client: httpx.AsyncClient, priority: int, max_tokens: int = 5) -> None:
-        await complete(client, priority=priority, max_tokens=max_tokens, ignore_eos=True)
+    async def one(client: httpx.AsyncClient, priority: int) -> None:
+        await complete(client, priority=priority, max_tokens=5, ignore_eos=True)
         ended.append(priority)
 
     async with serving_cluster(tiny[1], colocated=True, max_num_seqs=1) as (client, cluster):
         (node,) = cluster.nodes.values()
-        first = asyncio.create_task(one(client, 9, max_tokens=180))
+        held = Held(monkeypatch, node.runner)
+        first = asyncio.create_task(one(client, 9))
+        await asyncio.to_thread(held.begun.wait, TIMEOUT_S)  # it has the only seat
+        others = [asyncio.create_task(one(client, priority)) for priority in (2, -1, 1, 0, -2)]
         async with asyncio.timeout(TIMEOUT_S):
-            while not node.status().num_running:  # it takes the only seat
+            while node.num_owned < 6:
                 await asyncio.sleep(0.001)
-        await asyncio.gather(*(one(client, priority) for priority in (2, -1, 1, 0, -2)))
-        await first
+        held.go_on.set()
+        await asyncio.gather(first, *others)
     assert ended == [9, -2, -1, 0, 1, 2]
 
 
