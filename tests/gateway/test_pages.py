@@ -88,12 +88,12 @@ async def test_long_texts_take_turns_in_a_thread_and_too_many_are_refused(
     def held(*args: Any) -> Any:
         running.append(threading.current_thread())
         entered.release()
-        go.wait(10)
+        go.wait(60)
         return parse(*args)
 
     monkeypatch.setattr("gateway.app.parse", held)
     waiting = [asyncio.create_task(one.post(path, **body)) for _ in range(2)]
-    assert await asyncio.to_thread(entered.acquire, timeout=10)
+    assert await asyncio.to_thread(entered.acquire, timeout=60)
     refused = await one.post(path, **body)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
     assert len(running) == 1

@@ -327,8 +327,9 @@ async def test_while_draining_new_requests_get_503(gateway: MakeGateway) -> None
 
 async def test_the_backend_deadline_is_the_configured_timeout(gateway: MakeGateway) -> None:
     one = gateway(request_timeout_s=50)
+    before = time.time()
     await one.complete()
-    assert one.backend.requests[0].deadline == pytest.approx(time.time() + 50, abs=5)
+    assert before + 50 <= one.backend.requests[0].deadline <= time.time() + 50
 
 
 async def test_a_backend_that_never_ends_is_cut_off(gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:

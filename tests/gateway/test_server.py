@@ -18,6 +18,7 @@ from core.types import Request, TokenDelta, TokenLogprobs
 from gateway.server import HttpServer
 from gateway.tokenizer import ServedModel
 
+TIMEOUT_S = 60.0
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -26,7 +27,7 @@ async def serving(one: Gateway, grace_s: float = 0.0) -> AsyncIterator[httpx.Asy
     server = HttpServer(one.app)
     host, port = await server.start()
     try:
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=TIMEOUT_S) as client:
             yield client
     finally:
         await server.stop(grace_s)
@@ -34,7 +35,7 @@ async def serving(one: Gateway, grace_s: float = 0.0) -> AsyncIterator[httpx.Asy
 
 async def started(one: Gateway, count: int = 1) -> None:
     """Until `count` requests have reached the backend."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT_S):
         for _ in range(count):
             await one.backend.arrivals.acquire()
 
@@ -45,7 +46,7 @@ async def test_a_stream_that_the_client_leaves_is_cancelled(gateway: MakeGateway
         async with client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
             await anext(response.aiter_lines())
             assert one.backend.open == 1
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(TIMEOUT_S):
             await one.backend.all_closed.wait()
             await one.app.state.admission.idle()
     assert one.ends() == {"abort": 1}
@@ -60,7 +61,7 @@ async def test_a_client_that_leaves_before_the_first_token_is_noticed(
         waiting = asyncio.create_task(client.post("/v1/chat/completions", json={**CHAT, **body}))
         await started(one, body.get("n", 1))
         waiting.cancel()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(TIMEOUT_S):
             await one.backend.all_closed.wait()
             await one.app.state.admission.idle()
     assert one.ends() == {"abort": body.get("n", 1)}
@@ -95,10 +96,10 @@ async def test_running_streams_finish_within_the_grace(gateway: MakeGateway, mod
     one = gateway(opens_gate(model.encode("hello world"), gate))
     server = HttpServer(one.app)
     host, port = await server.start()
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=TIMEOUT_S) as client:
         running = asyncio.create_task(client.post("/v1/chat/completions", json={**CHAT, "stream": True}))
         await started(one)
-        stopping = asyncio.create_task(server.stop(grace_s=5))
+        stopping = asyncio.create_task(server.stop(grace_s=TIMEOUT_S))
         await asyncio.sleep(0)
         refused = await client.post("/v1/chat/completions", json=CHAT)
         assert refused.status_code == 503
@@ -114,7 +115,7 @@ async def test_what_outlives_the_grace_ends_with_an_error(gateway: MakeGateway, 
     one = gateway(hangs(after=model.encode("hello")))
     server = HttpServer(one.app)
     host, port = await server.start()
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=TIMEOUT_S) as client:
         whole = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
         async with client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
             await started(one, 2)
@@ -149,7 +150,7 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_end(
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
     writer.write(head + body)
     await reader.readexactly(1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT_S):
         await server.stop(0.01)
         await one.backend.all_closed.wait()
         received = await reader.read()
