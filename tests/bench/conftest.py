@@ -39,10 +39,10 @@ def server() -> Iterator[Server]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     yield server
     server.stop()  # type: ignore[attr-defined]
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 def main() -> None:
     folder, one, other = sys.argv[1].split()
     (Path(folder) / one).touch()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (Path(folder) / other).exists():
         if time.monotonic() > deadline:
             sys.exit(f"{other} was not started")

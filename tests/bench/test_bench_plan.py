@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from placement.native import serve
 from placement.outcome import Outcome, Targets
 from placement.profile import Setting, write_profile
 from placement.workload import Workload
+from tests.children import children_with
 from tests.placement.layouts import group
 from tests.placement.pipelines import workload
 from tests.placement.profiles import profile
@@ -160,7 +162,7 @@ def test_workers_and_gateway_are_processes_that_hand_over_and_end(model) -> None
         "cluster": {"prefill_replicas": 1, "decode_replicas": 1, "handoff_min_tokens": 0},
     }
     with serving(tree, model, Setting(device="cpu")) as server:
-        parts = [child for child in psutil.Process().children() if "bench.planning.part" in child.cmdline()]
+        parts = children_with("bench.planning.part")
         assert len(parts) == 3
         found = server.timelines(workload([20, 30, 5], [4, 1, 9], [0.0, 0.01, 0.01]), 1.0)
     assert [len(timeline.chunks) for timeline in found] == [4, 1, 9]
@@ -184,7 +186,7 @@ async def test_a_worker_that_dies_before_its_gateway_is_ready_is_named(model, mo
     layout = KVLayout(num_layers=2, num_kv_heads=1, head_size=8, dtype="float32", block_size=16, fingerprint="a")
     dead = Member(worker_id="both-0", address="127.0.0.1:1", role=Role.BOTH, layout=layout)
     with pytest.raises(Unavailable, match="both-0 did not answer the gateway in"):
-        await asyncio.wait_for(answer(Part(tree, str(model), members=[dead]), validated(tree)), 10)
+        await asyncio.wait_for(answer(Part(tree, str(model), members=[dead]), validated(tree)), 60)
 
 
 def planned(model: Path, folder: Path, *flags: str):
@@ -204,11 +206,11 @@ def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_p
     (told,) = found["runs"]
     assert (told["layout"], told["rate_rps"]) == ("1 x cpu TP1, chunks of 512", 20.0)
     assert found["best_measured"] == told["layout"]
-    assert 0 < told["measured"]["ttft_ms"]["p50"] < 5000
+    assert told["measured"]["ttft_ms"]["p50"] > 0
     assert told["predicted"]["ttft_ms"]["p50"] > 14
-    paces = told["before"] + told["after"]  # a tiny model is faster than the profile says
-    assert max(paces) < 1.0
-    assert told["at_pace"]["ttft_ms"]["p50"] < told["predicted"]["ttft_ms"]["p50"]
+    paces = [math.sqrt(before * after) for before, after in zip(told["before"], told["after"], strict=True)]
+    at_pace = told["at_pace"]["ttft_ms"]["p50"] / told["predicted"]["ttft_ms"]["p50"]
+    assert min(1.0, *paces) - 1e-9 <= at_pace <= max(1.0, *paces) + 1e-9
 
 
 def test_a_layout_that_is_not_in_the_plan_is_refused_with_those_that_are(model, tmp_path) -> None:

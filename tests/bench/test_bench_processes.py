@@ -10,6 +10,7 @@ import pytest
 
 from bench.processes import Module, running
 from core.errors import ConfigError
+from tests.children import children_with
 
 
 def meeting(folder: Path, one: str, other: str) -> Module:
@@ -17,7 +18,7 @@ def meeting(folder: Path, one: str, other: str) -> Module:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "tests.bench.meeting" in child.cmdline()]
+    return children_with("tests.bench.meeting")
 
 
 def test_they_are_started_at_the_same_time_and_end_together(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_chat_prompts_are_sized_through_the_servers_tokenizer(run, server):
 
 
 def test_warmups_and_the_ready_check_are_not_measured(run, server):
-    result = run("--num-warmups", "3", "--ready-check-timeout-sec", "5")
+    result = run("--num-warmups", "3", "--ready-check-timeout-sec", "60")
     assert len(server.exchanges) == 1 + 3 + 4
     assert "Successful requests:                          4" in result.stdout
 
@@ -190,9 +190,10 @@ def test_missing_usage_is_said(run, server):
 
 
 def test_an_unreachable_server_is_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    result = CliRunner().invoke(bench, ["serve", "--port", str(port)])
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # so that nobody else gets it
+        port = silent.getsockname()[1]
+        result = CliRunner().invoke(bench, ["serve", "--port", str(port)])
     assert refusal(result, 1).startswith(f"--base-url: can't reach a server at http://127.0.0.1:{port}: ")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -33,6 +34,7 @@ from gateway.config import GatewayConfig
 from gateway.server import HttpServer
 from gateway.tokenizer import ServedModel
 from tests.e2e.conftest import save_tokenizer
+from tests.loop_clock import loop_clock
 from tests.tiny import save_tiny_llama
 
 # --- growth ----------------------------------------------------------------------------------------------------------
@@ -193,6 +195,7 @@ def test_the_server_is_found_by_its_port(server: Server) -> None:
 
 def test_memory_descriptors_and_threads_are_those_of_the_process() -> None:
     tree = ProcessTree([os.getpid()])
+    gc.collect()  # what other tests have left
     before = tree.sample(0.0)
     with ExitStack() as stack:
         for _ in range(30):
@@ -223,7 +226,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("settings", [{}, {"colocated": True, "kv_cache_memory": "384KiB", "max_num_seqs": 16}])
 async def test_some_seconds_of_load_lose_nothing(folder: Path, settings: dict[str, Any]) -> None:
     config = load(None, {"dtype": "float32", "kv_cache_memory": "4MiB"} | settings)
-    async with local_cluster(config, folder) as cluster:
+    async with loop_clock("bench.soak.run"), local_cluster(config, folder) as cluster:
         model = ServedModel.load(folder, ["tiny"], max_model_len=256)
         metrics = GatewayMetrics(CollectorRegistry(), model_name="tiny")
         server = HttpServer(create_app(cluster.backend, model, GatewayConfig(), metrics), "127.0.0.1", 0)
@@ -271,8 +274,9 @@ def test_a_server_that_loses_tokens_fails_the_soak(server: Server) -> None:
         answering(exchange, asked if exchange.number % 3 and asked in range(200) else 0)
 
     server.script = script
-    result = run("--url", server.url, "--minutes", "0.02", "--concurrency", "4", "--max-growth", "10000")
+    result = run("--url", server.url, "--minutes", "5", "--concurrency", "4", "--max-growth", "10000")
     assert result.exit_code == 1, result.output
+    assert "given up after 100 faults" in result.output
     assert "requests lost" in result.output
     assert "requests failed" in result.output  # bad requests got an answer
     assert "fault: " in result.output

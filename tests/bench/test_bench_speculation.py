@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -290,15 +291,25 @@ def test_both_sides_of_a_pair_take_their_steps_by_turns(
     assert turned == [plain, drafting] * (len(turned) // 2)
 
 
-def test_the_clock_of_a_side_stands_still_while_the_other_takes_its_turn(model: Path) -> None:
+def test_the_clock_of_a_side_stands_still_while_the_other_takes_its_turn(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = ModelRunner.load(model, dtype="float32", device="cpu", threads=1, block_size=16, num_blocks=32)
     blocks = blocks_of(runner)
     arms = [Arm(runner, 1, None, blocks), Arm(runner, 1, None, blocks)]
     turn = arms[1].turn
-    arms[1].turn = lambda: time.sleep(0.05) or turn()  # type: ignore[method-assign]
+    late = [0.0]
+
+    def slowly() -> bool:
+        late[0] += 1000.0
+        return turn()
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
+    monkeypatch.setattr("bench.speculation.arms.time", clock)
+    arms[1].turn = slowly  # type: ignore[method-assign]
     answers = answer_by_turns(arms, [[1, 2, 3]], [SamplingParams(max_tokens=8, temperature=0.0)])
     assert [one.token_ids for (one,) in answers] == [answers[0][0].token_ids] * 2
-    assert answers[0][0].seconds < 0.2
+    assert answers[0][0].seconds < 1000
     assert answers[0][0].steps == answers[1][0].steps == 7
     assert blocks.num_free == runner.pool.num_blocks
     for arm in arms:

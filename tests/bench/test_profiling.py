@@ -29,6 +29,7 @@ from placement.grid import FULL, QUICK, Shape
 from placement.layout import Role
 from placement.profile import read_profile
 from speculation.settings import Settings
+from tests.children import children_with
 from tests.placement.profiles import disturbed, profile
 from tests.tiny import save_byte_tokenizer
 
@@ -56,7 +57,7 @@ def profiled(*arguments: object):
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -146,7 +147,7 @@ def test_workers_that_compute_beside_the_measured_one_are_started_and_ended(mode
 def test_others_stand_still_while_steps_are_measured_alone(model) -> None:
     work = Work(str(model), {"device": "cpu", "dtype": "float32"}, 1, [*QUICK.shapes()][:12])
     with neighbours(1, [work]) as (others,):
-        (process,) = [p for p in psutil.Process().children() if "bench.profiling.neighbours" in p.cmdline()]
+        (process,) = children_with("bench.profiling.neighbours")
         eventually(lambda: process.status() == psutil.STATUS_STOPPED)
         with others.computing():
             eventually(lambda: process.status() != psutil.STATUS_STOPPED)
