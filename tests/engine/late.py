@@ -22,7 +22,7 @@ from engine.step import Runner, StepBatch, StepOutput
 from engine.structured.grammars import Grammars
 from tests.engine.driver import tokens
 
-WAIT_S = 20
+WAIT_S = 60
 
 
 @dataclass

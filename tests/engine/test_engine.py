@@ -16,7 +16,7 @@ from engine.scheduler import Scheduler, SchedulerConfig, SequenceUpdate
 from engine.sequence import Sequence, Status
 from engine.step import StepBatch, StepOutput
 
-WAIT_S = 10
+WAIT_S = 60
 
 
 class CountingRunner:

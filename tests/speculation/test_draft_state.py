@@ -36,7 +36,7 @@ from speculation.settings import Settings
 from tests.engine.driver import tokens
 from tests.speculation.characters import save_tokenizer
 
-BLOCKS, BLOCK_SIZE, BUDGET, WAIT_S = 48, 8, 8, 20
+BLOCKS, BLOCK_SIZE, BUDGET, WAIT_S = 48, 8, 8, 60
 RECYCLERS = ("hybrid", "token_recycling", "aded")
 NAMES = [*sorted(kind.name for kind in DRAFTERS.values() if not kind.takes_weights), "draft_model"]
 

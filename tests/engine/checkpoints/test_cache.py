@@ -104,9 +104,9 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path, progress: Recorder
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = threading.Thread(target=enter)
         second.start()
-        assert waiting.wait(10)
+        assert waiting.wait(60)
         assert not entered.is_set()
-    second.join(10)
+    second.join(60)
     assert entered.is_set()
     assert "waiting for another process" in progress.labels[-1]
 

@@ -22,6 +22,7 @@ from engine.parallel.runner import GroupRunner
 from engine.step import SamplingRow
 from tests.engine.driver import BLOCK_SIZE, Driver, close, tokens
 
+WAIT_S = 60.0
 SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2}
 OPTIONS = {"dtype": "float32", "device": "cpu", "num_blocks": 100, "block_size": BLOCK_SIZE}
 
@@ -40,8 +41,8 @@ def load(make_checkpoint: Callable[..., Path]) -> Iterator[Callable[..., GroupRu
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether all end within 10 s."""
-    deadline = time.monotonic() + 10
+    """Whether all end within WAIT_S."""
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
             return True
@@ -66,7 +67,7 @@ def test_a_group_computes_and_draws_as_one_device_does(
         options = {"logit_rows": np.array([10]), "sampling": (draw,)}
         want.append(whole.run([(whole.new(11), chunk)], **options))
         batches.append(parted.batch([(parted.new(11), chunk)], **options))
-    got = [future.result(30) for future in [runner.submit(batch) for batch in batches]]
+    got = [future.result(WAIT_S) for future in [runner.submit(batch) for batch in batches]]
     for ours, theirs in zip(got, want, strict=True):
         assert ours.logits is not None
         assert theirs.logits is not None
@@ -96,16 +97,16 @@ def test_a_rank_that_is_killed_ends_the_group(idle: bool, load: Callable[..., Gr
     os.kill(pids[1], signal.SIGKILL)
     for future in flying:
         with pytest.raises(InternalError, match=r"rank 1 \(tp 1, pp 0\) was killed by signal 9"):
-            future.result(10)
+            future.result(WAIT_S)
     assert gone(pids)
     with pytest.raises(InternalError, match="rank 1"):
         wait_unhealthy(runner)
     with pytest.raises(InternalError, match="rank 1"):
-        runner.submit(driver.batch([(driver.new(4), tokens(4))])).result(10)
+        runner.submit(driver.batch([(driver.new(4), tokens(4))])).result(WAIT_S)
 
 
 def wait_unhealthy(runner: GroupRunner) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         runner.check_health()
         time.sleep(0.02)
@@ -117,7 +118,7 @@ def test_a_rank_that_hangs_is_given_up_after_the_step_timeout(load: Callable[...
     os.kill(pids[1], signal.SIGSTOP)
     future = runner.submit(driver.batch([(driver.new(4), tokens(4))]))
     with pytest.raises(InternalError, match=r"rank 1 \(tp 0, pp 1\) did not finish a step within 1 s"):
-        future.result(10)
+        future.result(WAIT_S)
     assert gone(pids)
 
 
@@ -126,7 +127,7 @@ def test_a_step_that_fails_on_a_rank_is_told_and_ends_the_group(load: Callable[.
     driver = Driver(runner)
     future = runner.submit(driver.batch([(driver.new(4), tokens(4))], taps=(0,), adapters=("unknown",)))
     with pytest.raises(InternalError, match="unknown"):
-        future.result(10)
+        future.result(WAIT_S)
     assert gone(runner.pids)
 
 
@@ -159,7 +160,7 @@ def test_what_a_rank_cannot_load_is_the_leaders_error(make_checkpoint: Callable[
     before = {child.pid for child in psutil.Process().children()}
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight has shape \[97, 48\]"):
         GroupRunner.load(tmp_path, tp_size=2, pp_size=1, **OPTIONS)
-    assert {child.pid for child in psutil.Process().children()} == before
+    assert not {child.pid for child in psutil.Process().children()} - before
 
 
 def test_a_split_that_does_not_divide_starts_nothing(make_checkpoint: Callable[..., Path]) -> None:

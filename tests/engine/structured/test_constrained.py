@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from world import Output, Running, World
+from world import WAIT_S, Output, Running, World
 
 from core import grammar as core_grammar
 from core.types import FinishReason, Grammar, GrammarKind, Request
@@ -128,11 +128,11 @@ def test_a_hand_off_after_the_first_token_comes_to_the_same(world: World, usual:
 
 def handed_over(giving: Running, taking: Running, request: Request) -> Output:
     taking.engine.reserve(Sequence(request))
-    assert taking.reports.get(timeout=20).granted
+    assert taking.reports.get(timeout=WAIT_S).granted
     held = Sequence(request, hold_after_prefill=True)
     giving.engine.add(held)
-    assert giving.reports.get(timeout=20).opened
-    (update,) = giving.reports.get(timeout=20).updates
+    assert giving.reports.get(timeout=WAIT_S).opened
+    (update,) = giving.reports.get(timeout=WAIT_S).updates
     giving.engine.release(request.request_id)
     if update.finish is not None:
         taking.engine.abort(request.request_id)
@@ -285,7 +285,7 @@ def test_a_deferred_reservation_gets_its_blocks_when_it_may_have_them_and_its_gr
         running.run(world.request("free", max_tokens=1))
         assert sequence.status is Status.WAITING
         second()
-        assert running.reports.get(timeout=20).granted == [sequence]
+        assert running.reports.get(timeout=WAIT_S).granted == [sequence]
         running.engine.abort("kv")
         running.run(world.request("after", max_tokens=1))
 

@@ -25,7 +25,7 @@ from engine.sequence import Sequence
 from engine.step import StepBatch, StepOutput
 from engine.structured.grammars import Grammars
 
-WAIT_S = 20
+WAIT_S = 60
 PADDING = 13
 CORPUS = [
     '{"name": "the quick brown fox", "age": 12, "tags": ["a", "b"], "ok": true, "more": null} yes no maybe 3.14'
