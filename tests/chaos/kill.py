@@ -26,7 +26,7 @@ import msgspec
 import psutil
 
 from tests.chaos.load import Load, Tally, cases
-from tests.chaos.served import KINDS, Cluster, save_sensitive_llama, shm_names, until
+from tests.chaos.served import KINDS, Cluster, save_sensitive_llama, shm_in_use, shm_names, until
 
 LEASE_S = 10.0
 QUIET_S = 30.0
@@ -112,7 +112,7 @@ async def torment(folder: Path, plan: Plan, flags: tuple[str, ...] = (), say: Sa
     finally:
         load.close()
         left = await cluster.stop()
-    verdict.leftovers += [f"process {line}" for line in left] + sorted(shm_names() - names)
+    verdict.leftovers += [f"process {line}" for line in left] + sorted(shm_names() - names - shm_in_use())
     return verdict
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections import Counter
@@ -192,6 +193,17 @@ class Cluster:
 
 def shm_names() -> set[str]:
     return {str(path) for path in Path("/dev/shm").iterdir()}
+
+
+def shm_in_use() -> set[str]:
+    """Names that a living process maps or has open: who else is on this machine makes some too."""
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is not for us to see
+            found.update(re.findall(r"/dev/shm/\S+", (process / "maps").read_text()))
+        with contextlib.suppress(OSError):
+            found.update(str(link.readlink()) for link in (process / "fd").iterdir())
+    return found
 
 
 def _title(process: psutil.Process) -> str:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.tiny import save_tiny_llama
 
 START_S = 120.0
+TIMEOUT_S = 60.0
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
 )
@@ -62,10 +63,10 @@ class Server:
         self.process.send_signal(number)
         with self.process:  # closes its output
             self.output.extend(self.process.stdout or [])
-            return self.process.wait(60)
+            return self.process.wait(TIMEOUT_S)
 
     def metrics(self) -> str:
-        return httpx.get(f"{self.url}/metrics").text
+        return httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text
 
     @property
     def roles(self) -> list[str]:
@@ -118,7 +119,7 @@ def start(folder: Path, *flags: str) -> Server:
         if found := re.search(r"curl (http://\S+?)/v1", line):
             return Server(process, found[1], lines)
     with process:
-        process.wait(60)
+        process.wait(TIMEOUT_S)
     raise AssertionError("the server did not start:\n" + "".join(lines))
 
 
@@ -140,7 +141,7 @@ def session(server: Server) -> Path:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return psutil.wait_procs(processes, timeout=10)[1]
+    return psutil.wait_procs(processes, timeout=TIMEOUT_S)[1]
 
 
 def assert_drained(server: Server, number: signal.Signals) -> None:

@@ -9,7 +9,7 @@ import re
 import httpx
 import psutil
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import TIMEOUT_S, Server
 
 CONCURRENCY = 32
 
@@ -56,7 +56,7 @@ def total(metrics: str, name: str) -> float:
 
 async def settled(server: Server) -> str:
     """The metrics once no block is in use anywhere."""
-    async with asyncio.timeout(30), httpx.AsyncClient() as client:
+    async with asyncio.timeout(TIMEOUT_S), httpx.AsyncClient(timeout=TIMEOUT_S) as client:
         while True:
             metrics = (await client.get(f"{server.url}/metrics")).text
             if not total(metrics, "vllm:kv_cache_usage_perc") and not total(metrics, "vllm:num_requests_running"):

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from tests.e2e.conftest import Server, alive, assert_drained, launch, served
 
 pytestmark = pytest.mark.e2e
-RECOVERY_S = 60.0
+RECOVERY_S = 120.0
 
 
 def ranks(server: Server) -> list[psutil.Process]:

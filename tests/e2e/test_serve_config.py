@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,16 +16,11 @@ import psutil
 import pytest
 import yaml
 
+from cluster.checks import hold_port
 from cluster.deployable import NAME
 
 pytestmark = pytest.mark.e2e
 START_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextmanager
@@ -57,7 +51,11 @@ def answered(url: str) -> httpx.Response:
 
 
 def test_the_builder_makes_the_application_of_a_configuration(folder: Path, tmp_path: Path) -> None:
-    port, proxy = free_port(), free_port()
+    with hold_port("127.0.0.1", 0) as port, hold_port("127.0.0.1", 0) as proxy:
+        answers_on(port, proxy, folder, tmp_path)
+
+
+def answers_on(port: int, proxy: int, folder: Path, tmp_path: Path) -> None:
     tree = {
         "model": str(folder),
         "engine": {"dtype": "float32", "device": "cpu", "kv_cache_memory": "16MiB"},
