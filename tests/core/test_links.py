@@ -32,6 +32,10 @@ class Pong(Struct, frozen=True, tag=True):
     number: int
 
 
+class Note(Struct, frozen=True, tag=True):
+    text: str
+
+
 ServerLink = Link[Ping, Pong]
 ClientLink = Link[Pong, Ping]
 
@@ -180,6 +184,34 @@ async def test_stopping_the_server_ends_the_link_at_the_client() -> None:
     assert await anext(messages) == Pong(1)
     await server.stop()
     assert await asyncio.wait_for(anext(messages, None), TIMEOUT_S) is None
+    await client.close()
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_farewell_waits_for_what_was_sent_and_not_for_who_does_not_read(reads: bool) -> None:
+    leave, notes = asyncio.Event(), [Note(str(number) * 100_000) for number in range(40)]  # more than is in flight
+
+    async def tell(link: Link[Ping, Note]) -> None:
+        for note in notes:
+            link.send(note)
+        await leave.wait()
+
+    server = LinkServer()
+    server.add_service("Echo", Ping, tell)
+    client = LinkClient(await server.start("127.0.0.1"))
+    link: Link[Note, Ping] = await client.open("Echo", Note, Ping)
+    messages = aiter(link)
+    first = await anext(messages)
+
+    async def rest() -> list[Note]:
+        return [message async for message in messages]
+
+    reading = asyncio.create_task(rest()) if reads else None
+    leave.set()
+    await asyncio.wait_for(server.farewell("Echo", TIMEOUT_S if reads else 0.05), TIMEOUT_S)
+    await server.stop()
+    if reading is not None:
+        assert [first, *await reading] == notes
     await client.close()
 
 
