@@ -15,7 +15,6 @@ from speculation.laws import DraftLaw
 from speculation.names import check_name
 from speculation.rules.registry import DEFAULT_RULE, RULES, Rule, find_rule
 
-
 LEAST_MEMORY = 64 * 1024
 """Bytes of a drafter: some thousand tokens of text."""
 
