@@ -6,15 +6,21 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+from bench.hosts.namespaces import LOOPBACK, Host
 
 
-def tcp_loop_rate(nbytes: int = 8 << 20, rounds: int = 24) -> float:
-    """Bytes per second of `sendall` in one process and `recv_into` in another, over loopback, from one buffer into one
-    buffer of `nbytes`, `rounds` times. Connecting and the first round are not counted."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def tcp_loop_rate(
+    nbytes: int = 8 << 20, rounds: int = 24, sender_host: Host = LOOPBACK, own_host: Host = LOOPBACK
+) -> float:
+    """Bytes per second of `sendall` in one process and `recv_into` in another, by default over loopback, from one
+    buffer into one buffer of `nbytes`, `rounds` times. Connecting and the first round are not counted."""
+    with socket.create_server((own_host.address, 0)) as listener:
         port = listener.getsockname()[1]
-        command = [sys.executable, __file__, str(port), str(nbytes), str(rounds)]
-        with subprocess.Popen(command) as sender:  # noqa: S603  this very module
+        arguments = [own_host.address, str(port), str(nbytes), str(rounds)]
+        command = sender_host.command(sys.executable, "-m", "bench.transfer.baselines", *arguments)
+        with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as sender:  # noqa: S603  this very module
             try:
                 listener.settimeout(30)
                 connection, _ = listener.accept()
@@ -39,13 +45,13 @@ def _receive(connection: socket.socket, nbytes: int, rounds: int) -> float:
     return nbytes * (rounds - 1) / (time.perf_counter() - started)
 
 
-def _send(port: int, nbytes: int, rounds: int) -> None:
+def _send(address: str, port: int, nbytes: int, rounds: int) -> None:
     buffer = bytearray(nbytes)
-    with socket.create_connection(("127.0.0.1", port)) as connection:
+    with socket.create_connection((address, port)) as connection:
         for _ in range(rounds):
             connection.sendall(buffer)
         connection.recv(1)  # until the other end has read it all
 
 
 if __name__ == "__main__":
-    _send(*map(int, sys.argv[1:]))
+    _send(sys.argv[1], *map(int, sys.argv[2:]))

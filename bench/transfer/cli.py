@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from bench.flags import BadFlag, check_meant
+from bench.transfer.links import check_hosts, parse_links
 from core.errors import ConfigError
 from kv_transfer.codecs.names import CodecName
 
 MAX_MIB = 1024
-_OF_SPEED = ("sizes", "rounds", "prompt_tokens", "num_requests", "servers")
+SIZES = "1,8,11.25,32,128"
+"""11.25 MiB are 512 tokens of the demo model."""
+_OF_SERVERS = ("model", "prompt_tokens", "num_requests", "servers")
+_OF_SPEED = ("sizes", "rounds", "link", "delay_ms", *_OF_SERVERS[1:])
 _OF_QUALITY = ("dataset_path", "num_prompts", "max_tokens", "codecs", "threads", "dtype", "device")
 
 
@@ -27,9 +32,10 @@ def parse_codecs(text: str) -> tuple[CodecName, ...]:
     return tuple(known[name] for name in names)
 
 
-def parse_sizes(text: str) -> list[int]:
-    """ "1,8" -> [1, 8]. Raises ConfigError."""
-    sizes = [int(part) if part.isascii() and part.isdigit() else 0 for part in text.split(",")]
+def parse_sizes(text: str) -> list[float]:
+    """ "1,11.25" -> [1.0, 11.25]. Raises ConfigError."""
+    parts = text.split(",")
+    sizes = [float(part) if re.fullmatch(r"\d{1,4}(\.\d{1,2})?", part, re.ASCII) else 0.0 for part in parts]
     if not all(0 < size <= MAX_MIB for size in sizes):
         raise ConfigError(f"--sizes: {text!r} is no list of MiB; write something like 1,8,32, up to {MAX_MIB}")
     return sizes
@@ -38,8 +44,10 @@ def parse_sizes(text: str) -> list[int]:
 @click.command("transfer")
 @click.option("--quality", is_flag=True, help="Measure what the codecs cost in quality, instead of speed.")
 @click.option("--model", default="demo", help="As for serve.")
-@click.option("--sizes", default="1,8,32,128", help="Of transfers, in MiB. [default: 1,8,32,128]")
+@click.option("--sizes", default=SIZES, help=f"Of transfers, in MiB. [default: {SIZES}]")
 @click.option("--rounds", default=7, type=click.IntRange(3), help="Of each transfer. [default: 7]")
+@click.option("--link", help="Between two hosts, network namespaces, with links like 1gbit,10gbit; needs root.")
+@click.option("--delay-ms", default=0.0, type=click.FloatRange(0, 1000), help="Of such a link, in each direction.")
 @click.option("--prompt-tokens", default=512, type=click.IntRange(16), help="Of requests to servers. [default: 512]")
 @click.option("--num-requests", default=15, type=click.IntRange(3), help="To each server. [default: 15]")
 @click.option("--servers", default=2, type=click.IntRange(0), help="Times each server is started; 0: no servers.")
@@ -56,16 +64,22 @@ def transfer(ctx: click.Context, /, quality: bool, model: str, as_json: bool, **
     """Measure the hand-over of KV.
 
     Speed: transfers of every transport beside the bare loops of what they are made of, how much a prefill hides of
-    them, and what a hand-off adds to the time to first token and the gap after it. With --quality: how much smaller,
-    slower and wronger each codec is.
+    them, and what a hand-off adds to the time to first token and the gap after it. With --link: transports alone and
+    bare loops between two hosts. With --quality: how much smaller, slower and wronger each codec is.
     """
     try:
         check_meant(ctx, _OF_SPEED if quality else _OF_QUALITY, f"{'with' if quality else 'without'} --quality")
+        _check_link(ctx, flags["link"])
         result = _quality(model, **flags) if quality else _speed(model, **flags)
     except ConfigError as error:
         raise BadFlag(error.message) from error
-    show = table if quality else speed_table
+    show = table if quality else link_table if flags["link"] else speed_table
     click.echo(json.dumps(result, indent=2) if as_json else show(result))
+
+
+def _check_link(ctx: click.Context, link: str | None) -> None:
+    """Raises ConfigError for flags that have no meaning with or without --link."""
+    check_meant(ctx, ("delay_ms",) if link is None else _OF_SERVERS, f"{'without' if link is None else 'with'} --link")
 
 
 def _quality(
@@ -83,9 +97,24 @@ def _quality(
 
 
 def _speed(
-    model: str, *, sizes: str, rounds: int, prompt_tokens: int, num_requests: int, servers: int, **_: Any
+    model: str,
+    *,
+    sizes: str,
+    rounds: int,
+    link: str | None,
+    delay_ms: float,
+    prompt_tokens: int,
+    num_requests: int,
+    servers: int,
+    **_: Any,
 ) -> dict[str, Any]:
     mib = parse_sizes(sizes)
+    if link is not None:
+        links = parse_links(link, delay_ms)
+        check_hosts(delay_ms)
+        from bench.transfer.over_link import measure_links
+
+        return measure_links(links, mib, rounds)
     from bench.transfer.gap import measure_gap
     from bench.transfer.rates import measure_rates
 
@@ -114,6 +143,22 @@ def speed_table(result: dict[str, Any]) -> str:
             f"{gap['prompt_tokens']} tokens: a hand-off adds {extra:+.1f} ms to the gap after the first token and "
             f"{ttft:+.1f} ms to the time to it"
         )
+    return "\n".join(lines)
+
+
+def link_table(result: dict[str, Any]) -> str:
+    """The JSON result of links for people. `of bare`: of the bare loop over as many bytes and the same link."""
+    lines = [
+        f"{'link':<10}{'delay':>8}  {'transport':<18}{'MiB':>6}{'ms':>9}{'Gbit/s':>9}{'of bare':>9}{'one by one':>12}"
+    ]
+    for name, link in result["links"].items():
+        for transport, found in link["transports"].items():
+            for mib, one in found.items():
+                rate = one["in_flight"]
+                lines.append(
+                    f"{name:<10}{link['delay_ms']:>5g} ms  {transport:<18}{mib:>6}{rate['ms']:>9.2f}"
+                    f"{8 * rate['bytes_per_s'] / 1e9:>9.2f}{rate['share']:>9.0%}{one['one_at_a_time']['share']:>12.0%}"
+                )
     return "\n".join(lines)
 
 

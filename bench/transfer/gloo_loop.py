@@ -14,19 +14,24 @@ import numpy as np
 import torch
 from torch._C._distributed_c10d import FileStore, ProcessGroupGloo
 
+from bench.hosts.namespaces import LOOPBACK, Host
 from kv_transfer.transports.pairs import Group
 
 TIMEOUT = timedelta(seconds=60)
 
 
-def gloo_loop_rate(nbytes: int = 8 << 20, rounds: int = 24) -> float:
-    """Bytes per second from one buffer of `nbytes` into another, over loopback. The first round is not counted."""
+def gloo_loop_rate(
+    nbytes: int = 8 << 20, rounds: int = 24, sender_host: Host = LOOPBACK, own_host: Host = LOOPBACK
+) -> float:
+    """Bytes per second from one buffer of `nbytes` into another, by default over loopback. The first round is not
+    counted."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
-        command = [sys.executable, "-m", "bench.transfer.gloo_loop", str(meeting), str(nbytes), str(rounds)]
+        arguments = [str(meeting), sender_host.address, str(nbytes), str(rounds)]
+        command = sender_host.command(sys.executable, "-m", "bench.transfer.gloo_loop", *arguments)
         with subprocess.Popen(command) as sender:  # noqa: S603  our own module
             try:
-                group, buffer = _join(meeting, 1), torch.empty(nbytes, dtype=torch.uint8)
+                group, buffer = _join(meeting, 1, own_host.address), torch.empty(nbytes, dtype=torch.uint8)
                 group.recv([buffer], 0, 0).wait(TIMEOUT)
                 started = time.perf_counter()
                 for _ in range(rounds - 1):
@@ -47,19 +52,19 @@ def memcpy_rate(nbytes: int = 64 << 20, rounds: int = 12) -> float:
     return nbytes / best
 
 
-def _join(meeting: Path, rank: int) -> Group:
+def _join(meeting: Path, rank: int, address: str) -> Group:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = TIMEOUT
     options._threads = 1
-    options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     return cast("Group", ProcessGroupGloo(FileStore(str(meeting), 2), rank, 2, options))
 
 
-def _send(meeting: Path, nbytes: int, rounds: int) -> None:
-    group, buffer = _join(meeting, 0), torch.ones(nbytes, dtype=torch.uint8)
+def _send(meeting: Path, address: str, nbytes: int, rounds: int) -> None:
+    group, buffer = _join(meeting, 0, address), torch.ones(nbytes, dtype=torch.uint8)
     for _ in range(rounds):
         group.send([buffer], 1, 0).wait(TIMEOUT)
 
 
 if __name__ == "__main__":
-    _send(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    _send(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

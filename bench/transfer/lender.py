@@ -1,9 +1,9 @@
 """A giver of KV in a process of its own, for `bench transfer`.
 
-    python -m bench.transfer.lender LAYERS KV_HEADS HEAD_SIZE DTYPE BLOCKS
+    python -m bench.transfer.lender ADDRESS LAYERS KV_HEADS HEAD_SIZE DTYPE BLOCKS
 
-prints the address of its link. A line "TRANSFER TOKENS COMPUTE_S" on standard input opens a transfer of so many
-tokens, writes one layer after the other within COMPUTE_S as a prefill would, and completes it; "at TIME" is printed
+prints the address of its link, at ADDRESS. A line "TRANSFER TOKENS COMPUTE_S" on standard input opens a transfer of so
+many tokens, writes one layer after the other within COMPUTE_S as a prefill would, and completes it; "at TIME" is said
 then, on the clock that all processes of a machine share.
 """
 
@@ -23,7 +23,6 @@ from kv_transfer.messages import SERVICE, SequenceState, ToGiver
 from kv_transfer.pieces import Frontier
 
 BLOCK_SIZE = 16
-HOST = "127.0.0.1"
 
 
 def layout_of(num_layers: int, num_kv_heads: int, head_size: int, dtype: str) -> KVLayout:
@@ -49,12 +48,12 @@ def noise(layout: KVLayout, num_blocks: int) -> KVPool:
     return pool
 
 
-async def lend(layout: KVLayout, num_blocks: int) -> None:
+async def lend(address: str, layout: KVLayout, num_blocks: int) -> None:
     pool = noise(layout, num_blocks)
-    giver = Giver(pool, on_released=lambda *_: None, tcp_host=HOST)
+    giver = Giver(pool, on_released=lambda *_: None, tcp_host=address)
     server = LinkServer()
     server.add_service(SERVICE, ToGiver, giver.on_link)  # type: ignore[arg-type]
-    print(await server.start(HOST), flush=True)
+    print(await server.start(address), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         transfer_id, num_tokens, compute_s = line.split()
         await _prefill(giver, layout, transfer_id, scattered(num_blocks, 1), int(num_tokens), float(compute_s))
@@ -77,5 +76,5 @@ async def _prefill(
 
 
 if __name__ == "__main__":
-    layers, heads, size, dtype, blocks = sys.argv[1:]
-    asyncio.run(lend(layout_of(int(layers), int(heads), int(size), dtype), int(blocks)))
+    address, layers, heads, size, dtype, blocks = sys.argv[1:]
+    asyncio.run(lend(address, layout_of(int(layers), int(heads), int(size), dtype), int(blocks)))

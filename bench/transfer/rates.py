@@ -34,21 +34,21 @@ COMPUTE_FACTOR = 3.0
 """A prefill that takes this many times as long as the transfer of its KV: the compute is longer than the wire."""
 
 
-def measure_rates(sizes_mib: list[int], rounds: int, layout: KVLayout | None = None) -> dict[str, Any]:
+def measure_rates(sizes_mib: list[float], rounds: int, layout: KVLayout | None = None) -> dict[str, Any]:
     """For each transport and size in MiB, medians of `rounds`: bytes per second from the word that the KV is complete
     to the commit, everything included, and of the transport `alone`. `share` is of the bare loop of the transport's
     primitive over one buffer that stays in the cache, `share_same_size` of one over as many bytes as the transfer has,
     so that as much memory is read and written; both loops run right before and after. `layout` is the demo model's by
     default."""
     layout = layout or layout_of(30, 3, 64, "bfloat16")
-    sizes = {mib: max(1, mib * MIB // layout.token_bytes) for mib in sizes_mib}
+    sizes = {f"{mib:g}": max(1, int(mib * MIB) // layout.token_bytes) for mib in sizes_mib}
     with two_sides(layout, max(sizes.values())) as (lender, pool):
         return {"transports": asyncio.run(_measure_all(lender, pool, sizes, rounds))}
 
 
-async def _measure_all(lender: Lender, pool: KVPool, sizes: dict[int, int], rounds: int) -> dict[str, Any]:
+async def _measure_all(lender: Lender, pool: KVPool, sizes: dict[str, int], rounds: int) -> dict[str, Any]:
     return {
-        name: {str(mib): await _measure(lender, pool, name, num_tokens, rounds) for mib, num_tokens in sizes.items()}
+        name: {mib: await _measure(lender, pool, name, num_tokens, rounds) for mib, num_tokens in sizes.items()}
         for name in PRIMITIVE
     }
 

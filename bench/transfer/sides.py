@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bench.hosts.namespaces import LOOPBACK, Host
 from bench.transfer.lender import BLOCK_SIZE, noise
 from core.errors import InternalError
 from engine.kv_cache import KVPool
@@ -16,10 +17,10 @@ from engine.kv_layout import KVLayout
 class Lender:
     """The process that gives. Its pool has as many blocks as ours."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int, host: Host) -> None:
         shape = [layout.num_layers, layout.num_kv_heads, layout.head_size, layout.dtype, num_blocks]
         self._process = subprocess.Popen(  # noqa: S603  our own module
-            [sys.executable, "-m", "bench.transfer.lender", *map(str, shape)],
+            host.command(sys.executable, "-m", "bench.transfer.lender", host.address, *map(str, shape)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -51,9 +52,9 @@ class Lender:
 
 
 @contextmanager
-def two_sides(layout: KVLayout, num_tokens: int) -> Iterator[tuple[Lender, KVPool]]:
+def two_sides(layout: KVLayout, num_tokens: int, giver: Host = LOOPBACK) -> Iterator[tuple[Lender, KVPool]]:
     num_blocks = -(-num_tokens // BLOCK_SIZE)
-    lender, pool = Lender(layout, num_blocks), noise(layout, num_blocks)
+    lender, pool = Lender(layout, num_blocks, giver), noise(layout, num_blocks)
     try:
         yield lender, pool
     finally:

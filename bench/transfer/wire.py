@@ -4,11 +4,14 @@ sums, and what a bare loop of the transport's primitive compares to."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +42,8 @@ from kv_transfer.transports.choice import makers
 from kv_transfer.transports.names import TransportName
 
 AT_ONCE = 2
-"""Pulls in flight, so that the wire does not stand still between two of them: a bare loop's does not either."""
+"""Pulls in flight, one after the other, so that the wire does not stand still between two of them: a bare loop's does
+not either."""
 
 
 class Unchecked(PullJob):
@@ -56,36 +60,62 @@ class Unchecked(PullJob):
         self.on_verified(index)
 
 
+class Kind(NamedTuple):
+    """How pieces are pulled."""
+
+    job: type[PullJob] = PullJob
+    at_once: int = AT_ONCE
+
+
+KINDS = {"checksum": Kind(), "no_checksum": Kind(Unchecked)}
+
+
 async def measure_wire(
-    lender: Lender, pool: KVPool, name: TransportName, num_tokens: int, rounds: int
+    lender: Lender,
+    pool: KVPool,
+    name: TransportName,
+    num_tokens: int,
+    rounds: int,
+    kinds: Mapping[str, Kind] = KINDS,
 ) -> dict[str, float]:
-    """Seconds per pull with the taker's checksums ("checksum") and without ("no_checksum"), medians of `rounds` of
-    AT_ONCE pulls. The same transfer is pulled again and again, from blocks anywhere in the lender's pool to blocks
-    anywhere in ours."""
-    took: dict[str, list[float]] = {"checksum": [], "no_checksum": []}
+    """Seconds per pull of each kind, medians of `rounds` of each of those in flight. The same transfer is pulled again
+    and again, from blocks anywhere in the lender's pool to blocks anywhere in ours."""
+    took: dict[str, float] = {}
     async with _link(lender, pool) as (link, giver, heard):
         threads = ThreadPoolExecutor(2, thread_name_prefix="kv-pull")
         transport = makers(giver, lender.address, pool, link.send, threads)[name]()
-        transfer_id = f"{name}-{num_tokens}-alone"
+        transfer_id = f"{name}-{num_tokens}-{time.monotonic_ns()}-alone"
         try:
             lender.lend(transfer_id, num_tokens)
             lender.computed_at()
             link.send(Want(transfer_id, 0))
             block_ids, pieces = await _offered(heard)
             listening = asyncio.create_task(_pass_on(heard, transport))
-            for kind, seconds in zip((PullJob, Unchecked), took.values(), strict=True):
+
+            async def pull(kind: Kind) -> float:
+                """When it has ended."""
                 link.send(Renew(transfer_id, time.monotonic()))
-                jobs = [_job(kind, pool, transfer_id, pieces, block_ids, num_tokens) for _ in range(AT_ONCE)]
-                for _ in range(rounds + 1):  # the first connects
-                    started = time.perf_counter()
-                    await asyncio.gather(*map(transport.pull, jobs))
-                    seconds.append((time.perf_counter() - started) / AT_ONCE)
+                await transport.pull(_job(kind.job, pool, transfer_id, pieces, block_ids, num_tokens))
+                return time.perf_counter()
+
+            for label, kind in kinds.items():
+                took[label] = await _median(partial(pull, kind), kind.at_once, rounds)
             listening.cancel()
             link.send(Committed(transfer_id))
         finally:
             transport.close()
             threads.shutdown()
-    return {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
+    return took
+
+
+async def _median(pull: Callable[[], Awaitable[float]], at_once: int, rounds: int) -> float:
+    """Seconds between the ends of two pulls while so many are in flight. The first ones connect."""
+
+    async def one_after_another() -> list[float]:
+        return [await pull() for _ in range(rounds + 1)]
+
+    ends = sorted(itertools.chain(*await asyncio.gather(*(one_after_another() for _ in range(at_once)))))
+    return statistics.median(later - end for end, later in zip(ends, ends[at_once:], strict=False)) / at_once
 
 
 def _job(

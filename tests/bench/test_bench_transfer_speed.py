@@ -10,10 +10,13 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from bench.cli import bench
+from bench.hosts import namespaces, relay, shaped
 from bench.transfer import rates, wire
-from bench.transfer.cli import speed_table
+from bench.transfer.cli import link_table, speed_table
 from bench.transfer.gloo_loop import gloo_loop_rate, memcpy_rate
 from bench.transfer.lender import layout_of
+from bench.transfer.links import Link
+from bench.transfer.over_link import measure_links
 from bench.transfer.sides import two_sides
 from core.errors import ChecksumMismatch
 from kv_transfer.messages import Piece
@@ -55,8 +58,8 @@ def test_a_checksum_that_is_wrong_fails_the_checked_pull_only(
     with two_sides(LAYOUT, 64) as (lender, pool):
         with pytest.raises(ChecksumMismatch, match="not what the giver sealed"):
             asyncio.run(wire.measure_wire(lender, pool, transport, 64, 1))
-        monkeypatch.setattr(wire, "PullJob", wire.Unchecked)
-        assert asyncio.run(wire.measure_wire(lender, pool, transport, 48, 1))["no_checksum"] > 0
+        unchecked = {"no_checksum": wire.KINDS["no_checksum"]}
+        assert asyncio.run(wire.measure_wire(lender, pool, transport, 48, 1, unchecked))["no_checksum"] > 0
 
 
 def test_bare_loops_move_something() -> None:
@@ -81,6 +84,12 @@ def test_the_table_names_transports_sizes_and_the_gap(report: dict[str, Any]) ->
         (["--sizes", "4096"], "up to 1024"),
         (["--codecs", "int8"], "--codecs has no meaning without --quality"),
         (["--quality", "--rounds", "5"], "--rounds has no meaning with --quality"),
+        (["--sizes", "11.255"], "--sizes"),
+        (["--link", "fast"], "--link: 'fast' is no rate from 10mbit to 100gbit"),
+        (["--link", "1gbit,9mbit"], "--link: '9mbit' is no rate"),
+        (["--delay-ms", "1"], "--delay-ms has no meaning without --link"),
+        (["--link", "1gbit", "--servers", "1"], "--servers has no meaning with --link"),
+        (["--link", "1gbit", "--quality"], "--link has no meaning with --quality"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(flags: list[str], said: str) -> None:
@@ -88,3 +97,43 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags: list[str], said: str)
     assert outcome.exit_code == 2
     assert said in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_where_no_two_hosts_can_be_made_a_link_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespaces, "missing", lambda: "needs root on Linux")
+    for flags in (["--link", "1gbit"], ["--link", "1gbit", "--delay-ms", "1"]):
+        outcome = CliRunner().invoke(bench, ["transfer", *flags])
+        assert outcome.exit_code == 2
+        assert "two hosts can't be made on this machine: needs root on Linux" in outcome.stderr
+
+
+@pytest.mark.skipif(bool(shaped.missing()), reason=f"two hosts on one machine: {shaped.missing()}")
+def test_over_a_link_of_the_kernel_everything_is_held_to_its_rate() -> None:
+    check_links(*over_links({"200mbit": Link(200e6, 0.0)}), 200e6)
+
+
+@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
+def test_over_a_link_with_a_delay_asking_one_by_one_costs_the_way_there_and_back() -> None:
+    found, text = over_links({"200mbit": Link(200e6, 0.02)})
+    check_links(found, text, 200e6)
+    for transport in found["links"]["200mbit"]["transports"].values():
+        assert transport["1"]["one_at_a_time"]["ms"] > 40 + 1e3 * transport["1"]["bytes"] * 8 / 200e6
+
+
+def over_links(links: dict[str, Link]) -> tuple[dict[str, Any], str]:
+    found = measure_links(links, [1], 3, LAYOUT)
+    return found, link_table(found)
+
+
+def check_links(found: dict[str, Any], text: str, bits_per_s: float) -> None:
+    """Of one link."""
+    ((name, link),) = found["links"].items()
+    assert set(link["transports"]) == {"tcp", "torch_distributed"}
+    for transport, by_size in link["transports"].items():
+        one = by_size["1"]
+        assert f"{transport:<18}{'1':>6}" in text
+        assert name in text
+        assert 0.3 * bits_per_s < 8 * one["bare_bytes_per_s"] < 1.1 * bits_per_s
+        for how in ("in_flight", "one_at_a_time"):
+            assert 8 * one[how]["bytes_per_s"] < 1.2 * bits_per_s
+            assert one[how]["share"] == pytest.approx(one[how]["bytes_per_s"] / one["bare_bytes_per_s"])

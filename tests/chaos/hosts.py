@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.hosts.namespaces import Host
+from bench.hosts.relay import Condition, Wire, missing, two_hosts
 from tests.chaos.load import Load, Tally, cases
 from tests.chaos.network import CONDITIONS, CUT, cut_now_and_then
 from tests.chaos.served import MODEL, Gateway, save_sensitive_llama, until
-from tests.chaos.wire import Condition, Host, Wire, missing, two_hosts
 
 RAY_PORT, PORT = 6399, 8123
 START_S, QUIET_S, END_S = 240.0, 60.0, 60.0

@@ -28,7 +28,8 @@ from typing import Any
 
 import msgspec
 
-from tests.chaos.wire import Condition, Host, Wire, missing, two_hosts
+from bench.hosts.namespaces import Host
+from bench.hosts.relay import Condition, Wire, missing, two_hosts
 
 CUT = "cut now and then"
 TRANSPORTS = ("tcp", "torch_distributed")

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from tests.chaos import wire
+from bench.hosts import relay
 from tests.chaos.network import CONDITIONS, CUT, TRANSPORTS, Pair
 
-pytestmark = pytest.mark.skipif(bool(wire.missing()), reason=f"two hosts on one machine: {wire.missing()}")
+pytestmark = pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
 
 
 async def test_over_a_bad_wire_every_transfer_ends_and_what_is_committed_is_right() -> None:
@@ -20,7 +20,7 @@ async def test_over_a_bad_wire_every_transfer_ends_and_what_is_committed_is_righ
 
 
 async def over_bad_wires(transport: str) -> None:
-    with wire.two_hosts() as (one, other, between):
+    with relay.two_hosts() as (one, other, between):
         async with Pair.join(between, (one, other), transport) as pair:
             for name in CONDITIONS:
                 result = await pair.hand_over(name, count=3, seed=1)
