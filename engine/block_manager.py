@@ -86,6 +86,22 @@ class BlockManager:
             hits.append(block)
         return hits
 
+    def first_missing(self, sequence: Sequence) -> int | None:
+        """The place of the first block of a sequence without blocks that the prefix cache could have and has not."""
+        if not self.enable_prefix_caching or sequence.owes_prompt_logprobs:
+            return None
+        index = len(self.cached_prefix(sequence))
+        end = (index + 1) * self.block_size
+        return index if end <= min(len(sequence.token_ids) - 1, len(sequence.unit_digests) * UNIT) else None
+
+    def will_cache(self, writer: Sequence, sequence: Sequence, index: int) -> bool:
+        """Whether a sequence whose prompt's KV is yet to come brings the block that `first_missing` has named."""
+        end = (index + 1) * self.block_size
+        if writer.num_cacheable_blocks > index or end > len(writer.token_ids) // UNIT * UNIT:
+            return False
+        self._extend_digests(writer)
+        return self._key_of(writer, index) == self._key_of(sequence, index)
+
     def allocate(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give a sequence without blocks its cached prefix and new blocks for all its other tokens, and set
         num_computed_tokens to the length of that prefix. False, with nothing changed, unless `spare` blocks would

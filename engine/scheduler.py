@@ -23,10 +23,10 @@ of one is in the next or, with more in flight, in one of the next few.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 from core.errors import InvalidRequest, Undrawable
 from core.types import Finish, FinishReason, PromptLogprobs, TokenLogprobs
@@ -87,7 +87,7 @@ class Scheduler:
         self._waiting = _Ordered()
         self._running = _Ordered()
         self._queued_tokens = 0  # of the waiting sequences, less those whose KV will arrive
-        self._num_reserved = 0
+        self._reserved: dict[str, Sequence] = {}
         self._num_arrived = 0
         self._num_decode_steps = 0  # in flight
 
@@ -96,7 +96,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Sequences in the batch, the reserved ones that are about to join it included."""
-        return len(self._running) + self._num_reserved
+        return len(self._running) + len(self._reserved)
 
     @property
     def num_waiting(self) -> int:
@@ -141,7 +141,7 @@ class Scheduler:
         sequence.num_computed_tokens = len(sequence.token_ids)
         self.blocks.commit(sequence)
         sequence.token_ids.extend(first_tokens)
-        self._num_reserved -= 1
+        del self._reserved[request_id]
         self._run(sequence)
 
     def release(self, request_id: str) -> bool:
@@ -330,18 +330,38 @@ class Scheduler:
 
     def _admit(self, schedule: Schedule, max_tokens: int) -> None:
         """Admit from the front of the queue, in order, those that are not deferred. A prompt that lacks nothing but
-        token budget lets reservations pass, which need none, as long as they leave its seat and its blocks alone."""
+        token budget lets reservations pass, which need none, as long as they leave its seat and its blocks alone; so
+        does a sequence that would compute, or have handed over, what is about to be in the prefix cache."""
         seats = self.config.max_num_seqs - self.num_running
         owed = 0
         for sequence in list(islice((s for s in self._waiting if not s.deferred), seats)):
-            if not sequence.awaits_kv and schedule.num_tokens >= max_tokens:
+            lacks_tokens = not sequence.awaits_kv and schedule.num_tokens >= max_tokens
+            if lacks_tokens or self._awaits_prefix(sequence, self._filling()):
                 owed += self.blocks.blocks_for(len(sequence.token_ids))
+            elif not sequence.awaits_kv and self._awaits_prefix(sequence, (s for s in self._waiting if s.deferred)):
+                continue  # it owes nothing: who is awaited needs blocks first
             elif not self.blocks.allocate(sequence, spare=owed + self._headroom()):
                 break
             elif sequence.awaits_kv:
                 self._grant(schedule, sequence)
             else:
                 self._start(schedule, sequence)
+
+    def _filling(self) -> Iterator[Sequence]:
+        """Those that have blocks, and whose prompt's KV is being computed or handed over."""
+        return chain((s for s in self._running if s.num_pending_tokens > 1), self._reserved.values())
+
+    def _awaits_prefix(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
+        """Whether one of the others brings the next block that this one could share. A reservation may wait for those
+        that have blocks only: while it waits, it holds blocks where it was computed."""
+        missing = None
+        for other in others:
+            missing = self.blocks.first_missing(sequence) if missing is None else missing
+            if missing is None:
+                return False
+            if self.blocks.will_cache(other, sequence, missing):
+                return True
+        return False
 
     def _headroom(self) -> int:
         """Blocks to leave free: one for each running sequence that will decode, so that what is admitted is not
@@ -360,7 +380,7 @@ class Scheduler:
     def _grant(self, schedule: Schedule, sequence: Sequence) -> None:
         self._leave_queue(sequence)
         sequence.status = Status.RESERVED
-        self._num_reserved += 1
+        self._reserved[sequence.request_id] = sequence
         schedule.granted.append(sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
@@ -454,7 +474,7 @@ class Scheduler:
         elif sequence.status is Status.RUNNING:
             self._running.remove(sequence)
         elif sequence.status is Status.RESERVED:
-            self._num_reserved -= 1
+            del self._reserved[sequence.request_id]
         if sequence.exposed:
             sequence.status = Status.HELD
             return

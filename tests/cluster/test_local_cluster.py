@@ -228,6 +228,26 @@ async def test_a_repeated_prompt_comes_from_the_prefix_caches_of_both_sides(
     assert moved == (100 + 4) * per_token
 
 
+@pytest.mark.parametrize("handoff_min_tokens", [0, 32])
+async def test_choices_of_one_request_have_their_prompt_computed_and_handed_over_once(
+    tiny: tuple[LlamaForCausalLM, Path], handoff_min_tokens: int
+) -> None:
+    """Either each is handed over, of which only the first brings more than its last tokens, or the others are computed
+    where the first is decoded."""
+    model, folder = tiny
+    ids, num_choices = prompt(200), 4
+    async with local_cluster(config(handoff_min_tokens=handoff_min_tokens), folder) as cluster:
+        results = await asyncio.gather(*(run(cluster, request(f"r{i}", ids)) for i in range(num_choices)))
+        await all_free(cluster)
+        prefill, decode = (cluster.nodes[name].status().counters for name in ("prefill-0", "decode-0"))
+        token_bytes = cluster.nodes["decode-0"].runner.layout.token_bytes
+    assert [tokens for tokens, _ in results] == [expected(model, ids, 8)] * num_choices
+    assert decode.transfers_committed == (num_choices if handoff_min_tokens == 0 else 1)
+    shared = 200 // 16 * 16
+    assert decode.transfer_bytes <= token_bytes * (200 + (num_choices - 1) * (200 - shared))
+    assert prefill.step_tokens + decode.step_tokens <= 200 + num_choices * (200 - shared + 8)
+
+
 async def test_a_lost_decode_worker_costs_time_and_no_token(tiny: tuple[LlamaForCausalLM, Path]) -> None:
     model, folder = tiny
     async with local_cluster(config(), folder) as cluster:

@@ -8,7 +8,8 @@ import pytest
 
 from core.errors import ConfigError, InvalidRequest
 from core.types import FinishReason, TokenLogprobs
-from engine.scheduler import SchedulerConfig
+from engine.block_manager import BlockManager
+from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence
 from tests.engine.scheduling import CONFIG, STOP, make, make_scheduler, plan, run_out, step
 
@@ -96,6 +97,35 @@ def test_a_resumed_request_goes_on_from_what_was_emitted() -> None:
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_waits_for_who_computes_what_it_can_share_and_no_longer() -> None:
+    scheduler = make_scheduler()
+    first = make("a", 70)
+    for sequence in (first, make("b", first.token_ids[:40] + [1] * 10), make("c", 10)):
+        scheduler.add(sequence)
+    assert [plan(step(scheduler)[0]) for _ in range(3)] == [
+        [("a", 0, 32, False)],
+        [("a", 32, 32, False)],  # "b" needs 8 tokens of its own block; there is no room in this step
+        [("a", 64, 6, True), ("b", 32, 18, True), ("c", 0, 8, False)],
+    ]
+
+
+def test_who_shares_a_prompt_goes_on_alone_when_its_computer_is_aborted() -> None:
+    scheduler = make_scheduler()
+    first = make("a", 60)
+    scheduler.add(first)
+    scheduler.add(make("b", first.token_ids))
+    step(scheduler)
+    scheduler.abort("a")
+    assert plan(step(scheduler)[0]) == [("b", 32, 28, True)]
+
+
+def test_without_a_prefix_cache_nobody_waits_for_anybody() -> None:
+    scheduler = Scheduler(CONFIG, BlockManager(64, 16, enable_prefix_caching=False))
+    for name in "ab":
+        scheduler.add(make(name, [5] * 16))
+    assert plan(step(scheduler)[0]) == [("a", 0, 16, True), ("b", 0, 16, True)]
 
 
 def test_decodes_go_first_and_prefills_share_what_is_left() -> None:

@@ -6,8 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from engine.sequence import Status
+from engine.sequence import Sequence, Status
 from tests.engine.scheduling import CONFIG, make, make_scheduler, plan, run_out, step
+
+
+def deferred(sequence: Sequence) -> Sequence:
+    """As it is until the prefill side has blocks for it."""
+    sequence.deferred = True
+    return sequence
 
 
 def test_a_held_sequence_keeps_its_blocks_until_released_and_the_cache_keeps_the_prefix() -> None:
@@ -134,6 +140,59 @@ def test_a_reservation_needs_only_what_the_prefix_cache_lacks_and_feeds_it() -> 
         scheduler.schedule()
         assert sequence.num_computed_tokens == cached
         scheduler.join(name, [7])  # known from here on
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_kv_that_is_handed_over_already_is_waited_for_and_not_handed_over_twice(exact: bool) -> None:
+    scheduler = make_scheduler()
+    first = make("a", 40)
+    second = make("b", first.token_ids)
+    for sequence in (first, second):
+        scheduler.reserve(sequence)
+    assert step(scheduler)[0].granted == [first]
+    assert not step(scheduler)[0].granted
+    scheduler.join("a", [7], exact=exact)
+    assert step(scheduler)[0].granted == [second]
+    assert second.num_computed_tokens == (32 if exact else 0)
+    assert (second.block_table[:2] == first.block_table[:2]) == exact
+    for name in "ab":
+        assert scheduler.abort(name)
+    assert scheduler.blocks.num_free == 64
+
+
+def test_who_waits_for_a_hand_off_that_fails_has_one_of_its_own() -> None:
+    scheduler = make_scheduler()
+    first = make("a", 40)
+    second = make("b", first.token_ids)
+    for sequence in (first, second):
+        scheduler.reserve(sequence)
+    step(scheduler)
+    scheduler.abort("a")
+    assert step(scheduler)[0].granted == [second]
+    assert second.num_computed_tokens == 0
+
+
+def test_a_prompt_waits_for_kv_that_is_announced_and_holds_back_no_block_that_it_needs() -> None:
+    scheduler = make_scheduler(num_blocks=5)
+    announced = deferred(make("a", 40))
+    scheduler.reserve(announced)
+    shared = make("b", announced.token_ids)
+    scheduler.add(shared)
+    assert not step(scheduler)[0].chunks
+    announced.deferred = False
+    assert step(scheduler)[0].granted == [announced]
+    scheduler.join("a", [7])
+    schedule, _ = step(scheduler)
+    assert ("b", 32, 8, True) in plan(schedule)
+
+
+def test_a_reservation_does_not_wait_for_one_that_has_no_blocks_where_it_is_computed() -> None:
+    scheduler = make_scheduler()
+    announced = deferred(make("a", 40))
+    second = make("b", announced.token_ids)
+    for sequence in (announced, second):
+        scheduler.reserve(sequence)
+    assert step(scheduler)[0].granted == [second]
 
 
 def test_a_resumed_request_is_reserved_with_what_was_emitted() -> None:

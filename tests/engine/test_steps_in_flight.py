@@ -289,7 +289,7 @@ TestHistoriesOfFewSteps = HistoriesOfFewSteps.TestCase
 TestHistoriesOfFewSteps.settings = SETTINGS
 
 
-def test_what_a_step_computes_is_in_the_prefix_cache_once_it_is_done() -> None:
+def test_what_a_step_computes_is_waited_for_by_who_can_share_it() -> None:
     pipeline = Pipeline(config(3))
     prompt = list(range(40))
     for name in "abc":
@@ -297,7 +297,7 @@ def test_what_a_step_computes_is_in_the_prefix_cache_once_it_is_done() -> None:
         pipeline.fill()
         if name == "b":
             pipeline.turn()
-    assert [chunk.start for schedule in pipeline.out for chunk in schedule.chunks] == [0, 40, 32]
+    assert [chunk.start for schedule in pipeline.out for chunk in schedule.chunks] == [40, 32, 32]
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
