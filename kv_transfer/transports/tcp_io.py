@@ -59,10 +59,11 @@ def prepare(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def send(connection: socket.socket, vectors: Vectors) -> None:
-    """All of the vectors, in order. TransferError when the other end takes nothing for IDLE_TIMEOUT_S or is gone."""
+def send(connection: socket.socket, vectors: Vectors, *, more: bool = False) -> None:
+    """All of the vectors, in order; with `more` they may wait for what is sent next. TransferError when the other end
+    takes nothing for IDLE_TIMEOUT_S or is gone."""
     try:
-        vectored.send(connection, vectors)
+        vectored.send(connection, vectors, more=more)
     except BlockingIOError as error:
         raise TransferError(f"the other end took no byte for {IDLE_TIMEOUT_S:g} s") from error
     except OSError as error:
@@ -81,8 +82,8 @@ def receive(connection: socket.socket, vectors: Vectors) -> None:
         raise TransferError("the other end has closed the connection")
 
 
-def send_frame(connection: socket.socket, frame: bytes) -> None:
-    send(connection, of_arrays([np.frombuffer(frame, np.uint8)]))
+def send_frame(connection: socket.socket, frame: bytes, *, more: bool = False) -> None:
+    send(connection, of_arrays([np.frombuffer(frame, np.uint8)]), more=more)
 
 
 def receive_frame(connection: socket.socket, nbytes: int) -> bytes:

@@ -206,7 +206,7 @@ class TcpServer:
 
     def _send(self, connection: _Connection, ask: wire.Ask, reading: Reading) -> None:
         window = Window(self._rows, reading.slots, connection.staging)
-        send_frame(connection.socket, wire.encode_grant(ask))
+        send_frame(connection.socket, wire.encode_grant(ask), more=True)  # by itself it would only wake the taker early
         for batch in batches(reading.coding, reading.pieces):
             if batch.framed:
                 send(connection.socket, vectors_of(reading.frames(batch)))

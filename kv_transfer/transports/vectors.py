@@ -65,11 +65,12 @@ def of_runs(memory: NDArray[np.uint8], offsets: NDArray[np.int64], runs: NDArray
     return Vectors(places.reshape(-1, 2), memory)
 
 
-def send(end: socket.socket, vectors: Vectors) -> None:
-    """All of them, in order. OSError as of a socket's sendmsg; BlockingIOError when its time to send is over."""
-    left = vectors.places
+def send(end: socket.socket, vectors: Vectors, *, more: bool = False) -> None:
+    """All of them, in order. `more`: they may wait for what is sent next, for a moment. OSError as of a socket's
+    sendmsg; BlockingIOError when its time to send is over."""
+    left, flags = vectors.places, socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0)
     while len(left):
-        left = _after(left, _moved(_sendmsg, end, left, socket.MSG_NOSIGNAL))
+        left = _after(left, _moved(_sendmsg, end, left, flags))
 
 
 def receive(end: socket.socket, vectors: Vectors) -> bool:
