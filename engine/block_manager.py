@@ -94,13 +94,21 @@ class BlockManager:
         end = (index + 1) * self.block_size
         return index if end <= min(len(sequence.token_ids) - 1, len(sequence.unit_digests) * UNIT) else None
 
-    def will_cache(self, writer: Sequence, sequence: Sequence, index: int) -> bool:
-        """Whether a sequence whose prompt's KV is yet to come brings the block that `first_missing` has named."""
-        end = (index + 1) * self.block_size
-        if writer.num_cacheable_blocks > index or end > len(writer.token_ids) // UNIT * UNIT:
-            return False
+    def num_coming(self, writer: Sequence, sequence: Sequence, index: int) -> int:
+        """Tokens, from the block that `first_missing` has named on, that a sequence whose prompt's KV is yet to come
+        will have in the prefix cache for `sequence`."""
+        if writer.num_cacheable_blocks > index:
+            return 0
         self._extend_digests(writer)
-        return self._key_of(writer, index) == self._key_of(sequence, index)
+        num_shareable = min(
+            len(sequence.token_ids) - 1, len(writer.unit_digests) * UNIT, len(sequence.unit_digests) * UNIT
+        )
+        stop = index
+        while (stop + 1) * self.block_size <= num_shareable and self._key_of(writer, stop) == self._key_of(
+            sequence, stop
+        ):
+            stop += 1
+        return (stop - index) * self.block_size
 
     def allocate(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give a sequence without blocks its cached prefix and new blocks for all its other tokens, and set

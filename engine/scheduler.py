@@ -37,6 +37,8 @@ from engine.schedule import Chunk, Opened, Schedule, SchedulerConfig, SequenceUp
 from engine.sequence import Sequence, Status
 from engine.step import UNDRAWABLE
 
+MIN_AWAITED_TOKENS = 128
+"""Fewer are computed sooner than somebody else's hand-off ends."""
 _UNDRAWABLE = Finish.from_error(
     Undrawable("no token can be drawn: the model's scores for this request are not numbers or all forbidden")
 )
@@ -352,14 +354,17 @@ class Scheduler:
         return chain((s for s in self._running if s.num_pending_tokens > 1), self._reserved.values())
 
     def _awaits_prefix(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
-        """Whether one of the others brings the next block that this one could share. A reservation may wait for those
-        that have blocks only: while it waits, it holds blocks where it was computed."""
-        missing = None
+        """Whether one of the others brings the next block that this one could share, and, where all of a hand-off has
+        to be waited for, enough to be worth it. A reservation may wait for those that have blocks only: while it waits,
+        it holds blocks where it was computed."""
+        index = None
         for other in others:
-            missing = self.blocks.first_missing(sequence) if missing is None else missing
-            if missing is None:
+            index = self.blocks.first_missing(sequence) if index is None else index
+            if index is None:
                 return False
-            if self.blocks.will_cache(other, sequence, missing):
+            coming = self.blocks.num_coming(other, sequence, index)
+            lacking = len(sequence.token_ids) - index * self.blocks.block_size
+            if coming and (not other.awaits_kv or coming >= max(MIN_AWAITED_TOKENS, lacking / 2)):
                 return True
         return False
 

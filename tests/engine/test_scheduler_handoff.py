@@ -145,7 +145,7 @@ def test_a_reservation_needs_only_what_the_prefix_cache_lacks_and_feeds_it() -> 
 @pytest.mark.parametrize("exact", [True, False])
 def test_kv_that_is_handed_over_already_is_waited_for_and_not_handed_over_twice(exact: bool) -> None:
     scheduler = make_scheduler()
-    first = make("a", 40)
+    first = make("a", 150)
     second = make("b", first.token_ids)
     for sequence in (first, second):
         scheduler.reserve(sequence)
@@ -153,8 +153,8 @@ def test_kv_that_is_handed_over_already_is_waited_for_and_not_handed_over_twice(
     assert not step(scheduler)[0].granted
     scheduler.join("a", [7], exact=exact)
     assert step(scheduler)[0].granted == [second]
-    assert second.num_computed_tokens == (32 if exact else 0)
-    assert (second.block_table[:2] == first.block_table[:2]) == exact
+    assert second.num_computed_tokens == (144 if exact else 0)
+    assert (second.block_table[:9] == first.block_table[:9]) == exact
     for name in "ab":
         assert scheduler.abort(name)
     assert scheduler.blocks.num_free == 64
@@ -162,7 +162,7 @@ def test_kv_that_is_handed_over_already_is_waited_for_and_not_handed_over_twice(
 
 def test_who_waits_for_a_hand_off_that_fails_has_one_of_its_own() -> None:
     scheduler = make_scheduler()
-    first = make("a", 40)
+    first = make("a", 150)
     second = make("b", first.token_ids)
     for sequence in (first, second):
         scheduler.reserve(sequence)
@@ -173,8 +173,8 @@ def test_who_waits_for_a_hand_off_that_fails_has_one_of_its_own() -> None:
 
 
 def test_a_prompt_waits_for_kv_that_is_announced_and_holds_back_no_block_that_it_needs() -> None:
-    scheduler = make_scheduler(num_blocks=5)
-    announced = deferred(make("a", 40))
+    scheduler = make_scheduler(num_blocks=12)
+    announced = deferred(make("a", 150))
     scheduler.reserve(announced)
     shared = make("b", announced.token_ids)
     scheduler.add(shared)
@@ -183,16 +183,26 @@ def test_a_prompt_waits_for_kv_that_is_announced_and_holds_back_no_block_that_it
     assert step(scheduler)[0].granted == [announced]
     scheduler.join("a", [7])
     schedule, _ = step(scheduler)
-    assert ("b", 32, 8, True) in plan(schedule)
+    assert ("b", 144, 6, True) in plan(schedule)
 
 
 def test_a_reservation_does_not_wait_for_one_that_has_no_blocks_where_it_is_computed() -> None:
     scheduler = make_scheduler()
-    announced = deferred(make("a", 40))
+    announced = deferred(make("a", 150))
     second = make("b", announced.token_ids)
     for sequence in (announced, second):
         scheduler.reserve(sequence)
     assert step(scheduler)[0].granted == [second]
+
+
+@pytest.mark.parametrize(("shared", "own"), [(112, 30), (128, 160)])
+def test_a_hand_off_is_not_waited_for_where_it_brings_little(shared: int, own: int) -> None:
+    scheduler = make_scheduler(config=replace(CONFIG, max_model_len=512))
+    first = make("a", 150)
+    second = make("b", first.token_ids[:shared] + [1] * own)
+    for sequence in (first, second):
+        scheduler.reserve(sequence)
+    assert step(scheduler)[0].granted == [first, second]
 
 
 def test_a_resumed_request_is_reserved_with_what_was_emitted() -> None:
