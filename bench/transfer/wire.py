@@ -42,8 +42,10 @@ from kv_transfer.transports.choice import makers
 from kv_transfer.transports.names import TransportName
 
 AT_ONCE = 2
-"""Pulls in flight, one after the other, so that the wire does not stand still between two of them: a bare loop's does
-not either."""
+"""Pulls in flight, so that the wire does not stand still between two of them: a bare loop's does not either."""
+
+
+RENEW_S = 1.0
 
 
 class Unchecked(PullJob):
@@ -65,6 +67,8 @@ class Kind(NamedTuple):
 
     job: type[PullJob] = PullJob
     at_once: int = AT_ONCE
+    flowing: bool = False
+    """The next pull is asked for when one has ended, not when all that were in flight have."""
 
 
 KINDS = {"checksum": Kind(), "no_checksum": Kind(Unchecked)}
@@ -90,17 +94,17 @@ async def measure_wire(
             lender.computed_at()
             link.send(Want(transfer_id, 0))
             block_ids, pieces = await _offered(heard)
-            listening = asyncio.create_task(_pass_on(heard, transport))
+            beside = [asyncio.create_task(work) for work in (_pass_on(heard, transport), _renew(link, transfer_id))]
 
             async def pull(kind: Kind) -> float:
                 """When it has ended."""
-                link.send(Renew(transfer_id, time.monotonic()))
                 await transport.pull(_job(kind.job, pool, transfer_id, pieces, block_ids, num_tokens))
                 return time.perf_counter()
 
             for label, kind in kinds.items():
-                took[label] = await _median(partial(pull, kind), kind.at_once, rounds)
-            listening.cancel()
+                took[label] = await _median(partial(pull, kind), kind, rounds)
+            for task in beside:
+                task.cancel()
             link.send(Committed(transfer_id))
         finally:
             transport.close()
@@ -108,14 +112,23 @@ async def measure_wire(
     return took
 
 
-async def _median(pull: Callable[[], Awaitable[float]], at_once: int, rounds: int) -> float:
-    """Seconds between the ends of two pulls while so many are in flight. The first ones connect."""
+async def _median(pull: Callable[[], Awaitable[float]], kind: Kind, rounds: int) -> float:
+    """Seconds per pull. The first ones connect."""
+    await asyncio.gather(*(pull() for _ in range(kind.at_once)))
 
-    async def one_after_another() -> list[float]:
-        return [await pull() for _ in range(rounds + 1)]
+    async def one_after_another(count: int) -> list[float]:
+        return [await pull() for _ in range(count)]
 
-    ends = sorted(itertools.chain(*await asyncio.gather(*(one_after_another() for _ in range(at_once)))))
-    return statistics.median(later - end for end, later in zip(ends, ends[at_once:], strict=False)) / at_once
+    async def in_flight(count: int) -> list[float]:
+        """Seconds of so many of each of those in flight, from the end of one to the end of the one in its turn."""
+        started = [time.perf_counter()] * kind.at_once
+        ended = await asyncio.gather(*(one_after_another(count) for _ in range(kind.at_once)))
+        ends = sorted(itertools.chain(started, *ended))
+        return [later - end for end, later in zip(ends, ends[kind.at_once :], strict=False)]
+
+    if kind.flowing:
+        return statistics.median(await in_flight(rounds)) / kind.at_once
+    return statistics.median([max(await in_flight(1)) for _ in range(rounds)]) / kind.at_once
 
 
 def _job(
@@ -170,3 +183,9 @@ async def _offered(heard: AsyncIterator[FromGiver]) -> tuple[list[int], list[Pie
 async def _pass_on(heard: AsyncIterator[FromGiver], transport: Transport) -> None:
     async for message in heard:
         transport.on_message(message)
+
+
+async def _renew(link: TakerLink, transfer_id: str) -> None:
+    while True:
+        link.send(Renew(transfer_id, time.monotonic()))
+        await asyncio.sleep(RENEW_S)
