@@ -90,6 +90,7 @@ class Scheduler:
         self._running = _Ordered()
         self._queued_tokens = 0  # of the waiting sequences, less those whose KV will arrive
         self._reserved: dict[str, Sequence] = {}
+        self._handed_over_is_shared = True  # whether the prefix cache took the KV of the last hand-off
         self._num_arrived = 0
         self._num_decode_steps = 0  # in flight
 
@@ -140,6 +141,7 @@ class Scheduler:
         assert first_tokens, f"{request_id} joins without the token to go on from"
         sequence.awaits_kv = False
         sequence.inexact_kv = not exact
+        self._handed_over_is_shared = exact
         sequence.num_computed_tokens = len(sequence.token_ids)
         self.blocks.commit(sequence)
         sequence.token_ids.extend(first_tokens)
@@ -354,17 +356,19 @@ class Scheduler:
         return chain((s for s in self._running if s.num_pending_tokens > 1), self._reserved.values())
 
     def _awaits_prefix(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
-        """Whether one of the others brings the next block that this one could share, and, where all of a hand-off has
-        to be waited for, enough to be worth it. A reservation may wait for those that have blocks only: while it waits,
-        it holds blocks where it was computed."""
+        """Whether one of the others brings the next block that this one could share, and half of what it lacks: else it
+        would wait for a step, or for all of a hand-off, to save little. A reservation may wait for those that have
+        blocks only: while it waits, it holds blocks where it was computed."""
         index = None
         for other in others:
+            if other.awaits_kv and not self._handed_over_is_shared:
+                continue
             index = self.blocks.first_missing(sequence) if index is None else index
             if index is None:
                 return False
             coming = self.blocks.num_coming(other, sequence, index)
             lacking = len(sequence.token_ids) - index * self.blocks.block_size
-            if coming and (not other.awaits_kv or coming >= max(MIN_AWAITED_TOKENS, lacking / 2)):
+            if coming >= max(lacking / 2, MIN_AWAITED_TOKENS if other.awaits_kv else 1):
                 return True
         return False
 

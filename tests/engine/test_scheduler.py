@@ -111,6 +111,14 @@ def test_a_prompt_waits_for_who_computes_what_it_can_share_and_no_longer() -> No
     ]
 
 
+def test_nobody_waits_for_a_step_to_save_little() -> None:
+    scheduler = make_scheduler()
+    first = make("a", 20)
+    for sequence in (first, make("b", first.token_ids[:16] + [1] * 30)):
+        scheduler.add(sequence)
+    assert plan(step(scheduler)[0]) == [("a", 0, 20, True), ("b", 0, 12, False)]
+
+
 def test_who_shares_a_prompt_goes_on_alone_when_its_computer_is_aborted() -> None:
     scheduler = make_scheduler()
     first = make("a", 60)

@@ -160,6 +160,18 @@ def test_kv_that_is_handed_over_already_is_waited_for_and_not_handed_over_twice(
     assert scheduler.blocks.num_free == 64
 
 
+def test_nobody_waits_for_kv_that_will_not_be_shared_either() -> None:
+    """As with a codec that loses something: the choices of a request would be handed over one after the other."""
+    scheduler = make_scheduler()
+    first = make("a", 150)
+    others = [make(name, first.token_ids) for name in "bcd"]
+    for sequence in (first, *others):
+        scheduler.reserve(sequence)
+    assert step(scheduler)[0].granted == [first]
+    scheduler.join("a", [7], exact=False)
+    assert step(scheduler)[0].granted == others
+
+
 def test_who_waits_for_a_hand_off_that_fails_has_one_of_its_own() -> None:
     scheduler = make_scheduler()
     first = make("a", 150)
