@@ -106,7 +106,7 @@ class Simulated:
         return min(self.most_tokens, held)
 
     def prompt_ms(self, tokens: float, chunk_tokens: int) -> float:
-        a, b, _ = (self.prefill_latency or self.group.latency).prompt
+        a, b, _ = (self.prefill_latency or self.group.latency).prompts(chunk_tokens)
         return (a / chunk_tokens + b) * tokens
 
     def token_ms(self, load: RoleLoad, workers: int) -> float:

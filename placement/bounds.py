@@ -49,31 +49,54 @@ class Demand:
 
 def most_rate(group: Group, demand: Demand, goal: Goal) -> float:
     """Requests/s at which the group is busy all the time with its part of the work."""
-    busy_ms = 0.0
-    if group.role is not Role.DECODE:
-        busy_ms += _prompt_ms(group, demand)
-    if group.role is not Role.PREFILL:
-        busy_ms += demand.later_tokens * _token_ms(group, demand, goal)
+    saved = group.latency.shared_ms
+    if group.role is Role.PREFILL:
+        busy_ms = _prompt_ms(group, demand.handed_tokens, demand.handed_squares)
+    elif group.role is Role.DECODE:
+        busy_ms = demand.later_tokens * _token_ms(group, demand, goal)
+    else:  # what a step with both saves is taken off what either takes
+        busy_ms = max(
+            _prompt_ms(group, demand.prompt_tokens, demand.squares, prompts)
+            + demand.later_tokens * _token_ms(group, demand, goal, decodes)
+            for prompts, decodes in ((saved, 0.0), (0.0, saved))
+        )
     return group.stages * 1000.0 / busy_ms / goal.share if busy_ms > 0 else float("inf")
 
 
-def _prompt_ms(group: Group, demand: Demand) -> float:
-    """Beside decodes a chunk may cost no step of its own."""
-    a, b, c = group.latency.prompt
-    if group.role is Role.PREFILL:
-        return (a / group.chunk_tokens + b) * demand.handed_tokens + c * demand.handed_squares
-    fixed = max(0.0, a - group.latency.shared_ms)
-    return (fixed / group.chunk_tokens + b) * demand.prompt_tokens + c * demand.squares
+def _prompt_ms(group: Group, tokens: float, squares: float, saved: float = 0.0) -> float:
+    """Of a request, in chunks of the best size; a chunk beside decodes saves so much."""
+    latency, chunk = group.latency, group.chunk_tokens
+    border = chunk + 1 if latency.large_prompt is None else latency.large_tokens
+    sizes = [(latency.prompt, 1, min(chunk, border - 1)), (latency.prompts(border), border, chunk)]
+    able = [(c, least, most) for c, least, most in sizes if least <= most]
+    each = min(_per_token(c.a - saved, c.b, least, most) for c, least, most in able)
+    return each * tokens + min(c.c for c, *_ in able) * squares
 
 
-def _token_ms(group: Group, demand: Demand, goal: Goal) -> float:
-    """Time of a group per token, at the best batch: the largest for which a step is no longer than TPOT allows."""
+def _per_token(fixed: float, each: float, least: float, most: float) -> float:
+    """Of steps that take `fixed` and `each` for each of their tokens, as many as are best."""
+    return max(0.0, fixed / (most if fixed > 0 else least) + each)
+
+
+def _token_ms(group: Group, demand: Demand, goal: Goal, saved: float = 0.0) -> float:
+    """Time of a group per token, at the best batch: the largest for which a step is no longer than TPOT allows, unless
+    what it saves beside prompts makes up for all that it takes whatever the batch."""
     latency, rows = group.latency, 1 if group.speculation is None else group.speculation.rows
-    small = _best(group, latency.decode, demand, goal, most=(latency.large_rows - 1) / rows)
-    return min(small, _best(group, latency.large_decode, demand, goal, most=np.inf))
+    border = latency.large_rows / rows
+    small = _best(group, latency.decode, demand, goal, saved, least=1.0, most=(latency.large_rows - 1) / rows)
+    return min(small, _best(group, latency.large_decode, demand, goal, saved, least=border, most=np.inf))
 
 
-def _best(group: Group, coefficients: Coefficients, demand: Demand, goal: Goal, *, most: float) -> float:
+def _best(
+    group: Group,
+    coefficients: Coefficients,
+    demand: Demand,
+    goal: Goal,
+    saved: float,
+    *,
+    least: float,
+    most: float,
+) -> float:
     speculation = group.speculation
     gained, rows = (1.0, 1) if speculation is None else (speculation.acceptance_length, speculation.rows)
     fixed = coefficients.a + group.hop_ms * (group.stages - 1) + (speculation.draft_ms if speculation else 0.0)
@@ -82,4 +105,4 @@ def _best(group: Group, coefficients: Coefficients, demand: Demand, goal: Goal, 
     allowed = (goal.targets.tpot_ms * gained - fixed) / each if each > 0 else np.inf
     held = group.kv_tokens / max(1.0, demand.context)
     batch = min(most, allowed, held / group.stages, group.max_sequences / group.stages)
-    return (fixed / batch + each) / gained if batch > 0 else np.inf
+    return _per_token(fixed - saved, each, min(least, batch), batch) / gained if batch > 0 else np.inf

@@ -6,8 +6,9 @@ trying which of them are 0.
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -65,16 +66,18 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def fit(points: Sequence[Point]) -> StepLatency:
-    """The model with the least squares of relative errors: of prompts alone, of decodes alone on either side of the
-    best `large_rows`, and then what steps with both save. Raises ConfigError if there are too few points."""
+    """The model with the least squares of relative errors: of prompts alone on either side of the best `large_tokens`,
+    of decodes alone on either side of the best `large_rows`, and then what steps with both save. Raises ConfigError if
+    there are too few points."""
     prompts = [point for point in points if not point.sequences]
     decodes = [point for point in points if not point.tokens]
     both = [point for point in points if point.tokens and point.sequences]
     for name, some in (("only prompts", prompts), ("only decodes", decodes)):
         _check_enough(name, some)
-    prompt, _ = _solve([(point.tokens, point.squares) for point in prompts], prompts)
-    small, large, large_rows = _in_two(decodes)
-    return _sharing(StepLatency(prompt, small, large, large_rows), both)
+    prompt, large_prompt, large_tokens = _in_two(prompts, _solve_prompts, lambda point: point.tokens)
+    decode, large_decode, large_rows = _in_two(decodes, _solve_decodes, lambda point: point.rows)
+    alone = StepLatency(prompt, decode, large_decode, large_rows, large_prompt=large_prompt, large_tokens=large_tokens)
+    return _sharing(alone, both)
 
 
 def fit_contention(
@@ -95,19 +98,25 @@ def _ratios(alone: Sequence[Point], beside: Sequence[Point], others: int) -> tup
     return prompt, decode
 
 
-def _in_two(decodes: list[Point]) -> tuple[Coefficients, Coefficients, int]:
-    """One fit for all, or two, with the border where they are best: the second from so many rows on."""
-    best = _solve_decodes(decodes)
+def _in_two(
+    points: list[Point], solve: Callable[[list[Point]], tuple[Coefficients, float]], size: Callable[[Point], int]
+) -> tuple[Coefficients, Coefficients, int]:
+    """One fit for all, or two, with the border where they are best: the second from that size on."""
+    best = solve(points)
     found = (best[0], best[0], 1)
-    for border in sorted({point.rows for point in decodes}):
-        small = [point for point in decodes if point.rows < border]
-        large = [point for point in decodes if point.rows >= border]
+    for border in sorted({size(point) for point in points}):
+        small = [point for point in points if size(point) < border]
+        large = [point for point in points if size(point) >= border]
         if min(len(small), len(large)) <= LEAST_POINTS:
             continue
-        (below, error), (above, more) = _solve_decodes(small), _solve_decodes(large)
+        (below, error), (above, more) = solve(small), solve(large)
         if error + more < best[1]:
             best, found = (below, error + more), (below, above, border)
     return found
+
+
+def _solve_prompts(points: list[Point]) -> tuple[Coefficients, float]:
+    return _solve([(point.tokens, point.squares) for point in points], points)
 
 
 def _solve_decodes(points: list[Point], fixed: Mapping[Point, float] | None = None) -> tuple[Coefficients, float]:
@@ -167,10 +176,16 @@ def _least(terms: NDArray[np.float64], left: Times, support: tuple[int, ...]) ->
 
 
 def _sharing(latency: StepLatency, both: list[Point]) -> StepLatency:
-    """What steps with prompts and decodes save: no more than either takes at the least."""
-    if not both:
-        return latency
+    """What steps with prompts and decodes save, and with how many rows no more: of the numbers of rows that there are,
+    or infinitely many, those that fit best."""
     excess = np.array([point.predicted_ms(latency) - point.ms for point in both])
     weights = np.array([point.ms for point in both]) ** -2.0
-    most = latency.prompt.a + min(latency.decode.a, latency.large_decode.a)
-    return replace(latency, shared_ms=float(np.clip((excess * weights).sum() / weights.sum(), 0.0, most)))
+    rows = np.array([point.rows for point in both])
+    tried = [latency]
+    for most in [*sorted(set(rows.tolist()) - {min(rows, default=0)}), math.inf] if both else ():
+        shares = np.maximum(0.0, 1.0 - rows / most)
+        some = shares > 0.0
+        saved = (excess * shares * weights).sum() / (shares * shares * weights).sum()
+        able = (saved, *(excess[some] / shares[some]))  # the mean, unless some steps took as long as either alone
+        tried += [replace(latency, shared_ms=max(0.0, float(ms)), shared_rows=float(most)) for ms in able]
+    return min(tried, key=lambda one: sum(point.error(one) ** 2 for point in both))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -16,6 +16,9 @@ class Coefficients(NamedTuple):
 
     def at(self, x: float, y: float) -> float:
         return self.a + self.b * x + self.c * y
+
+    def times(self, factor: float) -> Coefficients:
+        return Coefficients(factor * self.a, factor * self.b, factor * self.c)
 
 
 FIRST_STAGE_MS = 2.0
@@ -90,9 +93,11 @@ class Contention:
 class StepLatency:
     """One step of our engine, which may hold chunks of prompts and sequences that decode.
 
-    Chunks take a + b·tokens + c·Σ((past + chunk)² - past²): over a whole prompt that is DistServe's form, however it is
-    cut. Decodes take a + b·Σ(context + 1) + c·rows, by other coefficients from `large_rows` rows on; a sequence has one
-    row, or more with drafts. A step with both saves `shared_ms`: weights are read once.
+    Chunks take a + b·tokens + c·Σ((past + chunk)² - past²), by other coefficients (`large_prompt`, if there are some)
+    from `large_tokens` tokens in the step on: over a whole prompt that is DistServe's form, however it is cut. Decodes
+    take a + b·Σ(context + 1) + c·rows, by other coefficients from `large_rows` rows on; a sequence has one row, or more
+    with drafts. A step with both saves `shared_ms`, as weights are read once, and less with more rows: none with
+    `shared_rows`, whose own computing takes longer than reading weights. It takes no less than either alone.
     """
 
     prompt: Coefficients
@@ -100,6 +105,9 @@ class StepLatency:
     large_decode: Coefficients
     large_rows: int
     shared_ms: float = 0.0
+    shared_rows: float = math.inf
+    large_prompt: Coefficients | None = None
+    large_tokens: int = 1
 
     @staticmethod
     def of(model: DistServeLatency) -> StepLatency:
@@ -110,16 +118,33 @@ class StepLatency:
     def times(self, factor: float, decodes: float | None = None) -> StepLatency:
         """Of a machine on which everything takes so many times as long, or prompts do and `decodes` so many times."""
         decodes = factor if decodes is None else decodes
-        prompt, decode, large = (
-            Coefficients(times * c.a, times * c.b, times * c.c)
-            for times, c in ((factor, self.prompt), (decodes, self.decode), (decodes, self.large_decode))
+        return replace(
+            self,
+            prompt=self.prompt.times(factor),
+            large_prompt=self.large_prompt and self.large_prompt.times(factor),
+            decode=self.decode.times(decodes),
+            large_decode=self.large_decode.times(decodes),
+            shared_ms=min(factor, decodes) * self.shared_ms,
         )
-        return StepLatency(prompt, decode, large, self.large_rows, min(factor, decodes) * self.shared_ms)
+
+    def prompts(self, tokens: float) -> Coefficients:
+        """Of chunks with so many tokens."""
+        return self.prompt if self.large_prompt is None or tokens < self.large_tokens else self.large_prompt
+
+    def prompt_ms(self, tokens: int, squares: float) -> float:
+        """Of chunks alone."""
+        return self.prompts(tokens).at(tokens, squares)
 
     def step_ms(self, tokens: int, squares: float, context: float, sequences: int, rows: int) -> float:
         """`tokens` and `squares` of the chunks, `context` tokens and `rows` of the decodes."""
-        took = self.prompt.at(tokens, squares) if tokens else 0.0
-        if sequences:
-            decode = self.decode if rows < self.large_rows else self.large_decode
-            took += decode.at(context + sequences, rows)
-        return took - self.shared_ms if tokens and sequences else took
+        prompt = self.prompt_ms(tokens, squares) if tokens else 0.0
+        if not sequences:
+            return prompt
+        decode = (self.decode if rows < self.large_rows else self.large_decode).at(context + sequences, rows)
+        if not tokens:
+            return decode
+        return max(prompt, decode, prompt + decode - self.saved_ms(rows))
+
+    def saved_ms(self, rows: int) -> float:
+        """At the most, by a step with prompts and so many rows of decodes."""
+        return self.shared_ms * max(0.0, 1.0 - rows / self.shared_rows)

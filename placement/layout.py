@@ -168,15 +168,14 @@ def _check_group(number: int, group: Group) -> None:
         if getattr(group, name) < 1:
             raise ConfigError(f"group {number}: {name} is {getattr(group, name)}, not 1 or more", param=name)
     latency = group.latency
-    for name in ("prompt", "decode", "large_decode"):
-        if not min(getattr(latency, name)) >= 0:
+    for name in ("prompt", "large_prompt", "decode", "large_decode"):
+        if not min(getattr(latency, name) or (0.0,)) >= 0:
             raise ConfigError(
                 f"group {number}: {name} is {getattr(latency, name)}: fit it with coefficients of 0 or more"
             )
-    if not 0 <= latency.shared_ms <= latency.prompt.a + min(latency.decode.a, latency.large_decode.a):
-        raise ConfigError(
-            f"group {number}: a step can't save {latency.shared_ms} ms of what it takes", param="shared_ms"
-        )
+    if not (latency.shared_ms >= 0 and latency.shared_rows > 0):
+        saved = f"shared_ms is {latency.shared_ms} and shared_rows {latency.shared_rows}"
+        raise ConfigError(f"group {number}: {saved}: steps save 0 or more, of more rows than none", param="shared_ms")
     if not min(group.contention.prompt + group.contention.decode) >= 1:
         raise ConfigError(f"group {number}: {group.contention}: beside others a step takes 1 or more times as long")
     if not 0 <= group.cores <= group.stages:

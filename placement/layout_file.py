@@ -6,6 +6,7 @@ refused, and everything that Layout refuses.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,9 @@ class _Latency(_Strict):
     large_decode: Coefficients
     large_rows: int
     shared_ms: float = 0.0
+    shared_rows: float = math.inf
+    large_prompt: Coefficients | None = None
+    large_tokens: int = 1
 
 
 class _Speculation(_Strict):

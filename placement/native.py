@@ -110,8 +110,9 @@ class _Pipelines(ctypes.Structure):
 
 class _LaneSpec(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_double * 3) for name in ("prompt", "decode", "large_decode")),
-        *((name, ctypes.c_double) for name in ("large_rows", "shared_ms", "every_step_ms", "draft_ms")),
+        *((name, ctypes.c_double * 3) for name in ("prompt", "large_prompt", "decode", "large_decode")),
+        *((name, ctypes.c_double) for name in ("large_tokens", "large_rows", "shared_ms", "shared_rows")),
+        *((name, ctypes.c_double) for name in ("every_step_ms", "draft_ms")),
         *((name, ctypes.c_double) for name in ("draft_sequence_ms", "tokens_per_step", "rows", "kv_tokens")),
         *((name, ctypes.c_double * 2) for name in ("prompt_contention", "decode_contention")),
         *((name, ctypes.c_double) for name in ("cores", "report_phase")),
@@ -184,8 +185,9 @@ _alike = attrgetter(*(field.name for field in fields(Lane) if field.name not in 
 def _lane_spec(lane: Lane) -> _LaneSpec:
     latency, speculation = lane.latency, lane.speculation
     return _LaneSpec(
-        *(_triple(latency.prompt), _triple(latency.decode), _triple(latency.large_decode)),
-        *(latency.large_rows, latency.shared_ms, lane.every_step_ms, speculation.draft_ms),
+        *(_triple(latency.prompt), _triple(latency.large_prompt or latency.prompt)),
+        *(_triple(latency.decode), _triple(latency.large_decode), latency.large_tokens, latency.large_rows),
+        *(latency.shared_ms, latency.shared_rows, lane.every_step_ms, speculation.draft_ms),
         *(speculation.draft_sequence_ms, speculation.acceptance_length, speculation.rows, lane.kv_tokens),
         *((ctypes.c_double * 2)(*pair) for pair in (lane.contention.prompt, lane.contention.decode)),
         *(lane.cores, lane.report_phase),

@@ -61,7 +61,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request sees beyond the steps themselves, of workers and a gateway that had little to do: before its first
     token, and for each token of its prompt; in each step that decodes, and for each sequence in it; where prompts are
-    handed over, in their step, and between first and second token. `contention` is that of workers which serve through
+    handed over, in each of their steps, whose layers tell of what they have written while it is sealed and copied, and
+    between first and second token. `contention` is that of workers which serve through
     one gateway; None if it was not measured."""
 
     overhead_ms: float
@@ -135,15 +136,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         latency, around = self.latency, self.serving
         if around is None:
             return latency
-        a, b, c = latency.prompt
-        prompt = Coefficients(
-            a + (around.handoff_step_ms if role is Role.PREFILL else 0.0), b + around.prompt_token_ms, c
+        more = around.handoff_step_ms if role is Role.PREFILL else 0.0
+        prompt, large_prompt = (
+            found and Coefficients(found.a + more, found.b + around.prompt_token_ms, found.c)
+            for found in (latency.prompt, latency.large_prompt)
         )
         decode, large = (
             Coefficients(a + around.step_ms, b, c + around.sequence_ms)
             for a, b, c in (latency.decode, latency.large_decode)
         )
-        return replace(latency, prompt=prompt, decode=decode, large_decode=large)
+        return replace(
+            latency, prompt=prompt or latency.prompt, large_prompt=large_prompt, decode=decode, large_decode=large
+        )
 
     @property
     def contention(self) -> Contention:

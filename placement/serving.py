@@ -284,7 +284,7 @@ class World:
         if sequences:
             took += speculation.draft_ms + speculation.draft_sequence_ms * sequences
         took += lane.spec.every_step_ms
-        prompts = min(1.0, latency.prompt.at(tokens, squares) / took) if tokens else 0.0
+        prompts = min(1.0, latency.prompt_ms(tokens, squares) / took) if tokens else 0.0
         return StepClock(took, prompts, since_ms=self.now)
 
     def _end(self, lane: LaneState) -> None:

@@ -19,8 +19,8 @@ struct Coefficients {
 
 // These as placement/native.py declares them.
 struct LaneSpec {
-    Coefficients prompt, decode, large_decode;
-    double large_rows, shared_ms, every_step_ms, draft_ms, draft_sequence_ms, tokens_per_step, rows, kv_tokens;
+    Coefficients prompt, large_prompt, decode, large_decode;
+    double large_tokens, large_rows, shared_ms, shared_rows, every_step_ms, draft_ms, draft_sequence_ms, tokens_per_step, rows, kv_tokens;
     double prompt_contention[2], decode_contention[2];  // beside prompts, beside decodes
     double cores, report_phase;
     int64_t role, chunk_tokens, max_sequences, island, host;
@@ -423,15 +423,19 @@ class Serving {
         const double sequences = lane.decoding.size(), rows = sequences * spec.rows;
         double tokens = 0.0;
         for (const auto& [_, chunk] : lane.chunks) tokens += chunk;
-        const double prompt_ms = tokens > 0 ? spec.prompt.at(tokens, squares) : 0.0;
-        double took = spec.every_step_ms + prompt_ms;
+        const Coefficients& prompts = tokens < spec.large_tokens ? spec.prompt : spec.large_prompt;
+        const double prompt_ms = tokens > 0 ? prompts.at(tokens, squares) : 0.0;
+        double took = prompt_ms, drafting = 0.0;
         lane.slope_ms = 0.0;
         if (sequences > 0) {
             const Coefficients& c = rows < spec.large_rows ? spec.decode : spec.large_decode;
-            took += c.at(lane.context + sequences, rows) + spec.draft_ms + spec.draft_sequence_ms * sequences;
+            const double decode_ms = c.at(lane.context + sequences, rows);
+            const double saved = tokens > 0 ? spec.shared_ms * std::max(0.0, 1.0 - rows / spec.shared_rows) : 0.0;
+            took = std::max({prompt_ms, decode_ms, prompt_ms + decode_ms - saved});
+            drafting = spec.draft_ms + spec.draft_sequence_ms * sequences;
             lane.slope_ms = c.b * sequences * spec.tokens_per_step;
         }
-        if (tokens > 0 && sequences > 0) took -= spec.shared_ms;
+        took += drafting + spec.every_step_ms;
         lane.busy = true;
         lane.advances = sequences > 0;
         lane.start_ms = lane.since_ms = now_;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import strategies as st
 
 from placement.latency import Coefficients, Contention, Speculation, StepLatency
@@ -42,7 +44,17 @@ _contention = st.just(Contention()) | st.builds(
 
 @st.composite
 def _groups(draw: st.DrawFn, role: Role) -> Group:
-    latency = StepLatency(draw(_coefficients), draw(_coefficients), draw(_coefficients), draw(st.integers(1, 8)), 0.5)
+    prompt, decode, large_decode = (draw(_coefficients) for _ in range(3))
+    latency = StepLatency(
+        prompt,
+        decode,
+        large_decode,
+        large_rows=draw(st.integers(1, 8)),
+        shared_ms=draw(_irregular(0.1, 20.0)),
+        shared_rows=draw(st.just(math.inf) | _irregular(1.0, 20.0)),
+        large_prompt=draw(st.none() | _coefficients),
+        large_tokens=draw(st.integers(1, 300)),
+    )
     stages = draw(st.integers(1, 2))
     return Group(
         role,

@@ -10,7 +10,7 @@ import pytest
 from placement import native
 from placement.bounds import Demand, most_rate
 from placement.goodput import Goal, attains, goodput, goodput_near, interval, next_rate
-from placement.latency import Speculation
+from placement.latency import Coefficients, Speculation
 from placement.layout import Layout, Link, Role
 from placement.native import Limits, serve, serve_unless_missed
 from placement.outcome import Targets
@@ -90,6 +90,10 @@ def test_without_a_compiler_the_verdict_is_the_definitions(monkeypatch: pytest.M
     assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 0.1, limits) is not None
 
 
+CHEAP = replace(
+    BOTH,
+    latency=replace(STEP, large_prompt=Coefficients(20.0, 0.03, 0.0), large_tokens=300, shared_ms=26.0),
+)
 LAYOUTS = {
     "colocated": ([BOTH], Layout((BOTH,))),
     "two stages": ([replace(BOTH, stages=2)], Layout((replace(BOTH, stages=2),))),
@@ -100,6 +104,11 @@ LAYOUTS = {
     "apart": (
         [replace(BOTH, role=Role.PREFILL), replace(BOTH, role=Role.DECODE)],
         apart(groups=(replace(BOTH, role=Role.PREFILL), replace(BOTH, role=Role.DECODE)), link=Link(0.01)),
+    ),
+    "cheap in large steps": ([CHEAP], Layout((CHEAP,))),
+    "cheap and apart": (
+        [replace(CHEAP, role=Role.PREFILL), replace(CHEAP, role=Role.DECODE)],
+        apart(groups=(replace(CHEAP, role=Role.PREFILL), replace(CHEAP, role=Role.DECODE)), link=Link(0.01)),
     ),
 }
 

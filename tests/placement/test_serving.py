@@ -40,6 +40,25 @@ def test_a_prompt_goes_in_chunks_beside_those_who_decode() -> None:
     assert served.outcome.e2e_ms[0] == pytest.approx(11.0 + served.outcome.ttft_ms[1])
 
 
+def test_a_prompt_that_joins_few_decodes_costs_their_step_less_than_one_that_joins_many() -> None:
+    """Two requests decode in steps of 7 ms, of which 6 ms are the weights that the prompt's 20 read too."""
+    sharing = replace(PLAIN, shared_ms=8.0, shared_rows=8.0)
+    layout = Layout((group(Role.BOTH, latency=sharing),))
+    served = serve(layout, [100, 100, 100], [50, 50, 1], [0.0, 0.0, 30.0 + 7 * 2])
+    assert served.outcome.ttft_ms[2] == pytest.approx(20.0 + 7.0 - 6.0)
+    assert sharing.step_ms(100, 0.0, 800.0, 8, 8) == pytest.approx(20.0 + 13.0)
+    assert sharing.step_ms(1, 0.0, 100.0, 1, 1) == pytest.approx(10.1)  # no less than the prompt alone
+
+
+def test_a_chunk_is_as_long_as_one_of_its_size() -> None:
+    """From 100 tokens in a step on a token takes twice as long."""
+    latency = replace(PLAIN, large_prompt=Coefficients(0.0, 0.2, 0.0), large_tokens=100)
+    layout = Layout((group(Role.BOTH, chunk_tokens=512, latency=latency),))
+    served = serve(layout, [99, 100], [1, 1], [0.0, 100.0])
+    assert served.outcome.ttft_ms == pytest.approx([19.9, 20.0])
+    assert Layout((group(Role.BOTH, latency=latency.times(2.0)),)).lanes[0].latency.prompt_ms(100, 0.0) == 40.0
+
+
 def test_what_is_around_the_groups_is_before_the_first_token() -> None:
     served = serve(Layout((group(Role.BOTH),), overhead_ms=7.0), [100], [3])
     assert served.outcome.ttft_ms == pytest.approx([27.0])
@@ -198,7 +217,12 @@ def test_requests_wait_when_nobody_is_left() -> None:
         (lambda: Layout((group(Role.BOTH, stages=0),)), "stages is 0"),
         (lambda: apart(link=Link(-1.0)), "link 0: times are 0 or more"),
         (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, prompt=Coefficients(1, -1, 0))),)), "prompt is .*-1"),
-        (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_ms=16.0)),)), "can't save 16.0 ms"),
+        (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_ms=-1.0)),)), "shared_ms is -1.0"),
+        (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_rows=0.0)),)), "shared_rows 0.0: steps save"),
+        (
+            lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, large_prompt=Coefficients(1, 1, -1))),)),
+            "large_prompt is .*-1",
+        ),
         (lambda: Layout((group(Role.BOTH),), outages=(Outage(1, 0.0, 1.0),)), "one of 1 groups"),
         (lambda: Layout((group(Role.BOTH),), report_ms=-1.0), "report_ms is -1.0, not 0 or more"),
         (lambda: serve(Layout((group(Role.BOTH, kv_tokens=100),)), [100], [9]), "room for 100 tokens .* needs 110"),

@@ -86,6 +86,13 @@ def test_a_layout_is_read_with_all_that_it_says(layout: Path) -> None:
     assert found.groups[1].speculation is not None
 
 
+def test_a_layout_may_say_what_large_steps_take_and_when_nothing_is_saved(layout: Path) -> None:
+    more = "large_rows: 100, shared_ms: 3, shared_rows: 8, large_prompt: [0, 0.2, 0], large_tokens: 256"
+    layout.write_text(LAYOUT.replace("large_rows: 100", more))
+    latency = read_layout(layout).groups[0].latency
+    assert latency.step_ms(256, 0.0, 0.0, 2, 2) == pytest.approx(51.2 + 7.0 - 3.0 * 0.75)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
