@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,8 +20,15 @@ _ELSEWHERE = ("kind", "topology_file", "ray_address", "out", "plot", "as_json")
 @click.option("--layout", "names", multiple=True, help="Run it, by its name. Default: the best, and the next three.")
 @click.option("--rates", help="Requests/s, as 0.5,1,2. Default: 30, 60 and 85 % of the best layout's goodput.")
 @click.option("--requests", default=60, type=click.IntRange(2), show_default=True, help="Of each run.")
+@click.option(
+    "--dataset",
+    type=click.Path(path_type=Path),
+    help="Questions in which prompts end. Default: random tokens; with --speculation a few questions of our own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def plan(names: tuple[str, ...], rates: str | None, requests: int, as_json: bool, **flags: Any) -> None:
+def plan(
+    names: tuple[str, ...], rates: str | None, requests: int, dataset: Path | None, as_json: bool, **flags: Any
+) -> None:
     """Serve layouts of a plan on this machine, and set what they do beside what is predicted."""
     try:
         from bench.planning.report import table
@@ -28,7 +36,7 @@ def plan(names: tuple[str, ...], rates: str | None, requests: int, as_json: bool
         from engine.checkpoints.bars import Bars
 
         with Bars() as progress:
-            found = compare(names, rates, requests, progress, **flags)
+            found = compare(names, rates, requests, dataset, progress, **flags)
     except ConfigError as error:
         raise BadFlag(error.message) from error
     except Unavailable as error:

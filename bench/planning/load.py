@@ -6,11 +6,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
 import msgspec
 import numpy as np
 import uvloop
@@ -24,6 +27,7 @@ from bench.serving.timeline import Timeline
 from cluster.config.loading import validated
 from cluster.membership import Member
 from core.errors import Unavailable
+from core.wire import STATUS_PERIOD_S
 from engine.model_config import ModelConfig
 from placement.outcome import Outcome
 from placement.profile import Setting
@@ -34,15 +38,26 @@ _WARM_UPS = 4
 """Of each worker, at once and twice over: a first step of a kind takes longer than later ones."""
 
 
-class Server:
-    """A model that is served at `url`."""
+class Computed(NamedTuple):
+    """By all workers: milliseconds in steps, and how many steps."""
 
-    def __init__(self, url: str, model: str, vocabulary: int) -> None:
+    ms: float
+    steps: float
+
+    def since(self, before: Computed) -> Computed:
+        return Computed(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+class Server:
+    """A model that is served at `url`. Prompts end in the `questions`, one after the other and over and over."""
+
+    def __init__(self, url: str, model: str, vocabulary: int, questions: Sequence[list[int]] = ()) -> None:
         self._url = url
         self._model = model
         self._vocabulary = vocabulary
         self._random = random.Random(0)
         self._numbers = itertools.count()
+        self._questions = itertools.cycle(questions or [[]])
 
     def warm_up(self, workers: int, workload: Workload) -> None:
         """With requests of its middle size. Raises Unavailable."""
@@ -55,8 +70,19 @@ class Server:
         """Raises Unavailable if a request fails."""
         return outcome_of(self.timelines(workload, rate), workload)
 
+    def computed(self) -> Computed:
+        """So far, if nothing is under way: waits until workers have told."""
+        time.sleep(2 * STATUS_PERIOD_S)
+        told = httpx.get(f"{self._url}/metrics", timeout=_TIMEOUT_S).text
+        seconds, steps = (
+            sum(map(float, re.findall(rf"^slipstream:engine_{name}_total\{{[^}}]*\}} (\S+)$", told, re.MULTILINE)))
+            for name in ("step_seconds", "steps")
+        )
+        return Computed(1e3 * seconds, steps)
+
     def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
-        """Of the requests, so many per second. Prompts are of random tokens, so that no two begin alike."""
+        """Of the requests, so many per second. Prompts are of random tokens, so that no two begin alike, up to the
+        question, if there is one; of a question that is too long there is the end."""
         http = HttpClient(f"{self._url}/v1/completions", {})
         requests = [http.request(body, f"plan-{next(self._numbers)}") for body in self._bodies(workload)]
         offsets = (workload.arrivals_ms(rate) / 1000.0).tolist()
@@ -73,9 +99,10 @@ class Server:
 
     def _bodies(self, workload: Workload) -> Iterator[bytes]:
         for prompt, output in zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True):
+            question = next(self._questions)[-prompt:]
             body: dict[str, Any] = {
                 "model": self._model,
-                "prompt": self._random.choices(range(self._vocabulary), k=prompt),
+                "prompt": self._random.choices(range(self._vocabulary), k=prompt - len(question)) + question,
                 "max_tokens": output,
                 "temperature": 0,
                 "ignore_eos": True,
@@ -98,9 +125,11 @@ def outcome_of(timelines: list[Timeline], workload: Workload) -> Outcome:
 
 
 @contextmanager
-def serving(tree: dict[str, Any], folder: Path, setting: Setting) -> Iterator[Server]:
+def serving(
+    tree: dict[str, Any], folder: Path, setting: Setting, questions: Sequence[list[int]] = ()
+) -> Iterator[Server]:
     """The workers of the configuration `tree` and a gateway. On a CPU a process has its part of cpus_per_worker, or as
-    many threads as in the setting. Raises ConfigError if one does not come up."""
+    many threads as in the setting. `questions` as for Server. Raises ConfigError if one does not come up."""
     tree = tree | {"gateway": {"port": 0}}
     config = validated(tree)
     workers: list[Module] = []
@@ -116,7 +145,7 @@ def serving(tree: dict[str, Any], folder: Path, setting: Setting) -> Iterator[Se
     with running(workers) as started:
         members = [msgspec.json.decode(worker.ready, type=Member) for worker in started]
         with running([_module(Part(tree, str(folder), members=members))]) as (gateway,):
-            yield Server(gateway.ready, config.served_name, ModelConfig.from_folder(folder).vocab_size)
+            yield Server(gateway.ready, config.served_name, ModelConfig.from_folder(folder).vocab_size, questions)
 
 
 def _module(part: Part, devices: range | None = None) -> Module:

@@ -13,6 +13,7 @@ from bench.planning.load import Server, serving
 from bench.planning.others import Others
 from bench.planning.pace import Pace, pace_of
 from bench.planning.report import heading, lines
+from bench.profiling.drafting import question_ids
 from cluster.planned import config_of
 from cluster.planning import Searched, searched
 from core.errors import ConfigError
@@ -22,15 +23,25 @@ from placement.native import serve
 from placement.outcome import Outcome
 from placement.workload import Workload
 
+_QUESTIONS = 4
+"""For each request of a run, so that drafters are hardly asked for the same twice."""
 TRIES = 2
 DISTURBED = 0.15
 """Cores that others may take during a run that counts."""
 
 
 def compare(
-    names: Sequence[str], rates: str | None, requests: int, progress: Progress, *, model: str, **flags: Any
+    names: Sequence[str],
+    rates: str | None,
+    requests: int,
+    dataset: Path | None,
+    progress: Progress,
+    *,
+    model: str,
+    **flags: Any,
 ) -> Comparison:
-    """`flags` are those of `slipstream plan`. Raises ConfigError, or Unavailable if a request fails."""
+    """`flags` are those of `slipstream plan`. Where there may be drafts, prompts end in questions (of `dataset`), as
+    those did that the drafter was profiled with. Raises ConfigError, or Unavailable if a request fails."""
     found = searched(model=model, kind=None, topology_file=None, ray_address=None, **flags)
     for warning in found.made.plan.warnings:
         progress.note(f"warning: {warning}")
@@ -43,7 +54,10 @@ def compare(
     folder = resolve(model, progress=progress)
     longest = next(iter(found.shapes.values())).profile.model.max_tokens
     workload = found.workload.no_longer_than(longest).of_length(requests)
-    runs = [run for one in chosen for run in _runs(one, at, workload, found, folder, progress)]
+    questions: list[list[int]] = []
+    if dataset is not None or found.drafter is not None:
+        questions = question_ids(folder, dataset, _QUESTIONS * requests, int(workload.output_tokens.max()))
+    runs = [run for one in chosen for run in _runs(one, at, workload, found, folder, questions, progress)]
     return Comparison.of(model, found.goal.targets, requests, found.made.candidates[0].name, runs)
 
 
@@ -53,6 +67,7 @@ def _runs(
     workload: Workload,
     found: Searched,
     folder: Path,
+    questions: Sequence[list[int]],
     progress: Progress,
 ) -> list[Run]:
     progress.begin(f"{candidate.name}: starting")
@@ -60,7 +75,7 @@ def _runs(
     tree = config_of(candidate, found.shapes, found.limits, found.topology, found.drafter)
     setting = found.shapes[candidate.decode.name].profile.setting
     runs = []
-    with serving(tree, folder, setting) as server:
+    with serving(tree, folder, setting, questions) as server:
         server.warm_up(candidate.stages, workload)
         now = partial(pace_of, server, candidate.layout, workload)
         before = now()

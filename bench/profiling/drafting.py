@@ -57,7 +57,7 @@ def measure_drafting(
     drafter = ",".join(settings.drafters)
     progress.begin(f"measuring drafts by {drafter}", effort.rounds)
     count = sum(BATCHES) * effort.rounds
-    prompts = _questions(folder, dataset, count, effort.max_tokens)
+    prompts = question_ids(folder, dataset, count, effort.max_tokens)
     spent = [_Spent(runner, settings, batch, effort.max_tokens) for batch in BATCHES]
     left = iter(prompts)
     for done in range(1, 1 + effort.rounds):
@@ -80,8 +80,9 @@ def measure_drafting(
     )
 
 
-def _questions(folder: Path, dataset: Path | None, count: int, max_tokens: int) -> list[list[int]]:
-    """Over and over if there are fewer. Of our own, the end that leaves room for the answer."""
+def question_ids(folder: Path, dataset: Path | None, count: int, max_tokens: int) -> list[list[int]]:
+    """So many, over and over if there are fewer, of the dataset or of our own; of the latter the end that leaves room
+    for an answer. Raises ConfigError, naming the line of the dataset at fault."""
     model = ServedModel.load(folder, [""])
     if dataset is None:
         room = max(1, model.max_model_len - max_tokens)

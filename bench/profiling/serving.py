@@ -1,5 +1,5 @@
 """What is around the steps of a worker that serves: gateway, links, hand-off. Requests are put to real workers, alone
-and eight at once, and what their tokens take longer than the fit says of their steps is what serving adds."""
+and eight at once, and what their tokens take longer than the workers say of their steps is what serving adds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from bench.planning.load import Server, serving
+from bench.planning.load import Computed, Server, serving
 from bench.profiling.together import Together
 from bench.serving.timeline import Timeline
 from engine.checkpoints import Progress
@@ -23,10 +23,18 @@ from placement.workload import Workload
 _PROMPT = 256
 """Tokens of the longer prompts; the shorter have a quarter."""
 _OUTPUT = 33
+_HANDED = 9
+"""Tokens of answers to prompts that are handed over."""
 _BATCH = 8
 _LEAST_GAP_S = 0.1
 _ALONE = 8
 """Requests of a length that come one at a time."""
+_SHORT = 16
+"""Tokens of the prompt of an answer that others come beside."""
+_SPARE = 1.3
+"""So many times as long it goes on, as machines get faster, too."""
+_PAIRS = 16
+"""Of a length, where prompts are handed over and where they are not."""
 
 
 def measure_serving(
@@ -43,27 +51,21 @@ def measure_serving(
         return serving({"model": model.name, "engine": engine, "cluster": cluster}, folder, profile.setting)
 
     with served(colocated=True, decode_replicas=1) as server:
-        alone = asked.one_at_a_time(server)
-        batch = asked.at_once(server)
+        around = asked.around(server)
     step_ms, gap_ms, contention = 0.0, 0.0, None
     if 2 * profile.setting.devices <= cores:
         with served(prefill_replicas=1, decode_replicas=1, handoff_min_tokens=0) as server:
-            step_ms, gap_ms = asked.handed_over_ms(server)
-    together = asked.together(alone, model.max_tokens)
+            step_ms, gap_ms = asked.handed_over_ms(server, model.max_tokens)
+    together = asked.together(around, model.max_tokens)
     if others and together.lasts:
         with served(colocated=True, decode_replicas=1 + others) as server:
             server.warm_up(1 + others, _at_once([(longest, _OUTPUT)]))
             contention = together.contention(server, others, rounds, progress)
-            again = asked.one_at_a_time(server)  # a while later, as the machine is not as fast at all times
-        alone = {length: found + again[length] for length, found in alone.items()}
-    overhead, token = asked.overhead(alone)
-    one = max(0.0, asked.gap_ms(alone[asked.lengths[0]]) - asked.decode_ms(1))
-    each = max(0.0, (asked.gap_ms(batch) - asked.decode_ms(_BATCH) - one) / (_BATCH - 1))
     return Serving(
-        overhead_ms=overhead,
-        prompt_token_ms=token,
-        step_ms=max(0.0, one - each),
-        sequence_ms=each,
+        overhead_ms=around.overhead_ms,
+        prompt_token_ms=around.prompt_token_ms,
+        step_ms=around.step_ms,
+        sequence_ms=around.sequence_ms,
         handoff_step_ms=step_ms,
         handoff_gap_ms=gap_ms,
         contention=contention,
@@ -83,68 +85,104 @@ def _at_once(asked: list[tuple[int, int]]) -> Workload:
     return Workload(prompts, outputs, np.zeros(len(asked)))
 
 
+class Asked(Protocol):
+    """A server whose workers tell how long they have computed."""
+
+    def timelines(self, workload: Workload, rate: float) -> list[Timeline]: ...
+
+    def computed(self) -> Computed: ...
+
+
+@dataclass(frozen=True)
+class _Around:
+    """As in Serving, and what first tokens of the longest prompts took, and further ones."""
+
+    overhead_ms: float
+    prompt_token_ms: float
+    step_ms: float
+    sequence_ms: float
+    ttft_ms: float
+    gap_ms: float
+
+
 @dataclass(frozen=True)
 class _Asked:
-    """Requests with prompts of these `lengths`."""
+    """Requests with prompts of these `lengths`, the shorter first."""
 
     latency: StepLatency
     lengths: list[int]
 
-    def one_at_a_time(self, server: Server, outputs: Sequence[int] = (_OUTPUT,)) -> dict[int, list[Timeline]]:
-        """By length, in turns, and of a length answers of all these `outputs` in turns."""
-        asked = [(length, output) for _ in range(_ALONE) for length in self.lengths for output in outputs]
-        longest = max(self.lengths)
-        alone_ms = self.latency.prompt.at(longest, longest**2) + max(outputs) * self.decode_ms(1)
-        found = self._timelines(server, asked, max(_LEAST_GAP_S, 1.3e-3 * alone_ms))
-        return {length: [t for (n, _), t in zip(asked, found, strict=True) if n == length] for length in self.lengths}
-
-    def at_once(self, server: Server) -> list[Timeline]:
-        return self._timelines(server, [(self.lengths[0], _OUTPUT)] * _BATCH, 0.0)
-
-    def _timelines(self, server: Server, asked: list[tuple[int, int]], gap: float) -> list[Timeline]:
-        """The same again after a first time, at once, that warms up."""
-        requests = _at_once(asked)
-        for gaps in (requests.gaps, np.full(len(asked), gap)):
-            found = server.timelines(requests.with_gaps(gaps), 1.0)
-        return found
-
-    def overhead(self, alone: dict[int, list[Timeline]]) -> tuple[float, float]:
-        """What first tokens take longer than steps of prompts: at all, and for each token of the prompt; ms."""
-        return _line([(length, self.later_ms(found)) for length, found in alone.items()])
-
-    def handed_over_ms(self, server: Server) -> tuple[float, float]:
-        """What hand-offs add to the steps of prompts, and to the gap after the first token. Answers of a token end
-        where the prompt is computed: they are what there is without."""
-        found = self.one_at_a_time(server, (1, _OUTPUT))
-        kept, handed = (
-            {n: [t for t in found[n] if (len(t.chunks) > 1) is over] for n in found} for over in (False, True)
+    def around(self, server: Asked) -> _Around:
+        """By what the worker says that its steps took meanwhile: a machine that has become slower since these were
+        measured, as one that is shared does, makes them longer, and not what is around them."""
+        firsts = [self._watched(server, [(length, 1)] * _ALONE) for length in self.lengths]
+        outside = [statistics.fmean(t.ttft for t in found) * 1e3 - spent.ms / _ALONE for found, spent in firsts]
+        overhead_ms, token_ms = _line([*zip(self.lengths, outside, strict=True)])
+        alone, spent = self._watched(server, [(self.lengths[0], _OUTPUT)] * _ALONE)
+        later = sum(t.latency for t in alone) * 1e3 - spent.ms - _ALONE * outside[0]
+        one = max(0.0, later / (_ALONE * (_OUTPUT - 1)))
+        batch, spent = self._watched(server, [(self.lengths[0], _OUTPUT)] * _BATCH, at_once=True)
+        took_ms = (max(t.end for t in batch) - min(t.start for t in batch)) * 1e3
+        each = max(0.0, ((took_ms - spent.ms - outside[0]) / spent.steps - one) / (_BATCH - 1))
+        return _Around(
+            overhead_ms=overhead_ms,
+            prompt_token_ms=token_ms,
+            step_ms=max(0.0, one - each),
+            sequence_ms=each,
+            ttft_ms=statistics.median(t.ttft for t in firsts[-1][0]) * 1e3,
+            gap_ms=_gap_ms(alone),
         )
-        step_ms = statistics.mean(self.later_ms(handed[n]) - self.later_ms(kept[n]) for n in self.lengths)
-        firsts = [timeline.itl[0] for some in handed.values() for timeline in some]
-        gap_ms = statistics.median(firsts) * 1e3 - self.gap_ms(handed[self.lengths[0]])
+
+    def _watched(
+        self, server: Asked, asked: list[tuple[int, int]], *, at_once: bool = False
+    ) -> tuple[list[Timeline], Computed]:
+        """And what the worker computed meanwhile."""
+        server.timelines(_at_once(asked), 1.0)  # a first step of a kind takes longer
+        before = server.computed()
+        found = server.timelines(
+            _at_once(asked).with_gaps(np.full(len(asked), 0.0 if at_once else self._gap_s(asked))), 1.0
+        )
+        return found, server.computed().since(before)
+
+    def _gap_s(self, asked: list[tuple[int, int]]) -> float:
+        """That one has ended when the next comes."""
+        prompt, output = max(prompt for prompt, _ in asked), max(output for _, output in asked)
+        decode_ms = self.latency.step_ms(0, 0.0, prompt + output, 1, 1)
+        return max(_LEAST_GAP_S, 1.3e-3 * (self.latency.prompt_ms(prompt, prompt**2) + output * decode_ms))
+
+    def handed_over_ms(self, server: Asked, most_tokens: int) -> tuple[float, float]:
+        """What hand-offs add to the steps of prompts, and to the gap after the first token. Answers of a token end
+        where the prompt is computed: they are what there is without, and come right before those or right after, as a
+        machine is not as fast at all times. Meanwhile another answer is computed, for as long as one of `most_tokens`
+        goes on: where KV leaves and where it comes somebody computes then, and who seals and copies it is in the
+        way. The gap is that of prompts alone: beside others a step has to end first, which is none of a hand-off."""
+        turns = [(1, _HANDED), (_HANDED, 1)] * (_PAIRS // 2)
+        asked = [(length, output) for turn in turns for length in self.lengths for output in turn]
+        gap_s = self._gap_s(asked)
+        lasts = round(_SPARE * len(asked) * gap_s * 1e3 / self.latency.step_ms(0, 0.0, self.lengths[0], 1, 1))
+        asked.insert(0, (_SHORT, min(lasts, most_tokens - _SHORT)))
+        server.timelines(_at_once(asked[1:]), 1.0)
+        beside, *found = server.timelines(_at_once(asked).with_gaps(np.full(len(asked), gap_s)), 1.0)
+        pairs = [sorted(pair, key=lambda t: len(t.chunks)) for pair in zip(found[::2], found[1::2], strict=True)]
+        pairs = [pair for pair in pairs if max(t.end for t in pair) <= beside.end] or pairs
+        step_ms = statistics.median(two.ttft - one.ttft for one, two in pairs) * 1e3
+        few = _at_once([(self.lengths[0], _HANDED)] * _ALONE)
+        alone = server.timelines(few.with_gaps(np.full(_ALONE, gap_s)), 1.0)
+        gap_ms = statistics.median(t.itl[0] for t in alone) * 1e3 - _gap_ms(alone)
         return max(0.0, step_ms), max(0.0, gap_ms)
 
-    def together(self, alone: dict[int, list[Timeline]], max_tokens: int) -> Together:
-        """With the longer prompts, by what they and the tokens of their answers took `alone`."""
-        longest, (overhead_ms, _) = self.lengths[-1], self.overhead(alone)
+    def together(self, around: _Around, max_tokens: int) -> Together:
+        """With the longer prompts."""
         return Together(
-            prompt_tokens=longest,
-            prompt_ms=statistics.median(t.ttft for t in alone[longest]) * 1e3 - overhead_ms,
-            decode_ms=self.gap_ms(alone[longest]),
-            overhead_ms=overhead_ms,
+            prompt_tokens=self.lengths[-1],
+            prompt_ms=around.ttft_ms - around.overhead_ms,
+            decode_ms=around.gap_ms,
+            overhead_ms=around.overhead_ms,
             max_tokens=max_tokens,
         )
 
-    def later_ms(self, timelines: list[Timeline]) -> float:
-        """By how much their first tokens came later than the step of the prompt takes, by the median."""
-        tokens = timelines[0].prompt_tokens or 0
-        return statistics.median(t.ttft for t in timelines) * 1e3 - self.latency.prompt.at(tokens, tokens**2)
 
-    def decode_ms(self, sequences: int) -> float:
-        context = sequences * (self.lengths[0] + _OUTPUT * 3 // 4)
-        return self.latency.step_ms(0, 0.0, context, sequences, sequences)
-
-    def gap_ms(self, timelines: list[Timeline]) -> float:
-        """Of the later gaps between tokens, as all of the requests decode by then, the mean, which is what the time per
-        token is made of: some steps take longer than most. Of the requests the median."""
-        return statistics.median(statistics.fmean(timeline.itl[-_OUTPUT // 2 :]) for timeline in timelines) * 1e3
+def _gap_ms(timelines: Sequence[Timeline]) -> float:
+    """Of the later half of the gaps between tokens the mean, which is what the time per token is made of: some steps
+    take longer than most. Of the requests the median."""
+    return statistics.median(statistics.fmean(t.itl[len(t.itl) // 2 :]) for t in timelines) * 1e3

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from bench.planning.choice import rates_of
 from bench.planning.comparison import Comparison, Outcomes, Run
-from bench.planning.load import outcome_of, serving
+from bench.planning.load import Server, outcome_of, serving
 from bench.planning.others import Others
 from bench.planning.pace import Pace, beside, pace_of
 from bench.planning.part import Part, answer
@@ -32,7 +32,7 @@ from placement.layout import Layout
 from placement.layout import Role as Does
 from placement.native import serve
 from placement.outcome import Outcome, Targets
-from placement.profile import Setting, write_profile
+from placement.profile import Drafting, Setting, write_profile
 from placement.workload import Workload
 from tests.children import children_with
 from tests.placement.layouts import group
@@ -164,9 +164,13 @@ def test_workers_and_gateway_are_processes_that_hand_over_and_end(model) -> None
     with serving(tree, model, Setting(device="cpu")) as server:
         parts = children_with("bench.planning.part")
         assert len(parts) == 3
+        before = server.computed()
         found = server.timelines(workload([20, 30, 5], [4, 1, 9], [0.0, 0.01, 0.01]), 1.0)
+        computed = server.computed().since(before)
     assert [len(timeline.chunks) for timeline in found] == [4, 1, 9]
     assert [timeline.prompt_tokens for timeline in found] == [20, 30, 5]
+    assert 3 + 8 <= computed.steps <= 3 + 3 + 8
+    assert 0.0 < computed.ms < 1e3 * sum(timeline.latency for timeline in found)
     assert not any(part.is_running() for part in parts)
 
 
@@ -189,9 +193,9 @@ async def test_a_worker_that_dies_before_its_gateway_is_ready_is_named(model, mo
         await asyncio.wait_for(answer(Part(tree, str(model), members=[dead]), validated(tree)), 60)
 
 
-def planned(model: Path, folder: Path, *flags: str):
+def planned(model: Path, folder: Path, *flags: str, **changes: object):
     facts = replace(profile().model, name=str(model), dtype="float32", max_tokens=256, weight_bytes=10**6)
-    write_profile(replace(profile(), model=facts), folder / "profile.json")
+    write_profile(replace(profile(**changes), model=facts), folder / "profile.json")
     fixed = ["--slo", "ttft=5000,tpot=500", "--lengths", "prompt=20,output=6", "--kv-cache-memory", "1GiB"]
     return CliRunner().invoke(
         cli, ["bench", "plan", str(model), "--profile", str(folder / "profile.json"), *fixed, *flags]
@@ -211,6 +215,35 @@ def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_p
     paces = [math.sqrt(before * after) for before, after in zip(told["before"], told["after"], strict=True)]
     at_pace = told["at_pace"]["ttft_ms"]["p50"] / told["predicted"]["ttft_ms"]["p50"]
     assert min(1.0, *paces) - 1e-9 <= at_pace <= max(1.0, *paces) + 1e-9
+
+
+def test_prompts_end_in_questions_and_no_two_begin_alike() -> None:
+    server = Server("http://127.0.0.1:1", "m", 1000, [[1, 2, 3], [4, 5]])
+    asked = workload([6, 2, 6], [1, 1, 1], [0.0] * 3)
+    prompts = [json.loads(body)["prompt"] for body in server._bodies(asked)]
+    assert [len(prompt) for prompt in prompts] == [6, 2, 6]
+    assert [prompt[-2:] for prompt in prompts] == [[2, 3], [4, 5], [2, 3]]
+    assert prompts[0][:3] != prompts[2][:3]
+
+
+def test_a_layout_with_drafts_is_run_with_the_questions_of_a_file(model, tmp_path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"turns": ["abcabcabcabcabcabc"]}\n')
+    drafts = Drafting(
+        drafter="prompt_lookup",
+        prompts="asked.jsonl",
+        budget=3,
+        acceptance_length=1.5,
+        rows=2.0,
+        draft_ms=0.1,
+        draft_sequence_ms=0.1,
+    )
+    flags = ["--layout", "1 x cpu TP1 with drafts, chunks of 512", "--rates", "20", "--requests", "5", "--json"]
+    flags += ["--speculation", "prompt_lookup", "--dataset", str(tmp_path / "asked.jsonl")]
+    result = planned(model, tmp_path, *flags, drafting=(drafts,))
+    assert result.exit_code == 0, result.output
+    (told,) = json.loads(result.stdout)["runs"]
+    assert told["layout"] == "1 x cpu TP1 with drafts, chunks of 512"
+    assert told["measured"]["tpot_ms"]["p50"] > 0.0
 
 
 def test_a_layout_that_is_not_in_the_plan_is_refused_with_those_that_are(model, tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bench.planning.load import Computed
 from bench.profiling.serving import _Asked
 from bench.profiling.together import Together
 from bench.serving.timeline import Timeline
@@ -107,8 +108,43 @@ def test_prompts_that_came_when_no_answer_went_on_any_more_tell_nothing() -> Non
     assert (found.prompt[1], found.decode[0]) == pytest.approx((1.2, 1.1))
 
 
+class Served:
+    """A worker whose steps take `slower` times as long as they were measured to. Around it requests take 5 ms and 0.01
+    for each token of the prompt before the first token, and steps that decode 0.4 ms and 0.05 for each sequence."""
+
+    def __init__(self, slower: float) -> None:
+        self.slower, self.told = slower, Computed(0.0, 0.0)
+
+    def computed(self) -> Computed:
+        return self.told
+
+    def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
+        columns = (workload.prompt_tokens.tolist(), workload.output_tokens.tolist())
+        found, at_once = [], len(workload) if workload.gaps.max() == 0 else 1
+        for prompt, tokens, at_ms in zip(*columns, workload.arrivals_ms(rate).tolist(), strict=True):
+            prompt_ms = self.slower * STEP.prompt_ms(at_once * prompt, at_once * prompt**2)
+            decode_ms = self.slower * STEP.step_ms(0, 0.0, at_once * prompt, at_once, at_once)
+            around_ms = 0.4 + 0.05 * at_once
+            first = at_ms + 5.0 + 0.01 * prompt + prompt_ms
+            one = Timeline(index=len(found), start=at_ms / 1e3, prompt_tokens=prompt)
+            one.chunks = [(first + n * (decode_ms + around_ms)) / 1e3 for n in range(tokens)]
+            one.end = one.chunks[-1]
+            found.append(one)
+            steps = Computed(prompt_ms + (tokens - 1) * decode_ms, tokens)
+            self.told = Computed(*(a + b / at_once for a, b in zip(self.told, steps, strict=True)))
+        return found
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.0, 1.3])
+def test_what_is_around_steps_does_not_hang_on_how_fast_the_machine_is(slower: float) -> None:
+    found = _Asked(STEP, [64, 256]).around(Served(slower))
+    assert (found.overhead_ms, found.prompt_token_ms) == pytest.approx((5.0, 0.01))
+    assert (found.step_ms, found.sequence_ms) == pytest.approx((0.4, 0.05), rel=0.1)
+
+
 class Apart:
-    """Prompts and answers apart: an answer of a token needs no hand-off, which takes 7 ms, and 3 before the second."""
+    """Prompts and answers apart: an answer of a token needs no hand-off, which takes 7 ms, and 9 before the second
+    token; but 4 and 3 as long as no other answer is computed."""
 
     def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
         columns = (
@@ -116,15 +152,21 @@ class Apart:
             workload.output_tokens.tolist(),
             workload.arrivals_ms(rate).tolist(),
         )
-        found = []
+        found: list[Timeline] = []
         for prompt, tokens, at_ms in zip(*columns, strict=True):
-            ttft = STEP.prompt.at(prompt, prompt**2) + 5.0 + (7.0 if tokens > 1 else 0.0)
-            later = [0.0] + [13.0 + 10.0 * n for n in range(tokens - 1)]
+            beside = any(at_ms < 1e3 * other.end for other in found)
+            ttft = STEP.prompt.at(prompt, prompt**2) + 5.0 + ((7.0 if beside else 4.0) if tokens > 1 else 0.0)
+            later = [0.0] + [(19.0 if beside else 13.0) + 10.0 * n for n in range(tokens - 1)]
             one = Timeline(index=len(found), start=at_ms / 1e3, prompt_tokens=prompt)
             one.chunks = [one.start + (ttft + more) / 1e3 for more in later]
+            one.end = one.chunks[-1]
             found.append(one)
         return found
 
 
 def test_a_hand_off_costs_what_the_same_prompts_take_longer_than_where_there_is_none() -> None:
-    assert _Asked(STEP, [64, 256]).handed_over_ms(Apart()) == pytest.approx((7.0, 3.0))  # type: ignore[arg-type]
+    """And while another answer is computed, for as long as that can be."""
+    asked = _Asked(STEP, [64, 256])
+    for most_tokens in (8192, 100):
+        assert asked.handed_over_ms(Apart(), most_tokens) == pytest.approx((7.0, 3.0))  # type: ignore[arg-type]
+    assert asked.handed_over_ms(Apart(), 17) == pytest.approx((4.0, 3.0))  # type: ignore[arg-type]
