@@ -43,6 +43,11 @@ class Step:
         self._candidates = [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
 
     @property
+    def decoding(self) -> tuple[list[EngineSequence], NDArray[np.int64]]:
+        """Of a step of decodes: its sequences, and the index of the token that each has a row of."""
+        return [chunk.sequence for chunk in self._chunks], np.array([chunk.start for chunk in self._chunks], np.int64)
+
+    @property
     def first_rows(self) -> NDArray[np.int64]:
         """[samples] the first logit row of each chunk that samples."""
         return self._first_logits[self._sampled]
@@ -125,16 +130,13 @@ def observed(
 
 
 def observed_in_turn(steps: Sequence[Step], needs: Needs) -> tuple[list[EngineSequence], Observed]:
-    """`observed` hidden states of plain steps that followed each other, of the same sequences: those of each together,
-    in the order of its tokens."""
-    rows = [step.rows_beside((), all_rows=True) for step in steps]
-    first = rows[0]
-    assert first is not None, "a plain step has rows"
-    seen = [observed(step, Needs(taps=needs.taps), *one.places) for step, one in zip(steps, rows, strict=True) if one]
-    offsets = offsets_of(np.full(len(first.sequences), len(seen), np.int64))
-    indices = np.stack([one.indices for one in seen], 1).ravel()
-    taps = {tap: torch.stack([one.taps[tap] for one in seen], 1).flatten(0, 1) for tap in needs.taps}
-    return first.sequences, Observed(offsets, indices, taps)
+    """`observed` hidden states of steps that followed each other, in which the same sequences decode, a row each, and
+    nothing else is computed: those of each sequence together, in the order of its tokens."""
+    sequences, starts = steps[0].decoding
+    offsets = offsets_of(np.full(len(sequences), len(steps), np.int64))
+    indices = (starts[:, None] + np.arange(len(steps))).ravel()
+    taps = {tap: torch.stack([step.output.taps[tap] for step in steps], 1).flatten(0, 1) for tap in needs.taps}
+    return sequences, Observed(offsets, indices, taps)
 
 
 def _plain_rows(chunk: Chunk) -> int:
