@@ -148,7 +148,8 @@ class Crew:
 
     def absorbing_all(self, name: str, steps: Sequence[Step]) -> Callable[[], None]:
         """`absorbing` of plain steps of the same sequences, one after the other, at once."""
-        sequences, seen = observed_in_turn(steps, self[name].needs)
+        needs = self[name].needs
+        sequences, seen = observed_in_turn(steps if needs.all_rows else steps[-1:], needs)
         return partial(self[name].absorb, self.requests(sequences), seen)
 
     # --- hand-off --------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class InBatch:
         self._rounds: deque[Round | None] = deque()  # None: the controller rests
         self._rest = Rest([], 0)
         self._num_rested = 0
-        self._untold: list[Step] = []  # of a rest, in a row and of the same sequences, for who reads all hidden states
+        self._untold: list[Step] = []  # plain ones in a row of the same sequences, for who reads hidden states
         self._soon = True  # whether drafts may be asked for right after the step that was proposed for last
         self._under_way = 0  # steps
         self._wishes: dict[str, Wishes] = {}
@@ -141,7 +141,6 @@ class InBatch:
         self._under_way += 1
         if not self._rest.covers(schedule.chunks):
             self._soon = True
-            self._tell_of_rest()
             return False
         self._rest.left -= 1
         self._soon = not self._rest.left
@@ -184,6 +183,7 @@ class InBatch:
     def _draft(
         self, round_: Round, candidates: Sequence[Candidate], wishes: Sequence[Wishes]
     ) -> list[Draft | None] | None:
+        self._tell_untold()
         groups: dict[tuple[str, str], list[int]] = {}
         for place, wish in enumerate(wishes):
             name = round_.budgets.drafters[place]
@@ -258,10 +258,10 @@ class InBatch:
         plain = num_decodes == len(schedule.chunks) and not drafted
         if learners := list(self._crew) if drafted else self._readers(output, plain=plain):
             step = Step(schedule, batch, output)
-            if plain and round_ is None:
+            if plain:
                 learners = self._tell_later(learners, step)
             else:
-                self._tell_of_rest()
+                self._tell_untold()
             self._teach(learners, step, round_, plain=plain)
         self._allowance.earn(output.seconds)
         self._crew.step_took(output.seconds)
@@ -273,7 +273,7 @@ class InBatch:
             self.counters.step_seconds += output.seconds
 
     def forget(self, sequence: EngineSequence) -> None:
-        self._tell_of_rest()
+        self._tell_untold()
         self._wishes.pop(sequence.request_id, None)
         self._crew.forget(sequence)
 
@@ -316,21 +316,22 @@ class InBatch:
         ]
 
     def _tell_later(self, learners: Sequence[str], step: Step) -> list[str]:
-        """Those who are told of a step of a rest at once; the others are together with what follows, which takes a
-        fraction of the time of telling them of each."""
+        """Those who are told of a plain step at once; the others are before they draft, together with what follows,
+        which takes a fraction of the time of telling them of each."""
         now = [name for name in learners if not self._crew[name].needs.can_wait]
         if len(now) < len(learners):
+            if len(self._untold) == MOST_UNTOLD or (self._untold and self._untold[0].sequences != step.sequences):
+                self._tell_untold()
             self._untold.append(step)
-            if not self._rest.left or len(self._untold) == MOST_UNTOLD:
-                self._tell_of_rest()
         return now
 
-    def _tell_of_rest(self) -> None:
-        """Of its steps that were kept, those who can wait."""
+    def _tell_untold(self) -> None:
+        """Of plain steps that were kept, those who can wait."""
         steps, self._untold = self._untold, []
         for name in self._crew if steps else ():
-            if self._crew[name].needs.can_wait:
-                self._crew.call(name, self._crew.absorbing_all(name, steps))
+            needs = self._crew[name].needs
+            if needs.can_wait and (seen := [step for step in steps if step.output.taps.keys() >= set(needs.taps)]):
+                self._crew.call(name, self._crew.absorbing_all(name, seen))
 
     def _teach(self, names: Sequence[str], step: Step, round_: Round | None, *, plain: bool) -> None:
         for name in names:

@@ -59,7 +59,7 @@ class Needs:
     @property
     def can_wait(self) -> bool:
         """Whether it may be told of several plain steps at once. Not who wants logits of them: those are large."""
-        return self.all_rows and not self.top
+        return bool(self.taps) and not self.top
 
 
 @dataclass(frozen=True, slots=True)

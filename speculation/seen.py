@@ -43,9 +43,13 @@ class Step:
         self._candidates = [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
 
     @property
-    def decoding(self) -> tuple[list[EngineSequence], NDArray[np.int64]]:
-        """Of a step of decodes: its sequences, and the index of the token that each has a row of."""
-        return [chunk.sequence for chunk in self._chunks], np.array([chunk.start for chunk in self._chunks], np.int64)
+    def sequences(self) -> list[EngineSequence]:
+        return [chunk.sequence for chunk in self._chunks]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[sequences] index of the token of each one's first row."""
+        return np.array([chunk.start for chunk in self._chunks], np.int64)
 
     @property
     def first_rows(self) -> NDArray[np.int64]:
@@ -132,7 +136,7 @@ def observed(
 def observed_in_turn(steps: Sequence[Step], needs: Needs) -> tuple[list[EngineSequence], Observed]:
     """`observed` hidden states of steps that followed each other, in which the same sequences decode, a row each, and
     nothing else is computed: those of each sequence together, in the order of its tokens."""
-    sequences, starts = steps[0].decoding
+    sequences, starts = steps[0].sequences, steps[0].starts
     offsets = offsets_of(np.full(len(sequences), len(steps), np.int64))
     indices = (starts[:, None] + np.arange(len(steps))).ravel()
     taps = {tap: torch.stack([step.output.taps[tap] for step in steps], 1).flatten(0, 1) for tap in needs.taps}

@@ -292,6 +292,7 @@ class Hand:
         }
         for sequence in self._sequences.values():
             sequence.block_table.extend(range(8))
+        self._asked: dict[int, tuple[int, ...]] = {}
 
     def begin(self, names: str) -> Schedule:
         sequences = [self._sequences[name] for name in names]
@@ -301,28 +302,42 @@ class Hand:
             self._speculator.propose([Candidate(one, BUDGET) for one in sequences], 0)
         for one in sequences:
             one.token_ids.append(1)
+        self._asked[id(schedule)] = self._speculator.taps
         return schedule
 
     def end(self, schedule: Schedule) -> None:
         hidden = torch.tensor([[float(chunk.start)] for chunk in schedule.chunks])
         count = len(schedule.chunks)
-        batch = build_batch(schedule, taps=self._speculator.taps)
-        self._speculator.settle(schedule, batch, StepOutput(np.ones(count, np.int64), taps={1: hidden}))
+        batch = build_batch(schedule)
+        taps = {1: hidden} if self._asked.pop(id(schedule)) else {}
+        self._speculator.settle(schedule, batch, StepOutput(np.ones(count, np.int64), taps=taps))
+
+    def forget(self, name: str) -> None:
+        self._speculator.forget(self._sequences[name])
 
 
-def test_who_reads_all_rows_is_told_of_a_rest_before_drafts_are_asked_for(model: ModelRunner) -> None:
-    drafter = Reader(Needs(taps=(1,)))
-    hand = Hand(in_batch(drafter, controller=Rests(100)))
-    for names in ("a", "a", "a"):
+class AsksForTwo(Rests):
+    """For drafts of a batch of two, and else to be left alone."""
+
+    def budget(self, load: Load, stats: Acceptance) -> Budgets:
+        budgets = super().budget(load, stats)
+        asked = np.full(2, BUDGET)
+        return budgets if len(load.classes) < 2 else Budgets(asked, asked, budgets.drafters)
+
+
+@pytest.mark.parametrize("needs", [Needs(taps=(1,)), Needs(taps=(1,), only_latest=True)])
+def test_who_reads_hidden_states_is_told_of_plain_steps_before_it_drafts(needs: Needs) -> None:
+    drafter = Reader(needs)
+    hand = Hand(in_batch(drafter, controller=AsksForTwo(1)))
+    for names in ("a", "a", "a", "a"):
         hand.end(hand.begin(names))
-    assert [index for _, index, _ in drafter.rows()] == [19]
-    both = hand.begin("ab")
-    assert [index for _, index, _ in drafter.rows()] == [19, 20, 21]
-    hand.end(both)
-    assert sorted((key, index) for key, index, _ in drafter.rows()) == [(0, 19), (0, 20), (0, 21), (0, 22), (1, 19)]
+    assert not drafter.absorbed
+    hand.begin("ab")
+    assert [index for _, index, _ in drafter.rows()] == ([22] if needs.only_latest else [19, 20, 21, 22])
+    assert (drafter.asked, drafter.ready) == (2, 1)  # of the other nothing was computed here
 
 
-def test_steps_that_are_settled_after_others_were_begun_are_told_of_in_their_order(model: ModelRunner) -> None:
+def test_steps_that_are_settled_after_others_were_begun_are_told_of_in_their_order() -> None:
     drafter = Reader(Needs(taps=(1,)))
     hand = Hand(in_batch(drafter, controller=Rests(100)))
     hand.end(hand.begin("a"))
@@ -330,12 +345,13 @@ def test_steps_that_are_settled_after_others_were_begun_are_told_of_in_their_ord
     both = hand.begin("ab")
     for schedule in (resting, both):
         hand.end(schedule)
+    hand.forget("a")
     told = [(key, index, int(state)) for key, index, state in drafter.rows()]
     assert told == [(0, 19, 19), (0, 20, 20), (0, 21, 21), (1, 19, 19)]
 
 
 @pytest.mark.parametrize("needs", [Needs(taps=(1,)), Needs(taps=(1,), only_latest=True)])
-def test_hidden_states_of_a_rest_are_read_at_once_or_not_at_all(model: ModelRunner, needs: Needs) -> None:
+def test_hidden_states_of_plain_steps_are_read_at_once_or_not_at_all(model: ModelRunner, needs: Needs) -> None:
     jobs = [reproducible.Job(20 + more, SamplingParams(max_tokens=23, temperature=0.0)) for more in (0, 3)]
     every, drafter = Reader(Needs(taps=(1,), top=1)), Reader(needs)
     for one in (every, drafter):
@@ -344,12 +360,12 @@ def test_hidden_states_of_a_rest_are_read_at_once_or_not_at_all(model: ModelRunn
     states = {(key, index): state for key, index, state in every.rows()}
     shown = [index for key, index, state in drafter.rows() if key == 0 and torch.equal(state, states[key, index])]
     steps = [requests for requests, _ in drafter.absorbed]
-    if needs.only_latest:  # the last row of the prompt and of each rest
-        assert shown == [19, *range(24, 42, 5)]
-        assert len(steps) == 5
+    if needs.only_latest:  # of the prompt, and of the last step after which drafts could have been asked for
+        assert shown == [19, 39]
+        assert len(steps) == 2
     else:
         assert shown == list(range(42))
-        assert len(steps) == 1 + 5 + 5  # prompts, steps that the controller was asked about, and rests
+        assert len(steps) == 1 + 2  # prompts, 16 steps, and 6
 
 
 def test_what_the_engine_does_around_a_step_counts_with_it(model: ModelRunner) -> None:
