@@ -7,6 +7,7 @@ that workers of any block size, and the router, name the same prefix alike.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -76,10 +77,8 @@ class BlockManager:
         without a token to compute there would be no logits; and all of them while the prompt's logprobs are owed."""
         if not self.enable_prefix_caching or sequence.owes_prompt_logprobs:
             return []
-        self._extend_digests(sequence)
         hits: list[int] = []
-        last = min(len(sequence.token_ids) - 1, len(sequence.unit_digests) * UNIT) // self.block_size
-        for index in range(last):
+        for index in range(self._num_shareable_blocks(sequence)):
             block = self._cached.get(self._key_of(sequence, index))
             if block is None:
                 break
@@ -91,24 +90,20 @@ class BlockManager:
         if not self.enable_prefix_caching or sequence.owes_prompt_logprobs:
             return None
         index = len(self.cached_prefix(sequence))
-        end = (index + 1) * self.block_size
-        return index if end <= min(len(sequence.token_ids) - 1, len(sequence.unit_digests) * UNIT) else None
+        return index if index < self._num_shareable_blocks(sequence) else None
 
-    def num_coming(self, writer: Sequence, sequence: Sequence, index: int) -> int:
-        """Tokens, from the block that `first_missing` has named on, that a sequence whose prompt's KV is yet to come
-        will have in the prefix cache for `sequence`."""
+    def brings(self, writer: Sequence, sequence: Sequence, index: int, num_tokens: float) -> bool:
+        """Whether a sequence whose prompt's KV is yet to come will have at least so many tokens, one or more, in the
+        prefix cache for `sequence`, from the block that `first_missing` has named on. Digests are chained: where the
+        last of these blocks has the same name, all before it have."""
         if writer.num_cacheable_blocks > index:
-            return 0
+            return False
         self._extend_digests(writer)
-        num_shareable = min(
-            len(sequence.token_ids) - 1, len(writer.unit_digests) * UNIT, len(sequence.unit_digests) * UNIT
-        )
-        stop = index
-        while (stop + 1) * self.block_size <= num_shareable and self._key_of(writer, stop) == self._key_of(
-            sequence, stop
-        ):
-            stop += 1
-        return (stop - index) * self.block_size
+        last = index + math.ceil(num_tokens / self.block_size) - 1
+        num_written = len(writer.unit_digests) * UNIT // self.block_size
+        if last >= min(num_written, self._num_shareable_blocks(sequence)):
+            return False
+        return self._key_of(writer, last) == self._key_of(sequence, last)
 
     def allocate(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give a sequence without blocks its cached prefix and new blocks for all its other tokens, and set
@@ -167,6 +162,11 @@ class BlockManager:
         sequence.kv_moves = None
         sequence.num_computed_tokens = 0
         sequence.num_cacheable_blocks = 0
+
+    def _num_shareable_blocks(self, sequence: Sequence) -> int:
+        """From the first on, that it may have of the prefix cache: its last token is computed in any case."""
+        self._extend_digests(sequence)
+        return min(len(sequence.token_ids) - 1, len(sequence.unit_digests) * UNIT) // self.block_size
 
     @staticmethod
     def _extend_digests(sequence: Sequence) -> None:

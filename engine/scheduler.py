@@ -366,9 +366,9 @@ class Scheduler:
             index = self.blocks.first_missing(sequence) if index is None else index
             if index is None:
                 return False
-            coming = self.blocks.num_coming(other, sequence, index)
             lacking = len(sequence.token_ids) - index * self.blocks.block_size
-            if coming >= max(lacking / 2, MIN_AWAITED_TOKENS if other.awaits_kv else 1):
+            enough = max(lacking / 2, MIN_AWAITED_TOKENS if other.awaits_kv else 1)
+            if self.blocks.brings(other, sequence, index, enough):
                 return True
         return False
 

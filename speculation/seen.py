@@ -83,7 +83,7 @@ class Step:
         roots[offsets[:-1]] = True
         own[~roots] = 1 + outcome.path - np.repeat(drafts.offsets[:-1], outcome.num_accepted)
         of_request = np.repeat(np.arange(len(chunks)), np.diff(offsets))
-        starts = np.array([self._chunks[chunk].start for chunk in chunks], np.int64)
+        starts = self.starts[chunks]
         indices = starts[of_request] + np.arange(len(own)) - offsets[of_request]
         lengths = np.array([len(self._chunks[chunk].sequence.token_ids) for chunk in chunks], np.int64)
         kept = indices < lengths[of_request]

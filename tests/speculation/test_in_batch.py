@@ -36,6 +36,12 @@ from tests.engine.driver import TINY, tokens
 from tests.engine.late import LateRunner, Output, check_same, engine_over
 from tests.engine.structured import world as structured
 
+ENGINES = {
+    "step_tokens": st.integers(10, 80),
+    "spare": st.integers(0, 30),
+    "depth": st.integers(1, 2),
+    "seed": st.integers(0, 2**32),
+}
 VOCAB = TINY["vocab_size"]
 BUDGET = 9
 
@@ -202,10 +208,7 @@ def outputs(
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     jobs=st.lists(reproducible.jobs, min_size=1, max_size=8),
-    step_tokens=st.integers(10, 80),
-    spare=st.integers(0, 30),
-    depth=st.integers(1, 2),
-    seed=st.integers(0, 2**32),
+    **ENGINES,
 )
 def test_outputs_are_what_they_are_without_it(
     model: ModelRunner, jobs: list[reproducible.Job], step_tokens: int, spare: int, depth: int, seed: int
@@ -262,10 +265,7 @@ def test_what_a_drafter_is_shown_is_what_the_model_says_of_its_tokens(model: Mod
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     jobs=st.lists(reproducible.jobs, min_size=1, max_size=5),
-    step_tokens=st.integers(10, 80),
-    spare=st.integers(0, 30),
-    depth=st.integers(1, 2),
-    seed=st.integers(0, 2**32),
+    **ENGINES,
 )
 def test_who_reads_all_rows_is_shown_each_in_its_order_and_in_time(
     model: ModelRunner, jobs: list[reproducible.Job], step_tokens: int, spare: int, depth: int, seed: int
