@@ -21,6 +21,7 @@ from bench.exactness import MARGIN
 from bench.prompts import num_equal
 from bench.setting import setting_of
 from bench.speculation.arms import Answer, Arm, Watched, answer_by_turns, blocks_of
+from bench.speculation.goals import goals
 from bench.speculation.questions import Question, read_questions
 from bench.speculation.report import Drafts, Pair, Seconds, by_task
 from core.errors import ConfigError
@@ -92,12 +93,14 @@ def _run(
         trial.warm_up(batch)
         for first in range(0, len(questions) - batch + 1, batch):
             trial.ask(questions[first : first + batch], [replace(sampling, seed=first + i) for i in range(batch)])
+    found = by_task(trial.pairs)
     return {
         "drafters": list(entry.drafters),
         "rule": entry.rule,
         "controller": entry.controller,
         "batch": batch,
-        **by_task(trial.pairs),
+        **found,
+        "goals": goals(entry.controller, found["all"]),
         "divergences": trial.divergences,
         "switched_off": trial.switched_off,
     }

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from bench.speculation.goals import missed
+
 _PIPE_WIDTH = 160
 
 
@@ -114,6 +116,7 @@ def _tasks(results: Sequence[dict[str, Any]]) -> Table:
 def _troubles(result: dict[str, Any]) -> list[str]:
     where = f"{name_of(result)}, batch {result['batch']}"
     lines = [f"{where}: {drafter} was switched off: {reason}" for drafter, reason in result["switched_off"].items()]
+    lines += [f"{where}: {goal}" for goal in missed(result)]
     if found := result["divergences"]:
         first = found[0]
         lines.append(
