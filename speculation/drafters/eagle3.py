@@ -28,8 +28,13 @@ from speculation.tree import ROOT
 
 MAX_DEPTH = 7
 """Levels of a tree: trained for fewer, the layer goes on from its own features well enough."""
-MOST_NOTED = 256
-"""Rows of a request that wait for a proposal: its hidden states take more memory than what becomes of them."""
+MOST_NOTED, LAST_NOTED = 256, 64
+"""Rows of a request that wait for a proposal, for its hidden states take more memory than what becomes of them; and how
+many of them are left while none is asked for: they cost nothing then, and are enough to see whether it is of use again.
+"""
+IDLE, ASKED = 1024, 64
+"""Rows of answers more than ASKED for each request that drafts were asked for, after which no proposal is expected: a try
+now and then is not worth bringing every prompt through the layer."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,12 @@ class _Known:
         own = slice(max(0, ready - most), ready)
         return (indices[own], features[own]) if ready else None
 
+    def skip(self) -> None:
+        """All that is noted but the last rows."""
+        indices = np.concatenate([part for part, _ in self.noted])
+        features = torch.cat([part[-LAST_NOTED:] for _, part in self.noted])
+        self.noted = [(indices[-LAST_NOTED:], features[-LAST_NOTED:].clone())]
+
 
 class Eagle3(HeadDrafter):
     name: ClassVar[str] = "eagle3"
@@ -82,6 +93,7 @@ class Eagle3(HeadDrafter):
         self._slot_bytes, self._num_slots = row_bytes, num_slots
         self._known: dict[int, _Known] = {}
         self._lent: list[Slots] = []
+        self._idle = 0  # rows, as IDLE has them, between 0 and twice that
 
     @property
     def memory_bytes(self) -> int:
@@ -99,8 +111,13 @@ class Eagle3(HeadDrafter):
             new = start + int(np.searchsorted(indices, seen + 1))  # a sequence that was preempted is computed again
             if new < end:
                 known.noted.append((observed.indices[new:end], features[new:end]))
+                if observed.indices[end - 1] >= request.num_prompt_tokens:
+                    self._idle = min(self._idle + end - new, 2 * IDLE)
         full = [known for request in requests if (known := self._known[request.key]).num_noted > MOST_NOTED]
-        if full:
+        if self._idle > IDLE:
+            for known in full:
+                known.skip()
+        elif full:
             self._catch_up(full)
 
     def observe(self, feedback: Feedback) -> None:
@@ -154,6 +171,7 @@ class Eagle3(HeadDrafter):
     # --- trees -----------------------------------------------------------------------------------------------------
 
     def begin(self, requests: Sequence[DraftRequest], windows: NDArray[np.int64], depth: int) -> FollowLevel:  # noqa: ARG002
+        self._idle = max(0, self._idle - ASKED * len(requests))
         known = [self._known[request.key] for request in requests]
         self._catch_up(known)
         texts = [one.line.slots for one in known]

@@ -16,6 +16,7 @@ from engine.runner import ModelRunner
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import Limits
 from speculation.controllers.registry import make_controller
+from speculation.drafters.eagle3 import IDLE, LAST_NOTED, MOST_NOTED
 from speculation.drafters.registry import find_drafter
 from speculation.heads.checkpoint import load
 from speculation.heads.kinds import make_head
@@ -150,6 +151,37 @@ def test_eagle_waits_for_the_token_after_a_long_prompt(target: ModelRunner, fold
     assert not drafter.ready([one])[0]
     one.token_ids.append(text[-1])  # type: ignore[attr-defined]
     assert drafter.propose([one], np.array([4]), 0.0).num_nodes > 0
+
+
+def test_eagle_computes_nothing_while_no_proposal_is_asked_for(target: ModelRunner, folders: dict[str, Path]) -> None:
+    """And goes on, once it is asked, from the last rows that it was told of."""
+    drafter, text = made("eagle3", target, folders["eagle3"]), tokens(IDLE + 400, seed=4)
+    states = torch.randn((len(text), TINY["hidden_size"]), generator=torch.Generator().manual_seed(0))
+    taps = dict.fromkeys(drafter.needs.taps, states)
+    first, second = request(0, text), request(1, text)
+    told(drafter, first, taps, 0, MOST_NOTED + 1)
+    computed = drafter.memory_bytes - drafter.weight_bytes
+    assert computed > 0
+    for start in range(MOST_NOTED + 1, IDLE + 1, 16):
+        told(drafter, first, taps, start, min(start + 16, IDLE + 1))
+    drafter.finish(0)
+    assert drafter.memory_bytes == drafter.weight_bytes
+    told(drafter, second, taps, 0, len(text) - 1)
+    assert drafter.memory_bytes == drafter.weight_bytes
+    asked = drafter.propose([second], np.array([BUDGET]), 0.0)  # a try
+    assert drafter.memory_bytes - drafter.weight_bytes < computed / 2
+
+    fresh, same = made("eagle3", target, folders["eagle3"]), request(0, text)
+    told(fresh, same, taps, len(text) - 1 - LAST_NOTED, len(text) - 1)
+    assert asked.num_nodes > 0
+    assert asked.tokens.tolist() == fresh.propose([same], np.array([BUDGET]), 0.0).tokens.tolist()
+    before = drafter.memory_bytes
+    for key in range(2, 100):  # is asked for again, at length
+        told(drafter, request(key, text), taps, 0, 1)
+        drafter.propose([request(key, text[:2])], np.array([1]), 0.0)
+        drafter.finish(key)
+    told(drafter, request(100, text), taps, 0, MOST_NOTED + 1)
+    assert drafter.memory_bytes - before == computed
 
 
 def test_a_group_shares_its_vocabulary(target: ModelRunner, folders: dict[str, Path]) -> None:
