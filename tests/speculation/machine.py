@@ -32,6 +32,9 @@ class Hardware:
     noise: float = 0.03
     hiccups: float = 0.01
     """How often a step takes five times as long."""
+    slow: float = 1.0
+    """Times as long that steps take in every other stretch of so many."""
+    stretch: int = 100
 
     def step(self, rows: int, context: int) -> float:
         return (
@@ -118,6 +121,7 @@ def simulate(
             draft_seconds += drafters[name].fixed + drafters[name].per_token * proposed
         rows = len(now) + int(drafted.sum())
         slow = 5.0 if rng.random() < hardware.hiccups else 1.0
+        slow *= 1.0 if step // hardware.stretch % 2 else hardware.slow
         ideal, noise = hardware.step(rows, int(contexts.sum())), slow * float(rng.lognormal(0.0, hardware.noise))
         verify_seconds = VERIFY if budgets.tokens.any() else 0.0
         rested += rests

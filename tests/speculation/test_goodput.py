@@ -53,6 +53,14 @@ def test_nor_does_any_other_on_a_noisy_machine(alpha: float, batch: int) -> None
     assert run(SimulatedDrafter(alpha), batch, hardware=Hardware(noise=0.15, hiccups=0.03)).speedup() > 0.97
 
 
+@pytest.mark.parametrize("stretch", [20, 50, 150, 400])
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_nor_does_a_useless_one_where_others_use_the_machine_now_and_then(batch: int, stretch: int) -> None:
+    hardware = Hardware(slow=1.4, stretch=stretch, noise=0.05)
+    played = [run(SimulatedDrafter(0.0), batch, 800, hardware=hardware, seed=seed) for seed in range(6)]
+    assert min(one.speedup() for one in played) > 0.97
+
+
 @pytest.mark.parametrize(
     ("alpha", "batch"), [(0.95, 1), (0.95, 8), (0.95, 32), (0.8, 1), (0.8, 4), (0.5, 1), (0.5, 4), (0.2, 1)]
 )
