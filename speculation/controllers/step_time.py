@@ -61,6 +61,8 @@ class Fit:
         self._count = 0
         self._surprises = 0
         """In a row. Negative: less than was expected."""
+        self._agreed = 0.0
+        """The least of those errors: what one of them has beyond may be a hiccup."""
 
     @property
     def known(self) -> bool:
@@ -89,10 +91,12 @@ class Fit:
         far = self.known and counted < error
         if surprising:
             self._surprises = _in_a_row(self._surprises, more) if far else 0
+            self._agreed = error if abs(self._surprises) <= 1 else min(error, self._agreed)
         wrong = surprising and self.is_wrong
         weight = counted / error if far and not wrong else 1.0
         self._usual_error += 0.2 * (counted - self._usual_error)
         if wrong:
+            value += math.copysign(self._agreed, more) - more
             self._xx *= DOUBT
             self._xy *= DOUBT
         self._xx *= FORGETTING
@@ -100,8 +104,7 @@ class Fit:
         self._xx += self._ridge
         self._xy = FORGETTING * self._xy + weight * value * features
         self._count += 1
-        if wrong or self._count < 32 or self._count % 8 == 0:
-            self._weights = _non_negative(self._xx, self._xy, self._weights)
+        self._weights = _non_negative(self._xx, self._xy, self._weights)
 
 
 def _in_a_row(before: int, more: float) -> int:
