@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,15 +33,25 @@ class Beside:
 
 class Step:
     """A step that has run. A candidate is a chunk that decodes; they are numbered as they were when drafts were asked
-    for."""
+    for. What is where is found when it is asked for: most steps are at rest, and their hidden states are all that
+    anybody wants."""
 
     def __init__(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
         self.output = output
         self._chunks = schedule.chunks
         self._starts = batch.query_starts  # [chunks + 1]
-        self._first_logits = offsets_of(np.array([chunk.num_logit_rows for chunk in self._chunks], np.int64))
-        self._sampled = [place for place, chunk in enumerate(self._chunks) if chunk.samples]
-        self._candidates = [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
+
+    @cached_property
+    def _first_logits(self) -> NDArray[np.int64]:
+        return offsets_of(np.array([chunk.num_logit_rows for chunk in self._chunks], np.int64))
+
+    @cached_property
+    def _sampled(self) -> list[int]:
+        return [place for place, chunk in enumerate(self._chunks) if chunk.samples]
+
+    @cached_property
+    def _candidates(self) -> list[int]:
+        return [place for place, chunk in enumerate(self._chunks) if chunk.decodes]
 
     @property
     def sequences(self) -> list[EngineSequence]:
