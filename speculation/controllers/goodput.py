@@ -118,6 +118,8 @@ class Goodput(BaseController):
         """What is best for all alike, with drafters[r] for request r."""
         self._worth_it = False
         room = self.room(load)
+        if self._purse.is_empty:
+            return plain_step(drafters, self._patience.rest_until(REST))
         if not (
             room.any()
             and self._time.knows_plain(load)
@@ -130,7 +132,7 @@ class Goodput(BaseController):
         if not self._time.added_known:
             return self._budgets(self._try(load, drafters, room), drafters)
         if self._yield.disappoints:
-            return plain_step(drafters, self._patience.rest_after(self._yield.pause()))
+            return plain_step(drafters, self._patience.rest_until(self._yield.pause()))
         asked = (tuple(drafters), tuple(load.classes), room.tobytes())
         if asked == self._asked and self._uses:
             self._uses -= 1
@@ -263,9 +265,9 @@ class Patience:
         self._wait -= steps
         return steps
 
-    def rest_after(self, steps: int) -> int:
-        """`rest` of a wait for so many steps that begins now."""
-        self._wait = steps
+    def rest_until(self, steps: int) -> int:
+        """`rest` of a wait that ends in so many steps, or later."""
+        self._wait = max(self._wait, steps)
         return self.rest()
 
     @property

@@ -27,6 +27,11 @@ class Purse:
         return self._held is not None and self._held >= seconds
 
     @property
+    def is_empty(self) -> bool:
+        """Whether more was lost than there was."""
+        return self._held is not None and self._held < 0.0
+
+    @property
     def is_rich(self) -> bool:
         """Whether it holds ENOUGH plain steps."""
         return self._held is not None and self._held >= ENOUGH * self._plain

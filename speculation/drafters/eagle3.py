@@ -33,8 +33,8 @@ MOST_NOTED, LAST_NOTED = 256, 64
 many of them are left while none is asked for: they cost nothing then, and are enough to see whether it is of use again.
 """
 IDLE, ASKED = 1024, 64
-"""Rows of answers, less ASKED for each request that drafts were asked for, after which no proposal is expected: for a try
-now and then, prompts are not brought through the layer."""
+"""Rows of answers, less ASKED for each request that drafts were asked for, after which no proposal is expected: so a
+try now and then does not bring every prompt through the layer."""
 
 
 @dataclass(slots=True)
