@@ -40,6 +40,8 @@ MIN_ALIKE = 3
 """Plain ones of about as many sequences, before what is foretold of them is; for prompts tell little of them."""
 SURPRISES = 3
 """Errors of that kind in a row, all above what was expected or all below: then it is no hiccup."""
+MUCH, SELDOM = 0.25, 8
+"""An error of so much of what was expected is learned from at once, others every few steps: it takes time."""
 DOUBT = 0.1
 """What was seen before counts so much less with each further one."""
 UNKNOWN = 0.5
@@ -104,7 +106,8 @@ class Fit:
         self._xx += self._ridge
         self._xy = FORGETTING * self._xy + weight * value * features
         self._count += 1
-        self._weights = _non_negative(self._xx, self._xy, self._weights)
+        if wrong or error > MUCH or self._count < 4 * SELDOM or self._count % SELDOM == 0:
+            self._weights = _non_negative(self._xx, self._xy, self._weights)
 
 
 def _in_a_row(before: int, more: float) -> int:
