@@ -9,13 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 _CLONE_NEWNET = 0x40000000
 _pairs = itertools.count()
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""What ends a process on the spot, unlike SIGINT, which Python raises."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,23 @@ def missing() -> str:
 
 @contextmanager
 def two_namespaces() -> Iterator[tuple[Host, Host]]:
-    """Without a link. Made, and removed in any case, with every process that is still in them. There may be several
-    pairs at a time, with the same addresses, none of which hears of another."""
+    """Without a link. Made, and removed in any case but SIGKILL, with every process that is still in them. There may be
+    several pairs at a time, with the same addresses, none of which hears of another."""
     _remove_stale()
     pair = next(_pairs)
     one, other = (Host(f"slipstream-{os.getpid()}-{name}{pair}", f"10.199.0.{n}") for n, name in ((1, "a"), (2, "b")))
-    try:
-        for host in (one, other):
-            must("ip", "netns", "add", host.namespace)
-        yield one, other
-    finally:
-        for host in (one, other):
-            _remove(host.namespace)
+    with _signals(_ENDING, _end):
+        try:
+            for host in (one, other):
+                must("ip", "netns", "add", host.namespace)
+            yield one, other
+        finally:
+            late: list[int] = []
+            with _signals((*_ENDING, signal.SIGINT), lambda number, _: late.append(number)):
+                for host in (one, other):
+                    _remove(host.namespace)
+            for number in late:
+                signal.raise_signal(number)
 
 
 def device_name(host: Host) -> str:
@@ -97,6 +107,26 @@ def must(*command: str) -> None:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own words
+
+
+@contextmanager
+def _signals(numbers: Sequence[int], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Those that are not ignored go there. In another thread than the main one, which can't say so, nothing changes."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if main}
+    told = {number: earlier for number, earlier in before.items() if earlier not in (signal.SIG_IGN, None)}
+    try:
+        for number in told:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, earlier in told.items():
+            signal.signal(number, earlier)
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """Through everything that cleans up; the status is a shell's for a process that the signal has ended."""
+    raise SystemExit(128 + number)
 
 
 def _set_namespace(descriptor: int) -> None:
