@@ -7,7 +7,6 @@ that workers of any block size, and the router, name the same prefix alike.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -92,14 +91,13 @@ class BlockManager:
         index = len(self.cached_prefix(sequence))
         return index if index < self._num_shareable_blocks(sequence) else None
 
-    def brings(self, writer: Sequence, sequence: Sequence, index: int, num_tokens: float) -> bool:
-        """Whether a sequence whose prompt's KV is yet to come will have at least so many tokens, one or more, in the
-        prefix cache for `sequence`, from the block that `first_missing` has named on. Digests are chained: where the
-        last of these blocks has the same name, all before it have."""
-        if writer.num_cacheable_blocks > index:
+    def brings(self, writer: Sequence, sequence: Sequence, first: int, last: int) -> bool:
+        """Whether a sequence whose prompt's KV is yet to come will have these blocks in the prefix cache for
+        `sequence`, from the one that `first_missing` has named on. Digests are chained: where the last of these blocks
+        has the same name, all before it have."""
+        if writer.num_cacheable_blocks > first:
             return False
         self._extend_digests(writer)
-        last = index + math.ceil(num_tokens / self.block_size) - 1
         num_written = len(writer.unit_digests) * UNIT // self.block_size
         if last >= min(num_written, self._num_shareable_blocks(sequence)):
             return False

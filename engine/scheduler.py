@@ -22,6 +22,7 @@ of one is in the next or, with more in flight, in one of the next few.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -357,18 +358,22 @@ class Scheduler:
 
     def _awaits_prefix(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
         """Whether one of the others brings the next block that this one could share, and half of what it lacks: else it
-        would wait for a step, or for all of a hand-off, to save little. A reservation may wait for those that have
-        blocks only: while it waits, it holds blocks where it was computed."""
-        index = None
+        would wait for a step, or for all of a hand-off, to save little. It waits until it has that half, or the other
+        one is among them no more. A reservation may wait for those that have blocks only: while it waits, it holds
+        blocks where it was computed."""
+        others = [other for other in others if self._handed_over_is_shared or not other.awaits_kv]
+        awaited, last = sequence.awaited_block
+        if awaited in others and awaited.num_cacheable_blocks <= last:
+            return True  # what was found then: nothing need be looked up in every step
+        index = self.blocks.first_missing(sequence) if others else None
+        if index is None:
+            return False
+        lacking = len(sequence.token_ids) - index * self.blocks.block_size
         for other in others:
-            if other.awaits_kv and not self._handed_over_is_shared:
-                continue
-            index = self.blocks.first_missing(sequence) if index is None else index
-            if index is None:
-                return False
-            lacking = len(sequence.token_ids) - index * self.blocks.block_size
             enough = max(lacking / 2, MIN_AWAITED_TOKENS if other.awaits_kv else 1)
-            if self.blocks.brings(other, sequence, index, enough):
+            last = index + math.ceil(enough / self.blocks.block_size) - 1
+            if self.blocks.brings(other, sequence, index, last):
+                sequence.awaited_block = other, last
                 return True
         return False
 
@@ -394,6 +399,7 @@ class Scheduler:
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self._unwait(sequence)
+        sequence.awaited_block = None, 0
         if sequence.num_preemptions == 0:
             self.blocks.count_query(sequence)
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)

@@ -52,6 +52,8 @@ class Sequence:
     inexact_kv: bool = False
     """A codec has changed some of its KV on the way here, and so what is computed on top of that is not the model's
     either: no other sequence may have it. False again when it gets other blocks."""
+    awaited_block: tuple[Sequence | None, int] = (None, 0)
+    """While it waits for the prefix of another: whose, and the place of the block whose coming ends that."""
     exposed: bool = False
     """Its blocks belong to a hand-off, from admission until released: another worker may be reading what is final."""
     in_flight: bool = False

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from engine.block_manager import BlockManager
 from engine.sequence import Sequence, Status
 from tests.engine.scheduling import CONFIG, make, make_scheduler, plan, run_out, step
 
@@ -158,6 +159,29 @@ def test_kv_that_is_handed_over_already_is_waited_for_and_not_handed_over_twice(
     for name in "ab":
         assert scheduler.abort(name)
     assert scheduler.blocks.num_free == 64
+
+
+def test_who_waits_for_a_prefix_does_not_look_it_up_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler()
+    first = make("a", 150)
+    second = make("b", first.token_ids)
+    for sequence in (first, second):
+        scheduler.reserve(sequence)
+    lookups: list[str] = []
+    look_up = BlockManager.cached_prefix
+
+    def counted(self: BlockManager, of: Sequence) -> list[int]:
+        lookups.append(of.request_id)
+        return look_up(self, of)
+
+    monkeypatch.setattr(BlockManager, "cached_prefix", counted)
+    for _ in range(5):
+        scheduler.schedule()
+    assert lookups.count("b") == 1
+    scheduler.join("a", [7])
+    assert step(scheduler)[0].granted == [second]
+    assert second.num_computed_tokens == 144
+    assert second.awaited_block == (None, 0)  # or one finished sequence would keep the next alive, and so on
 
 
 def test_nobody_waits_for_kv_that_will_not_be_shared_either() -> None:
