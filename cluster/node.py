@@ -260,16 +260,16 @@ class WorkerNode:
             self._prefill.opened(opened)
             if (owner := self._owned.get(opened.sequence.request_id)) is not None:
                 owner.session.send(Opened(opened.sequence.request_id))
-        self._prefill.computed(report.computed)
+        owned = [(self._owned.get(update.sequence.request_id), update) for update in report.updates]
+        live = [(owner, update) for owner, update in owned if owner is not None]  # others were aborted meanwhile
         outgoing: dict[Session, list[TokenDelta]] = {}
-        for update in report.updates:
-            owned = self._owned.get(update.sequence.request_id)
-            if owned is None:
-                continue  # aborted while the step ran
-            outgoing.setdefault(owned.session, []).append(to_delta(update))
-            self._advance(owned, update)
+        for owner, update in live:
+            outgoing.setdefault(owner.session, []).append(to_delta(update))
         for session, deltas in outgoing.items():
-            session.send(Step(deltas))
+            session.send(Step(deltas))  # before the giver is told: sealing would keep a first token waiting
+        self._prefill.computed(report.computed)
+        for owner, update in live:
+            self._advance(owner, update)
         for sequence in report.granted:
             self._decode.granted(sequence)
         if self._engine.failure is not None:

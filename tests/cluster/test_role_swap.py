@@ -19,6 +19,8 @@ from cluster.turns import Turns
 from core.links import Link, LinkClient
 from core.types import Request, Role, SamplingParams
 from core.wire import WORKER_SERVICE, Abort, FromWorker, Opened, Prefill, Receive, Step, ToWorker
+from kv_transfer.giver import Giver
+from kv_transfer.messages import SequenceState
 
 ON_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -109,6 +111,32 @@ async def test_prompts_that_fill_both_workers_are_handed_over_in_both_directions
     await until(lambda: a.finished("back"))
     for side in sides:
         await until(lambda side=side: side.node.status().num_free_blocks == 8)
+
+
+@ON_ONE_LOOP
+async def test_a_first_token_is_sent_before_the_giver_hears_that_its_kv_is_complete(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = sides
+    order: list[str] = []
+    send, complete = Link.send, Giver.complete
+
+    def sending(link: Link[ToWorker, FromWorker], message: FromWorker) -> None:
+        if isinstance(message, Step):
+            order.append("token")
+        send(link, message)
+
+    def completing(giver: Giver, transfer_id: str, state: SequenceState) -> None:
+        order.append("complete")
+        complete(giver, transfer_id, state)
+
+    monkeypatch.setattr(Link, "send", sending)
+    monkeypatch.setattr(Giver, "complete", completing)
+    hand_off(job("soon"), giver=a, taker=b)
+    await until(lambda: a.opened("soon"))
+    b.link.send(Opened("soon"))
+    await until(lambda: b.finished("soon"))
+    assert order[:2] == ["token", "complete"]
 
 
 @ON_ONE_LOOP
