@@ -176,16 +176,17 @@ def _fitting(found: Iterable[Candidate], workload: Workload, refused: dict[str, 
     verdicts: dict[tuple[object, ...], str | None] = {}
     for candidate in found:
         if candidate.kinds not in verdicts:
-            verdicts[candidate.kinds] = _why_not(candidate.layout, workload)
+            verdicts[candidate.kinds] = _why_not(candidate, workload)
         if (why := verdicts[candidate.kinds]) is None:
             yield candidate
         else:
             refused.setdefault(candidate.kind_name, why)
 
 
-def _why_not(layout: Layout, workload: Workload) -> str | None:
+def _why_not(candidate: Candidate, workload: Workload) -> str | None:
+    """Why it can't be, or can't hold the requests."""
     try:
-        layout.check(workload)
+        candidate.layout.check(workload)
     except ConfigError as error:
         return error.message
     return None

@@ -12,7 +12,7 @@ import pytest
 from core.errors import ConfigError
 from placement.candidates import Candidate, Fabric, Option, Space, candidates
 from placement.goodput import Goal, attains, draws
-from placement.latency import Coefficients, StepLatency
+from placement.latency import Coefficients, Speculation, StepLatency
 from placement.layout import Group, Link, Role
 from placement.outcome import Targets
 from placement.packing import packed
@@ -211,6 +211,31 @@ def test_shapes_without_room_are_refused_with_the_reason() -> None:
     assert found.refused["TP1 PP8"] == "8 stages, 6 layers"
     assert "room for 3000 tokens" in found.refused["small, chunks of 2048"]
     assert all("small" not in result.candidate.name for result in found.evaluated)
+
+
+def drafting(tp: int = 1) -> Option:
+    """16 sequences in a batch, 80 rows with drafts."""
+    known = option(tp, name=f"TP{tp} PP1 with drafts")
+    return replace(known, group=replace(known.group, max_sequences=16, speculation=Speculation(2.0, rows=5)))
+
+
+def test_of_sizes_of_steps_only_those_without_room_for_drafts_are_left_out() -> None:
+    few = tuple(replace(one, group=replace(one.group, max_sequences=16)) for one in (option(1), option(2)))
+    found = search(space(options=(*few, drafting()), chunk_tokens=(64, 512)), REQUESTS, GOAL)
+    left_out = {name for name, why in found.refused.items() if "steps of 64 tokens leave no room for prompts" in why}
+    assert left_out == {
+        "TP1 PP1 with drafts, chunks of 64",
+        *(f"TP{tp} PP1 + TP1 PP1 with drafts, chunks of 64" for tp in (1, 2)),
+    }
+    kinds = {(one.candidate.decode.name, one.candidate.chunk_tokens) for one in found.evaluated}
+    assert {("TP1 PP1 with drafts", 512), ("TP1 PP1", 512), ("TP1 PP1", 64)} & kinds
+    assert ("TP1 PP1 with drafts", 64) not in kinds
+
+
+def test_if_no_size_of_steps_has_room_it_is_said_of_each() -> None:
+    only = space(options=(drafting(),), chunk_tokens=(64, 80))
+    with pytest.raises(ConfigError, match=r"chunks of 64: .* steps of 64 .* chunks of 80: .* beside 80 rows"):
+        search(only, REQUESTS, GOAL)
 
 
 def test_impossible_targets_are_answered_with_the_best_reachable() -> None:
