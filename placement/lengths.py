@@ -1,4 +1,4 @@
-"""Lengths of requests as they are written on a command line: `prompt=512,output=128,cv=0.8`."""
+"""Lengths of requests as they are written on a command line: `prompt=512,output=128,cv=0.8,cached=0.5`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from placement.arrivals import gamma_gaps
 from placement.workload import Lengths, Workload
 
 REQUESTS = 3000
-_EXAMPLE = "write --lengths prompt=512,output=128, in tokens, and cv=0.8 for how much they vary"
+_EXAMPLE = (
+    "write --lengths prompt=512,output=128, in tokens, cv=0.8 for how much they vary, and cached=0.5 for the share of "
+    "each prompt that begins like others"
+)
+_NAMES = ("prompt", "output", "cv", "cached")
 
 
 def parse_lengths(text: str, seed: int = 0, *, burstiness: float = 1.0) -> Workload:
     """Requests that come at random, with lengths of these means, by a lognormal distribution; `cv`, of both, is the
-    standard deviation over the mean, and 0 if left out. `burstiness` is the shape of their gamma gaps: 1 is a Poisson
-    process, less is burstier. Raises ConfigError."""
+    standard deviation over the mean, and 0 if left out; `cached` the share of each prompt that a prefix cache has, as
+    of a trace's prompts it has what earlier ones began with (prefixes.py), and 0 if left out. `burstiness` is the shape
+    of their gamma gaps: 1 is a Poisson process, less is burstier. Raises ConfigError."""
     parts = [part.strip().partition("=") for part in text.split(",")]
-    found = {name: _number(name, value) for name, _, value in parts if name in ("prompt", "output", "cv")}
+    found = {name: _number(name, value) for name, _, value in parts if name in _NAMES}
     if len(found) < len(parts) or not {"prompt", "output"} <= found.keys():
         raise ConfigError(f"--lengths: {text!r} is not one mean for prompt and one for output: {_EXAMPLE}")
     for name in ("prompt", "output"):
         if not 1 <= found[name] <= 1e7:
             raise ConfigError(f"--lengths: {name} is {found[name]:g}, not between 1 and 10 million: {_EXAMPLE}")
+    if not (share := found.get("cached", 0.0)) < 1:
+        raise ConfigError(f"--lengths: cached is {share:g}, not a share from 0 to below 1: {_EXAMPLE}")
     rng = np.random.default_rng(seed)
     prompts, outputs = (_drawn(found[name], found.get("cv", 0.0), rng) for name in ("prompt", "output"))
-    return Workload(prompts, outputs, gamma_gaps(REQUESTS, burstiness**-0.5, rng))
+    cached = np.minimum(np.rint(share * prompts), prompts - 1).astype(np.int32)  # the last token is always computed
+    return Workload(prompts, outputs, gamma_gaps(REQUESTS, burstiness**-0.5, rng), cached)
 
 
 def _number(name: str, value: str) -> float:

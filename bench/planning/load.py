@@ -58,13 +58,19 @@ class Server:
         self._random = random.Random(0)
         self._numbers = itertools.count()
         self._questions = itertools.cycle(questions or [[]])
+        self._shared: list[int] = []
+        """With which prompts begin, as far as a cache is to have them."""
 
     def warm_up(self, workers: int, workload: Workload) -> None:
-        """With requests of its middle size. Raises Unavailable."""
-        middle = [int(np.median(lengths)) for lengths in (workload.prompt_tokens, workload.output_tokens)]
-        lengths = np.full((2, _WARM_UPS * workers), np.array(middle)[:, None], np.int32)
+        """With requests of its middle size, which begin with all that caches are to have. Raises Unavailable."""
+        prompt, output = (int(np.median(lengths)) for lengths in (workload.prompt_tokens, workload.output_tokens))
+        cached = int(workload.cached_tokens.max())
+        columns = (
+            np.full(_WARM_UPS * workers, tokens, np.int32) for tokens in (max(prompt, cached + 1), output, cached)
+        )
+        prompts, outputs, hits = columns
         for _ in range(2):
-            self.outcome(Workload(lengths[0], lengths[1], np.zeros(_WARM_UPS * workers)), 1.0)
+            self.outcome(Workload(prompts, outputs, np.zeros(len(prompts)), hits), 1.0)
 
     def outcome(self, workload: Workload, rate: float) -> Outcome:
         """Raises Unavailable if a request fails."""
@@ -81,8 +87,9 @@ class Server:
         return Computed(1e3 * seconds, steps)
 
     def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
-        """Of the requests, so many per second. Prompts are of random tokens, so that no two begin alike, up to the
-        question, if there is one; of a question that is too long there is the end."""
+        """Of the requests, so many per second. Prompts begin alike for as many tokens as are to be cached of them; what
+        follows is random, so that no two go on alike, up to the question, if there is one; of a question that is too
+        long there is the end."""
         http = HttpClient(f"{self._url}/v1/completions", {})
         requests = [http.request(body, f"plan-{next(self._numbers)}") for body in self._bodies(workload)]
         offsets = (workload.arrivals_ms(rate) / 1000.0).tolist()
@@ -98,11 +105,15 @@ class Server:
             return runner.run(run())
 
     def _bodies(self, workload: Workload) -> Iterator[bytes]:
-        for prompt, output in zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True):
-            question = next(self._questions)[-prompt:]
+        columns = (workload.prompt_tokens, workload.output_tokens, workload.cached_tokens)
+        for prompt, output, cached in zip(*(column.tolist() for column in columns), strict=True):
+            self._shared += self._random.choices(range(self._vocabulary), k=max(0, cached - len(self._shared)))
+            rest = prompt - cached
+            question = next(self._questions)[-rest:]
+            between = self._random.choices(range(self._vocabulary), k=rest - len(question))
             body: dict[str, Any] = {
                 "model": self._model,
-                "prompt": self._random.choices(range(self._vocabulary), k=prompt - len(question)) + question,
+                "prompt": self._shared[:cached] + between + question,
                 "max_tokens": output,
                 "temperature": 0,
                 "ignore_eos": True,

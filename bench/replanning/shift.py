@@ -53,8 +53,12 @@ class Shift:
 
 
 def kinds(before: str, after: str, seed: int) -> tuple[Workload, Workload]:
-    """Lengths as `slipstream plan --lengths` has them. Raises ConfigError."""
-    return parse_lengths(before, seed), parse_lengths(after, seed + 1)
+    """Lengths as `slipstream plan --lengths` has them, but for `cached`. Raises ConfigError."""
+    found = parse_lengths(before, seed), parse_lengths(after, seed + 1)
+    for name, work in zip(("before", "after"), found, strict=True):
+        if work.cached_tokens.any():
+            raise ConfigError(f"--{name}: prompts are random tokens here, of which no cache has any; leave cached out")
+    return found
 
 
 def best_split(predictor: Predictor, workload: Workload, workers: int, chunk_tokens: int, share: float) -> Arrangement:

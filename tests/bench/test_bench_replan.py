@@ -16,7 +16,7 @@ from bench.cli import bench
 from bench.replanning.measure import Answer, Run
 from bench.replanning.plot import svg
 from bench.replanning.report import Report, table, verdict_of
-from bench.replanning.shift import Phase, Shift, best_split, most_rate, rates_that_matter
+from bench.replanning.shift import Phase, Shift, best_split, kinds, most_rate, rates_that_matter
 from core.errors import ConfigError
 from core.replan_metrics import Decided
 from core.served import Served
@@ -61,6 +61,11 @@ def test_each_kind_of_request_comes_in_its_time_and_at_its_rate() -> None:
     assert sum(at >= 10 for at in due) == 19
     assert due == sorted(due)
     assert max(due) < shift.seconds == 14.0
+
+
+def test_cached_prompts_are_refused_as_no_cache_could_have_them() -> None:
+    with pytest.raises(ConfigError, match="--after: prompts are random tokens here"):
+        kinds("prompt=400,output=4", "prompt=10,output=60,cached=0.5", 0)
 
 
 def test_workers_begin_as_the_split_that_is_best_for_what_comes_first() -> None:

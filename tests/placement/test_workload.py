@@ -9,6 +9,7 @@ import pytest
 
 from core.errors import ConfigError
 from placement.arrivals import fixed_gaps, gamma_gaps, poisson_gaps
+from placement.lengths import parse_lengths
 from placement.prefixes import prefix_hits
 from placement.traces import read_trace
 from tests.placement.pipelines import workload
@@ -25,6 +26,34 @@ def test_every_rate_meets_the_same_rhythm() -> None:
     requests = workload([1] * 4, [1] * 4, [0.0, 0.5, 2.0, 1.0])
     np.testing.assert_allclose(requests.arrivals_ms(2.0), [0.0, 250.0, 1250.0, 1750.0])
     np.testing.assert_allclose(requests.arrivals_ms(4.0), requests.arrivals_ms(2.0) / 2)
+
+
+def test_lengths_may_say_what_part_of_each_prompt_a_cache_has() -> None:
+    plain, some, most = (
+        parse_lengths(f"prompt=300,output=50,cv=0.5{more}") for more in ("", ",cached=0.6", ",cached=0.9999")
+    )
+    assert not plain.cached_tokens.any()
+    np.testing.assert_allclose(some.cached_tokens, 0.6 * some.prompt_tokens, atol=0.5)
+    np.testing.assert_array_equal(most.cached_tokens, most.prompt_tokens - 1)
+    for one in (some, most):
+        np.testing.assert_array_equal(one.prompt_tokens, plain.prompt_tokens)
+        np.testing.assert_array_equal(one.output_tokens, plain.output_tokens)
+        np.testing.assert_array_equal(one.gaps, plain.gaps)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prompt=9,output=9,cached=1", "cached is 1, not a share"),
+        ("prompt=9,output=9,cached=-0.1", "cached is -0.1, not 0 or more"),
+        ("prompt=9,output=9,cached=half", "cached is 'half'"),
+        ("prompt=9,output=9,cashed=0.5", "is not one mean for prompt"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused_by_name(text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=r"write --lengths prompt=512,output=128,.* and cached=0\.5") as refused:
+        parse_lengths(text)
+    assert named in refused.value.message
 
 
 @pytest.mark.parametrize(("cv", "tolerance"), [(0.5, 0.03), (1.0, 0.05), (3.0, 0.15)])
