@@ -22,7 +22,7 @@ from placement.goodput import Goal
 from placement.plan_table import summary
 from placement.search import Objective
 from placement.shapes import USABLE, Limits
-from placement.slo import parse_slo
+from placement.slo import of_all_together, parse_slo
 from placement.topology import Topology
 from placement.workload import Workload
 
@@ -69,6 +69,8 @@ def config_for(
     topology = topology_here(on_cpu=given.engine.device == "cpu")
     drafter = _drafter(given, asked)
     replanning = flags.get(_REPLAN, "off") != "off"
+    if replanning:
+        of_all_together(goal.targets)
     most_workers = flags.get("replan_max_workers") if replanning else None
     stored = _profiles(given, _measured(given, drafter, asked), topology, most_workers or 1, say)
     profiles = [one.profile for one in stored]

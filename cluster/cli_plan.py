@@ -41,7 +41,7 @@ class WithReplay(click.Command):
 
 @click.command(cls=WithReplay, epilog="slipstream plan replay TRACE: what replanning would have done with a trace.")
 @click.argument("model", default="demo")
-@click.option("--slo", required=True, help="Targets in ms, as ttft=200,tpot=50.")
+@click.option("--slo", required=True, help="Targets in ms, as ttft=200,tpot=50, or ttft=200@p95,tpot=50@p90,e2e=9000.")
 @click.option("--share", default=0.9, type=click.FloatRange(0, 1, min_open=True, max_open=True), show_default=True)
 @click.option("--profile", "profiles", type=_path, multiple=True, help="Of slipstream profile; one for each shape.")
 @click.option("--device", "kind", help="Instead of profile and topology: nodes of such devices, by a table.")
@@ -49,7 +49,7 @@ class WithReplay(click.Command):
 @click.option("--ray-address", help="Plan for the nodes of a running Ray cluster, with links as they are sold.")
 @click.option("--devices", type=click.IntRange(1), help="No more than so many.")
 @click.option("--trace", type=_path, help="Requests: a .csv as Azure's, or a .jsonl as Mooncake's or our log.")
-@click.option("--lengths", help="Instead of a trace: mean tokens, as prompt=512,output=128,cv=0.8.")
+@click.option("--lengths", help="Instead of a trace: mean tokens, as prompt=512,output=128,cv=0.8,cached=0.5.")
 @click.option("--burstiness", type=_positive, help="Of these: the shape of gamma gaps. Default: 1, Poisson.")
 @click.option("--rate", type=_positive, help="Requests/s to serve as cheaply as can be. Default: the most per device.")
 @click.option("--objective", default="per-device", type=click.Choice(["per-device", "per-dollar", "total"]))

@@ -173,7 +173,7 @@ class Replanning:
             plan_id=plan.plan_id,
             wanted={role.value: count for role, count in plan.wanted.items()},
             arrangement=str(arrangement_of(plan, self._configured)),
-            targets={"ttft_ms": goal.targets.ttft_ms, "tpot_ms": goal.targets.tpot_ms, "share": goal.share},
+            targets={f"{name}_ms": goal.targets.of(name) for name in goal.targets.metrics} | {"share": goal.share},
             decided=dict(self._decided),
             attainment=self._attainment,
             goodput_rps=self._goodput_rps,

@@ -18,7 +18,7 @@ from placement.replan_settings import ReplanSettings
 from placement.replanner import Replanner
 from placement.replay import Replayed, replay
 from placement.replay_start import start_of
-from placement.slo import parse_slo
+from placement.slo import of_all_together, parse_slo
 from placement.topology import Topology
 from placement.traces import read_trace
 from placement.traffic import history
@@ -75,7 +75,7 @@ def _settings(asked: Asked) -> ReplanSettings:
         raise ConfigError(f"--max-workers {asked.max_workers}: --workers has {asked.workers}", param="max_workers")
     return ReplanSettings.paced(
         asked.interval,
-        goal=Goal(parse_slo(asked.slo), asked.share),
+        goal=Goal(of_all_together(parse_slo(asked.slo)), asked.share),
         chunk_tokens=tuple(sorted(asked.chunk_tokens)),
         horizon_s=asked.horizon,
         least_workers=asked.floor,

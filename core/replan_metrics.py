@@ -41,7 +41,7 @@ class ReplanStatus(Struct, frozen=True, kw_only=True):
     decided: dict[str, int]
     """Changes that were decided, by `reactive` and `predictive`."""
     attainment: float | None
-    """Share of the requests lately that met both targets; None if none was to be judged."""
+    """Share of the requests lately that met all targets; None if none was to be judged."""
     goodput_rps: float
     """Requests per second lately that met both."""
     correction: dict[str, float] = {}

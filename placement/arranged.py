@@ -31,7 +31,7 @@ class Predictor(Protocol):
         ...
 
     def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
-        """The share that meets both targets at `rate` requests/s, of the requests that a worker can hold; 0 if it can
+        """The share that meets all targets at `rate` requests/s, of the requests that a worker can hold; 0 if it can
         hold none."""
         ...
 

@@ -60,7 +60,7 @@ def most_rate(group: Group, demand: Demand, goal: Goal) -> float:
             + demand.later_tokens * _token_ms(group, demand, goal, decodes)
             for prompts, decodes in ((saved, 0.0), (0.0, saved))
         )
-    return group.stages * 1000.0 / busy_ms / goal.share if busy_ms > 0 else float("inf")
+    return group.stages * 1000.0 / busy_ms / goal.least if busy_ms > 0 else float("inf")
 
 
 def _prompt_ms(group: Group, tokens: float, squares: float, saved: float = 0.0) -> float:

@@ -38,7 +38,7 @@ _path = click.Path(path_type=Path)
 )
 @click.option("--cv", type=click.FloatRange(min=0, min_open=True), help="Variation of gamma gaps. Default: 1, Poisson.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of gamma gaps. Default: 0.")
-@click.option("--slo", help="Targets in ms, as ttft=200,tpot=50: how many requests meet both.")
+@click.option("--slo", help="Targets in ms, as ttft=200,tpot=50,e2e=9000: how many meet them.")
 @click.option("--reference", type=_path, help="Instead: run every case of a file of DistServe's results and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def simulate(
@@ -102,7 +102,11 @@ def _table(prediction: Prediction) -> str:
     rows[-1] += f", simulated in {prediction.cpu_s:.3g} s"
     rows.append("groups busy " + ", ".join(f"{share:.0%}" for share in prediction.busy))
     if prediction.attainment is not None:
-        rows.append(f"{prediction.attainment:.1%} meet both targets: goodput {prediction.goodput_rps:.3g} requests/s")
+        all_of = "both" if len(prediction.met) == 2 else "all"
+        rows.append(
+            f"{prediction.attainment:.1%} meet {all_of} targets: goodput {prediction.goodput_rps:.3g} requests/s; "
+            + ", ".join(f"{name} {share:.1%}" for name, share in prediction.met.items())
+        )
     return "\n".join(rows)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.layout import Layout
-from placement.native import Limits, serve_unless_missed
+from placement.native import Limits, Window, serve_unless_missed
 from placement.outcome import Targets
 from placement.workload import Times, Workload
 
@@ -25,10 +25,34 @@ _T_95 = 2.776
 
 @dataclass(frozen=True)
 class Goal:
-    """`share` of the requests meet both targets."""
+    """`share` of the requests meet all targets, of those without a share of their own; and of a target that has one so
+    many meet that."""
 
     targets: Targets
     share: float = 0.9
+
+    @property
+    def demands(self) -> dict[tuple[str, ...], float]:
+        """Which targets so large a share of the requests has to meet together."""
+        return self.targets.demands(self.share)
+
+    @property
+    def least(self) -> float:
+        """Of these shares the smallest."""
+        return min(self.demands.values())
+
+    def share_of(self, metric: str) -> float:
+        """Of requests, that are to meet its target."""
+        return dict(self.targets.shares).get(metric, self.share)
+
+    def told(self) -> str:
+        """`ttft=200 ms and tpot=50 ms for 90 % of requests`."""
+        parts = (
+            " and ".join(f"{metric}={self.targets.of(metric):g} ms" for metric in metrics)
+            + f" for {100 * share:g} % of requests"
+            for metrics, share in self.demands.items()
+        )
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -43,13 +67,17 @@ class Interval:
 def attains(layout: Layout, workload: Workload, rate: float, goal: Goal) -> bool:
     """Whether the share meets the targets, after warm-up, and in the second half too: if queues still grow there, the
     run is not in a steady state and a longer one would fail."""
-    settled, late = int(len(workload) * WARM_UP), len(workload) // 2
-    limits = Limits(goal.targets, *(_allowed(goal, len(workload), start) for start in (settled, late)))
-    return serve_unless_missed(layout, workload, rate, limits) is not None
+    windows = tuple(
+        Window(metrics, start, _allowed(share, len(workload) - start))
+        for metrics, share in goal.demands.items()
+        for start in (int(len(workload) * WARM_UP), len(workload) // 2)
+    )
+    return serve_unless_missed(layout, workload, rate, Limits(goal.targets, windows)) is not None
 
 
-def _allowed(goal: Goal, requests: int, start: int) -> tuple[int, int]:
-    return start, math.floor((1 - goal.share) * (requests - start) + 1e-9)
+def _allowed(share: float, requests: int) -> int:
+    """That miss."""
+    return math.floor((1 - share) * requests + 1e-9)
 
 
 def goodput(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, floor: float = 0.0) -> float:

@@ -45,7 +45,8 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """Of `judged` requests, how many missed a target, and how many of these that for TTFT (`late`) or TPOT (`slow`)."""
+    """Of `judged` requests, how many missed a target, and how many of these that for TTFT (`late`) or TPOT (`slow`);
+    the others took too long in all."""
 
     judged: int
     missed: int
@@ -101,9 +102,9 @@ class LiveLog:
         judged = [verdict for verdict in verdicts if verdict is not None]
         return Met(
             judged=len(judged),
-            missed=sum(late or slow for late, slow in judged),
-            late=sum(late for late, _ in judged),
-            slow=sum(slow for _, slow in judged),
+            missed=sum(any(verdict) for verdict in judged),
+            late=sum(late for late, *_ in judged),
+            slow=sum(slow for _, slow, _ in judged),
         )
 
     def ended(self, since_s: float) -> list[Ended]:
@@ -157,9 +158,10 @@ def _together(ticks: Iterable[Tick], least_s: float) -> list[tuple[int, float]]:
     return found
 
 
-def _verdict(served: Served, targets: Targets) -> tuple[bool, bool] | None:
-    """Whether it was late, and slow. A request without a token that failed was late; of one that its client gave up
-    nothing is known, so it isn't judged."""
+def _verdict(served: Served, targets: Targets) -> tuple[bool, bool, bool] | None:
+    """Whether it was late, slow, and too long in all. A request without a token that failed was late; of one that
+    its client gave up nothing is known, so it isn't judged."""
     if served.ttft_ms is None:
-        return None if served.ended is FinishReason.ABORT else (True, False)
-    return served.ttft_ms > targets.ttft_ms, served.tpot_ms is not None and served.tpot_ms > targets.tpot_ms
+        return None if served.ended is FinishReason.ABORT else (True, False, False)
+    slow = served.tpot_ms is not None and served.tpot_ms > targets.tpot_ms
+    return served.ttft_ms > targets.ttft_ms, slow, 1e3 * served.took_s > targets.e2e_ms

@@ -6,18 +6,20 @@ Compiled once for a machine, in seconds; where that can't be done the definition
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from core import compiler
 from placement import pipeline, serving
 from placement.layout import Lane, Layout
-from placement.outcome import Outcome, Targets
+from placement.outcome import METRICS, Outcome, Targets
 from placement.pipeline import Pipelines
 from placement.serving import Served
 from placement.workload import Lengths, Workload
@@ -49,20 +51,25 @@ def serve(layout: Layout, workload: Workload, rate: float) -> Served:
     return served
 
 
+class Window(NamedTuple):
+    """No more than `allowed` of the requests from the place `start` on may miss a target of these metrics."""
+
+    metrics: tuple[str, ...]
+    start: int
+    allowed: int
+
+
 @dataclass(frozen=True)
 class Limits:
-    """No more than so many of the requests from a place on may miss a target: for each of two (place, so many)."""
-
     targets: Targets
-    settled: tuple[int, int]
-    late: tuple[int, int]
+    windows: tuple[Window, ...]
 
     def kept(self, outcome: Outcome) -> bool:
-        missed = ~outcome.attained(self.targets)
-        return all(int(missed[start:].sum()) <= allowed for start, allowed in (self.settled, self.late))
+        missed = {one.metrics: ~outcome.attained(self.targets.only(one.metrics)) for one in self.windows}
+        return all(int(missed[one.metrics][one.start :].sum()) <= one.allowed for one in self.windows)
 
 
-NO_LIMITS = Limits(Targets(float("inf"), float("inf")), (0, 0), (0, 0))
+NO_LIMITS = Limits(Targets(math.inf, math.inf), ())
 
 
 def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits: Limits) -> Served | None:
@@ -79,7 +86,7 @@ def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits:
         *(_lane_specs(lanes), len(lanes)),
         (_Link * len(layout.links))(*(_Link(link.ms_per_token, link.latency_ms) for link in layout.links)),
         *(len(layout.links), _paths(layout, lanes), layout.handoff_min_tokens, layout.report_ms),
-        _Limits(limits.targets.ttft_ms - layout.overhead_ms, limits.targets.tpot_ms, limits.settled, limits.late),
+        *_limits(limits, layout.overhead_ms),
         *_outages(layout, lanes),
         *(len(workload), arrivals, _contiguous(workload.prompt_tokens), _contiguous(workload.output_tokens)),
         *(_contiguous(workload.cached_tokens), first, last, busy),
@@ -124,11 +131,12 @@ class _Link(ctypes.Structure):
     _fields_ = (("ms_per_token", ctypes.c_double), ("latency_ms", ctypes.c_double))
 
 
-class _Limits(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("ttft_ms", "tpot_ms")),
-        *((name, ctypes.c_int64 * 2) for name in ("settled", "late")),
-    )
+class _Targets(ctypes.Structure):
+    _fields_ = (("ttft_ms", ctypes.c_double), ("tpot_ms", ctypes.c_double), ("e2e_ms", ctypes.c_double))
+
+
+class _Window(ctypes.Structure):
+    _fields_ = (("metrics", ctypes.c_int64), ("start", ctypes.c_int64), ("allowed", ctypes.c_int64))
 
 
 class _Outage(ctypes.Structure):
@@ -146,7 +154,9 @@ def _declare(library: ctypes.CDLL) -> None:
         *(ctypes.POINTER(_LaneSpec), ctypes.c_int64, ctypes.POINTER(_Link), ctypes.c_int64, _ints),
         *(ctypes.c_int64, ctypes.c_double),
         *(
-            ctypes.POINTER(_Limits),
+            ctypes.POINTER(_Targets),
+            ctypes.POINTER(_Window),
+            ctypes.c_int64,
             ctypes.POINTER(_Outage),
             ctypes.c_int64,
             ctypes.c_int64,
@@ -202,6 +212,17 @@ def _paths(layout: Layout, lanes: Sequence[Lane]) -> Lengths:
         links[tuple(np.array([*layout.paths]).T)] = [*layout.paths.values()]
     groups = [lane.group for lane in lanes]
     return links[np.ix_(groups, groups)].ravel()
+
+
+def _limits(limits: Limits, overhead_ms: float) -> tuple[_Targets, ctypes.Array[_Window], int]:
+    """A window's metrics are bits, in the order of METRICS."""
+    targets = limits.targets
+    found = [
+        _Window(sum(1 << METRICS.index(metric) for metric in metrics), start, allowed)
+        for metrics, start, allowed in limits.windows
+    ]
+    shown = _Targets(targets.ttft_ms - overhead_ms, targets.tpot_ms, targets.e2e_ms - overhead_ms)
+    return shown, (_Window * len(found))(*found), len(found)
 
 
 def _outages(layout: Layout, lanes: Sequence[Lane]) -> tuple[ctypes.Array[_Outage], int]:

@@ -15,7 +15,8 @@ from placement.workload import Workload
 
 
 class Point(msgspec.Struct, frozen=True):
-    """A layout at its goodput: `ttft_ms` and `tpot_ms` are what the share of the goal stays below there."""
+    """A layout at its goodput: `ttft_ms` and `tpot_ms` are what the share of the goal stays below there, or that of the
+    target by itself."""
 
     name: str
     disaggregated: bool
@@ -39,7 +40,9 @@ class Point(msgspec.Struct, frozen=True):
 def point(candidate: Candidate, rate: float, workload: Workload, goal: Goal, priced: bool) -> Point:
     outcome = serve(candidate.layout, sized(workload, candidate.stages), rate).outcome
     start = int(len(outcome.ttft_ms) * WARM_UP)
-    ttft_ms, tpot_ms = (float(np.quantile(values[start:], goal.share)) for values in (outcome.ttft_ms, outcome.tpot_ms))
+    ttft_ms, tpot_ms = (
+        float(np.quantile(outcome.of(metric)[start:], goal.share_of(metric))) for metric in ("ttft", "tpot")
+    )
     price = candidate.dollars_per_hour if priced else None
     return Point(candidate.name, candidate.prefill is not None, candidate.devices, rate, ttft_ms, tpot_ms, price)
 

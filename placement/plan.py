@@ -53,8 +53,10 @@ class Entry(msgspec.Struct):
 
 
 class Plan(msgspec.Struct):
-    """`predicted` is at `rate_rps`, times in ms. `sources`: how the latency of each shape is known. `refused`: what
-    can't run, and why."""
+    """`predicted` is at `rate_rps`, times in ms; with `attainment`, the share of requests that meet all targets, and
+    `ttft_met` and so on, those that meet each. `percentiles`: of targets that so many are to meet each by itself, the
+    others together by `share`. `sources`: how the latency of each shape is known. `refused`: what can't run, and
+    why."""
 
     model: str
     topology: str
@@ -72,6 +74,8 @@ class Plan(msgspec.Struct):
     ranking: list[Entry]
     refused: dict[str, str]
     warnings: list[str]
+    e2e_ms: float | None = None
+    percentiles: dict[str, float] = {}
     drafts: str | None = None
     """With drafts against without; None where there was nothing to choose."""
     pareto: list[Point] = []
@@ -137,6 +141,8 @@ def make_plan(
             *(doubt for doubt in dict.fromkeys(shape.profile.doubt() for shape in shapes) if doubt),
             *_warnings(chosen, by_name, workload),
         ],
+        e2e_ms=goal.targets.e2e_ms if "e2e" in goal.targets.metrics else None,
+        percentiles={metric: 100 * share for metric, share in goal.targets.shares},
         pareto=_pareto(found, workload, goal, topology.priced),
     )
     try:
@@ -241,6 +247,8 @@ def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal
             for name, value in getattr(prediction, f"{metric}_ms").items():
                 found.setdefault(f"{metric}_{name}", []).append(value)
         found.setdefault("attainment", []).append(prediction.attainment or 0.0)
+        for metric, share in prediction.met.items():
+            found.setdefault(f"{metric}_met", []).append(share)
     return {name: _spread(np.array(values)) for name, values in found.items()}
 
 

@@ -17,7 +17,7 @@ def table(plan: Plan) -> str:
     sources = ", ".join(f"{name} {source}" for name, source in plan.sources.items())
     lines = [
         f"{plan.model} on {plan.topology}; latency of {sources}",
-        f"targets: TTFT {plan.ttft_ms:g} ms and TPOT {plan.tpot_ms:g} ms for {plan.share:.0%} of requests",
+        f"targets: {_targets(plan)}",
         "",
         summary(plan),
         "",
@@ -31,6 +31,14 @@ def table(plan: Plan) -> str:
         lines += [_point(point) for point in shown]
     lines += ["", *_refused(plan.refused)] if plan.refused else []
     return "\n".join(lines + _warnings(plan))
+
+
+def _targets(plan: Plan) -> str:
+    values = {"ttft": plan.ttft_ms, "tpot": plan.tpot_ms, "e2e": plan.e2e_ms}
+    shown = {name: f"{name.upper()} {value:g} ms" for name, value in values.items() if value is not None}
+    together = " and ".join(what for name, what in shown.items() if name not in plan.percentiles)
+    found = [f"{together} for {plan.share:.0%} of requests"] if together else []
+    return ", ".join([*found, *(f"{shown[name]} for {at:g}%" for name, at in plan.percentiles.items())])
 
 
 def summary(plan: Plan) -> str:
@@ -57,7 +65,9 @@ def _predicted(plan: Plan) -> list[str]:
         cells = (_with_interval(plan.predicted[f"{metric}_{name}"]) for name in _SHOWN)
         lines.append(f"{metric:<{len(lines[0]) - 24 * len(_SHOWN)}}" + "".join(f"{cell:>24}" for cell in cells))
     met = plan.predicted["attainment"]
-    return [*lines, f"attainment {met.mean:.1%} ({max(0.0, met.low):.1%} to {min(1.0, met.high):.1%})"]
+    each = [f"{name.upper()} {plan.predicted[f'{name}_met'].mean:.1%}" for name in plan.percentiles]
+    line = f"attainment {met.mean:.1%} ({max(0.0, met.low):.1%} to {min(1.0, met.high):.1%})"
+    return [*lines, line + (f", of all targets; alone {', '.join(each)}" if each else "")]
 
 
 def _with_interval(spread: Spread) -> str:

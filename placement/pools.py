@@ -14,7 +14,7 @@ from placement.bounds import Demand, most_rate
 from placement.goodput import Goal, goodput
 from placement.latency import Coefficients, StepLatency
 from placement.layout import ALONE, Group, Layout, Role
-from placement.outcome import Targets
+from placement.outcome import METRICS
 from placement.workload import Workload
 
 SLACK = 1.08
@@ -52,7 +52,7 @@ def _pool(group: Group, count: int, handoff_min_tokens: int) -> Layout:
 
 
 def _part(role: Role, goal: Goal) -> Goal:
-    """Prefill groups are not to blame for TPOT, nor decode groups for TTFT."""
-    ttft = float("inf") if role is Role.DECODE else goal.targets.ttft_ms
-    tpot = float("inf") if role is Role.PREFILL else goal.targets.tpot_ms
-    return Goal(Targets(ttft, tpot), goal.share)
+    """Prefill groups are not to blame for TPOT, nor decode groups for TTFT; all of a request takes no less with ideal
+    groups for the rest."""
+    others = {Role.PREFILL: "tpot", Role.DECODE: "ttft"}.get(role)
+    return Goal(goal.targets.only(metric for metric in METRICS if metric != others), goal.share)

@@ -16,8 +16,9 @@ _PERCENTILES = (50, 90, 95, 99)
 
 
 class Prediction(msgspec.Struct):
-    """Milliseconds by statistic (`mean`, `p50`, …); `attainment` and `goodput_rps` where targets were given. `busy` is
-    the share of the time that each group computes, the mean of its stages; `cpu_s` what simulating it took."""
+    """Milliseconds by statistic (`mean`, `p50`, …); `attainment` and `goodput_rps`, of requests that meet all targets,
+    where some were given, and `met`, the share that meets each. `busy` is the share of the time that each group
+    computes, the mean of its stages; `cpu_s` what simulating it took."""
 
     requests: int
     rate_rps: float
@@ -29,6 +30,7 @@ class Prediction(msgspec.Struct):
     cpu_s: float
     attainment: float | None = None
     goodput_rps: float | None = None
+    met: dict[str, float] = {}
 
 
 def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | None = None) -> Prediction:
@@ -51,6 +53,7 @@ def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | 
         cpu_s=cpu_s,
         attainment=attainment,
         goodput_rps=None if attainment is None else attainment * rate,
+        met={} if targets is None else {name: outcome.attainment(targets.only([name])) for name in targets.metrics},
     )
 
 

@@ -64,9 +64,12 @@ def _check_reachable(found: list[Arrangement], settings: ReplanSettings, predict
     best = max(alone, key=lambda outcome: outcome.attainment(targets))
     if best.attainment(targets) >= share:
         return
+    wanted = " and ".join(f"{metric}={targets.of(metric):g} ms" for metric in targets.metrics)
+    reached = " and ".join(
+        f"{metric.upper()} {shown_ms(np.percentile(best.of(metric), 90))} ms" for metric in targets.metrics
+    )
     raise ConfigError(
-        f"ttft={targets.ttft_ms:g} ms and tpot={targets.tpot_ms:g} ms are out of reach for {share:.0%} of the first "
-        f"{len(first)} requests: without load {best.attainment(targets):.0%} attain them, and 9 in 10 have TTFT "
-        f"{shown_ms(np.percentile(best.ttft_ms, 90))} ms and TPOT {shown_ms(np.percentile(best.tpot_ms, 90))} ms",
+        f"{wanted} are out of reach for {share:.0%} of the first {len(first)} requests: without load "
+        f"{best.attainment(targets):.0%} attain them, and 9 in 10 have {reached}",
         param="slo",
     )

@@ -282,13 +282,13 @@ def _unreachable(refused: dict[str, str], tried: list[Candidate], workload: Work
     best: dict[str, tuple[float, str]] = {}
     for candidate in {candidate.kinds: candidate for candidate in tried}.values():
         outcome = serve(candidate.layout, workload, 1e-3).outcome
-        for name, values in (("TTFT", outcome.ttft_ms), ("TPOT", outcome.tpot_ms)):
-            reached = float(sorted(values)[int(goal.share * (len(values) - 1))])
-            best[name] = min(best.get(name, (reached, candidate.name)), (reached, candidate.name))
-    reachable = " and ".join(f"{name} {shown_ms(ms)} ms with {layout}" for name, (ms, layout) in best.items())
+        for metric in goal.targets.metrics:
+            values = outcome.of(metric)
+            reached = float(sorted(values)[int(goal.share_of(metric) * (len(values) - 1))])
+            best[metric] = min(best.get(metric, (reached, candidate.name)), (reached, candidate.name))
+    reachable = " and ".join(f"{name.upper()} {shown_ms(ms)} ms with {layout}" for name, (ms, layout) in best.items())
     return ConfigError(
-        f"no layout attains ttft={goal.targets.ttft_ms:g} ms and tpot={goal.targets.tpot_ms:g} ms for "
-        f"{100 * goal.share:g} % of requests at any rate; without load the best is {reachable}"
+        f"no layout attains {goal.told()} at any rate; without load the best is {reachable}"
         + (f" ({len(refused)} kinds of groups were refused)" if refused else ""),
         param="slo",
     )

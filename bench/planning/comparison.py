@@ -13,15 +13,19 @@ from placement.prediction import statistics_of
 
 
 class Seen(msgspec.Struct):
-    """Milliseconds by statistic (`mean`, `p50`, …), and the share of requests that met both targets."""
+    """Milliseconds by statistic (`mean`, `p50`, …), the share of requests that met all targets, and that which met
+    each."""
 
     ttft_ms: dict[str, float]
     tpot_ms: dict[str, float]
     attainment: float
+    met: dict[str, float] = {}
 
     @staticmethod
     def of(outcome: Outcome, targets: Targets) -> Seen:
-        return Seen(statistics_of(outcome.ttft_ms), statistics_of(outcome.tpot_ms), outcome.attainment(targets))
+        met = {metric: outcome.attainment(targets.only([metric])) for metric in targets.metrics}
+        both = statistics_of(outcome.ttft_ms), statistics_of(outcome.tpot_ms)
+        return Seen(*both, outcome.attainment(targets), met)
 
     def errors_of(self, predicted: Seen) -> dict[str, float]:
         """With this as the truth."""
@@ -96,6 +100,8 @@ class Comparison(msgspec.Struct):
     true: int
     true_at_pace: int
     figures: int
+    e2e_ms: float | None = None
+    percentiles: dict[str, float] = {}
 
     @staticmethod
     def of(model: str, targets: Targets, requests: int, chosen: str, runs: Sequence[Run]) -> Comparison:
@@ -112,6 +118,8 @@ class Comparison(msgspec.Struct):
             true=sum(_true(run.errors) for run in runs),
             true_at_pace=sum(_true(run.errors_at_pace) for run in runs),
             figures=len(runs) * len(TOLERANCES),
+            e2e_ms=targets.e2e_ms if "e2e" in targets.metrics else None,
+            percentiles={metric: 100 * share for metric, share in targets.shares},
         )
 
 
@@ -120,5 +128,5 @@ def _true(errors: dict[str, float]) -> int:
 
 
 def _merit(seen: Seen) -> tuple[float, float]:
-    """More requests within both targets; of equals, the sooner."""
+    """More requests within all targets; of equals, the sooner."""
     return seen.attainment, -(seen.ttft_ms["mean"] + seen.tpot_ms["mean"])

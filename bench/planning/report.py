@@ -11,7 +11,9 @@ def table(found: Comparison) -> str:
     for layout in dict.fromkeys(run.layout for run in found.runs):
         rows += ["", layout + ("  (chosen)" if layout == found.chosen else "")]
         rows.append(heading())
-        rows += [line for run in found.runs if run.layout == layout for line in lines(run)]
+        of_layout = [run for run in found.runs if run.layout == layout]
+        rows += [line for run in of_layout for line in lines(run)]
+        rows += [_met(run) for run in of_layout if found.percentiles or found.e2e_ms is not None]
     off = "" if found.best_predicted == found.best_measured else ", which was not predicted"
     most = max(run.others_cores for run in found.runs)
     rows += ["", f"other processes took {most:.2f} cores at the most"]
@@ -20,6 +22,12 @@ def table(found: Comparison) -> str:
     rows.append(f"{found.true} of {found.figures} figures are true as profiled: {limits}")
     rows.append(f"{found.true_at_pace} of {found.figures} are if steps take as much longer as for requests alone then")
     return "\n".join(rows)
+
+
+def _met(run: Run) -> str:
+    """Of targets one by one."""
+    pairs = (f"{name} {share:.1%} / {run.measured.met[name]:.1%}" for name, share in run.predicted.met.items())
+    return f"{run.rate_rps:>8.3g} targets met, each alone: {', '.join(pairs)}"
 
 
 def heading() -> str:

@@ -54,7 +54,8 @@ def met(answer: Answer, targets: Targets) -> bool:
     """What was lost met nothing."""
     served = answer.served
     in_time = served.ttft_ms is not None and served.ttft_ms <= targets.ttft_ms
-    return answer.whole and in_time and (served.tpot_ms is None or served.tpot_ms <= targets.tpot_ms)
+    steady = served.tpot_ms is None or served.tpot_ms <= targets.tpot_ms
+    return answer.whole and in_time and steady and 1e3 * served.took_s <= targets.e2e_ms
 
 
 def attainment(answers: Sequence[Answer], targets: Targets) -> float | None:

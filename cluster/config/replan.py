@@ -19,8 +19,8 @@ class ReplanSection(Section):
         "off",
         description="Change roles, numbers and steps of workers in service, as traffic does; advise: only say how",
     )
-    slo: str | None = Field(None, description="Targets in ms for it, as ttft=200,tpot=50")
-    share: float = Field(0.9, gt=0, lt=1, description="Of the requests, that are to meet both targets")
+    slo: str | None = Field(None, description="Targets in ms for it, as ttft=200,tpot=50 or with e2e=9000")
+    share: float = Field(0.9, gt=0, lt=1, description="Of the requests, that are to meet all targets")
     profile: AbsolutePath | None = Field(None, description="What slipstream profile measured of such a worker")
     forecast: Literal["constant", "holt-winters", "kalman"] = Field(
         "constant", description="How the traffic to come is foreseen"
@@ -62,6 +62,6 @@ class ReplanSection(Section):
     @property
     def targets(self) -> Targets:
         """Raises ConfigError."""
-        from placement.slo import parse_slo  # with numpy, which `--help` does without
+        from placement.slo import of_all_together, parse_slo  # with numpy, which `--help` does without
 
-        return parse_slo(self.slo or "")
+        return of_all_together(parse_slo(self.slo or ""))

@@ -40,7 +40,7 @@ struct Request {
     int prompt, output, cached;
     int emitted = 0, target = 0, computed = 0;  // target: tokens to compute before the next can be drawn
     int p = -1, d = -1;                         // lanes that prefill and decode it
-    int attempt = 0;
+    int attempt = 0, missed = 0;                // targets, by their bits
     At at = At::router;
     bool reserved = false;
     double sent_ms = 0.0;  // when what was sent so far has arrived
@@ -49,8 +49,17 @@ struct Request {
 
 constexpr double idle = -1.0;
 
+// What the router looks at of every lane for every request, side by side in memory. As lanes.LaneState has it.
+struct Told {
+    int64_t role, island;
+    double next_report_ms = 0.0;
+    int64_t free = 0, pending = 0;
+    int live = 0, down = 0;
+};
+
 struct Lane {
     const LaneSpec* spec;
+    Told* told;
     std::deque<int> waiting, incoming;
     std::vector<int> prompts, joined;
     std::vector<std::pair<int64_t, int>> decoding;  // a heap: (the decode step after which it ends, request), least first
@@ -59,9 +68,8 @@ struct Lane {
     double start_ms = 0.0, base_ms = 0.0, slope_ms = 0.0, busy_ms = 0.0;  // of the steps that run, if alone
     double prompt_share = 0.0, done_ms = 0.0, since_ms = 0.0, slowdown = 1.0;  // as lanes.StepClock
     double computing = idle;                                                  // as lanes.LaneState
-    double next_report_ms = 0.0;
-    int64_t steps = 0, planned = 0, pending = 0, told_pending = 0, told_free = 0;
-    int seats = 0, live = 0, told_live = 0, down = 0, version = 0;
+    int64_t steps = 0, planned = 0, pending = 0;
+    int seats = 0, live = 0, version = 0;
     bool busy = false, starting = false, advances = false;
 
     double work_ms(int64_t count) const {
@@ -73,35 +81,43 @@ struct Lane {
     double context_of(const Request& r) const { return r.target + spec->tokens_per_step * (steps - r.joined_at); }
 };
 
-// A run may end when more than `allowed` of the requests from `from` on have missed a target, in one of the windows.
+// A run may end when more than `allowed` of the requests from `from` on have missed a target of these metrics.
 struct Window {
-    int64_t from, allowed;
+    int64_t metrics, from, allowed;
 };
-struct Limits {
-    double ttft_ms, tpot_ms;
-    Window settled, late;
+struct Targets {
+    double ttft_ms, tpot_ms, e2e_ms;
 };
+enum Metric { ttft = 1, tpot = 2, e2e = 4 };
 
 // At one instant: first what ends, then what begins; by lane or request.
 enum Rank { outage, ending };
 enum Kind { fails, is_repaired, step_ends, kv_arrives };
 struct Event {
     double time;
-    int rank, index, kind, version;
-    bool operator>(const Event& other) const {
-        if (time != other.time) return time > other.time;
-        return std::tie(rank, index, kind, version) > std::tie(other.rank, other.index, other.kind, other.version);
-    }
+    uint64_t place;  // (rank, index, kind, version), the first in the highest bits
+    Event(double at_ms, int rank, int index, int kind, int version)
+        : time(at_ms), place(static_cast<uint64_t>(rank) << 63 | static_cast<uint64_t>(index) << 32 |
+                             static_cast<uint64_t>(kind) << 30 | static_cast<uint64_t>(version)) {}
+    int index() const { return place >> 32 & 0x7fffffff; }
+    int kind() const { return place >> 30 & 3; }
+    int version() const { return place & 0x3fffffff; }
+    bool operator>(const Event& other) const { return time != other.time ? time > other.time : place > other.place; }
 };
 
 class Serving {
   public:
     Serving(const LaneSpec* specs, int num_lanes, const Link* links, int num_links, const int32_t* paths,
-            int64_t handoff_min_tokens, double report_ms, const Limits& limits, double* first, double* last)
-        : lanes_(num_lanes), links_(links), link_free_(num_links), paths_(paths), handoff_min_(handoff_min_tokens),
-          report_ms_(report_ms), limits_(limits), settled_(limits.settled), late_(limits.late), first_(first), last_(last) {
+            int64_t handoff_min_tokens, double report_ms, const Targets& targets, const Window* windows, int num_windows,
+            double* first, double* last)
+        : lanes_(num_lanes), told_(num_lanes), links_(links), link_free_(num_links), paths_(paths), handoff_min_(handoff_min_tokens),
+          report_ms_(report_ms), targets_(targets), windows_(windows, windows + num_windows), first_(first), last_(last) {
+        for (const Window& window : windows_) failed_ |= window.allowed < 0;
         for (int i = 0; i < num_lanes; ++i) {
+            told_[i].role = specs[i].role;
+            told_[i].island = specs[i].island;
             lanes_[i].spec = &specs[i];
+            lanes_[i].told = &told_[i];
             contention_ |= contends(specs[i]);
         }
     }
@@ -116,7 +132,7 @@ class Serving {
             push(outages[i].until_ms, outage, outages[i].lane, is_repaired);
         }
         while (static_cast<int>(requests_.size()) < n || !events_.empty() || !starting_.empty()) {
-            if (settled_.allowed < 0 || late_.allowed < 0) return false;
+            if (failed_) return false;
             const int next = requests_.size();
             if (next < n && arrivals[next] <= next_time()) {
                 now_ = arrivals[next];
@@ -134,10 +150,13 @@ class Serving {
             const Event event = events_.top();
             events_.pop();
             now_ = event.time;
-            for (; overdue(now_); ++waited_for_) if (!has_begun(waited_for_)) miss(waited_for_);
+            for (; overdue(now_, begun_, targets_.ttft_ms); ++begun_)
+                if (requests_[begun_].emitted == 0) miss(begun_, ttft);
+            for (; overdue(now_, ended_, targets_.e2e_ms); ++ended_)
+                if (requests_[ended_].at != At::done) miss(ended_, e2e);
             handle(event);
         }
-        return settled_.allowed >= 0 && late_.allowed >= 0;
+        return !failed_;
     }
 
     int64_t preemptions = 0;
@@ -145,7 +164,7 @@ class Serving {
 
   private:
     void push(double time, int rank, int index, int kind, int version = 0) {
-        events_.push({time, rank, index, kind, version});
+        events_.emplace(time, rank, index, kind, version);
     }
 
     double next_time() const {
@@ -154,11 +173,12 @@ class Serving {
     }
 
     void handle(const Event& event) {
-        switch (event.kind) {
-            case fails: return fail(event.index);
-            case is_repaired: return repair(event.index);
-            case step_ends: if (event.version == lanes_[event.index].version) end(event.index); return;
-            case kv_arrives: if (event.version == requests_[event.index].attempt) kv_arrived(event.index); return;
+        const int index = event.index();
+        switch (event.kind()) {
+            case fails: return fail(index);
+            case is_repaired: return repair(index);
+            case step_ends: if (event.version() == lanes_[index].version) end(index); return;
+            case kv_arrives: if (event.version() == requests_[index].attempt) kv_arrived(index); return;
         }
     }
 
@@ -166,17 +186,18 @@ class Serving {
 
     // As LaneState.report: what was so when it was due, so of the steps that run those that had ended before.
     void report(Lane& lane) const {
-        if (now_ < lane.next_report_ms) return;
-        lane.told_live = lane.live;
-        lane.told_pending = lane.pending;
+        Told& told = *lane.told;
+        if (now_ < told.next_report_ms) return;
+        told.live = lane.live;
+        told.pending = lane.pending;
         double due = now_;
         if (report_ms_ > 0) {
             const double phase = lane.spec->report_phase, number = std::floor(now_ / report_ms_ + phase);
-            due = std::max(lane.next_report_ms, (number - phase) * report_ms_);
-            lane.next_report_ms = (number + 1 - phase) * report_ms_;
+            due = std::max(told.next_report_ms, (number - phase) * report_ms_);
+            told.next_report_ms = (number + 1 - phase) * report_ms_;
         }
         const double used = lane.kv_used + (lane.jumping() ? (steps_until(lane, due) - 1) * lane.growth() : 0.0);
-        lane.told_free = static_cast<int64_t>(std::floor(lane.spec->kv_tokens - used + 0.5));
+        told.free = static_cast<int64_t>(std::floor(lane.spec->kv_tokens - used + 0.5));
     }
 
     // Before what it has to do, or holds, changes.
@@ -193,31 +214,30 @@ class Serving {
     // The router knows, as it is its own doing.
     void send_to(Lane& lane, int live, int64_t pending, int tokens) const {
         change(lane, live, pending);
-        lane.told_live += live;
-        lane.told_pending += pending;
-        lane.told_free -= tokens;
+        lane.told->live += live;
+        lane.told->pending += pending;
+        lane.told->free -= tokens;
     }
 
     int least_live(const Request& r) {
-        const auto key = [needed = r.target - r.cached](const Lane& lane) {
-            return std::tuple(lane.told_free < needed, lane.told_live, -lane.told_free);
+        const auto key = [needed = r.target - r.cached](const Told& told) {
+            return std::tuple(told.free < needed, told.live, -told.free);
         };
         int best = -1;
-        for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
-            if (lanes_[i].down || lanes_[i].spec->role == prefills) continue;
-            report(lanes_[i]);
-            if (best < 0 || key(lanes_[i]) < key(lanes_[best])) best = i;
+        for (int i = 0; i < static_cast<int>(told_.size()); ++i) {
+            if (told_[i].down || told_[i].role == prefills) continue;
+            if (now_ >= told_[i].next_report_ms) report(lanes_[i]);
+            if (best < 0 || key(told_[i]) < key(told_[best])) best = i;
         }
         return best;
     }
 
     int least_pending(int64_t island) {
         int best = -1;
-        for (int i = 0; i < static_cast<int>(lanes_.size()); ++i) {
-            const LaneSpec& spec = *lanes_[i].spec;
-            if (lanes_[i].down || spec.role != prefills || spec.island != island) continue;
-            report(lanes_[i]);
-            if (best < 0 || lanes_[i].told_pending < lanes_[best].told_pending) best = i;
+        for (int i = 0; i < static_cast<int>(told_.size()); ++i) {
+            if (told_[i].down || told_[i].role != prefills || told_[i].island != island) continue;
+            if (now_ >= told_[i].next_report_ms) report(lanes_[i]);
+            if (best < 0 || told_[i].pending < told_[best].pending) best = i;
         }
         return best;
     }
@@ -247,7 +267,7 @@ class Serving {
 
     void kick(int index) {
         Lane& lane = lanes_[index];
-        if (lane.busy || lane.starting || lane.down) return;
+        if (lane.busy || lane.starting || lane.told->down) return;
         lane.starting = true;
         starting_.push(index);
     }
@@ -256,7 +276,7 @@ class Serving {
 
     void begin(int index) {
         Lane& lane = lanes_[index];
-        if (lane.busy || lane.down) return;
+        if (lane.busy || lane.told->down) return;
         report_due(lane);
         for (int joined : lane.joined) join(lane, joined);
         lane.joined.clear();
@@ -511,22 +531,25 @@ class Serving {
         r.at = At::done;
         last_[index] = now_;
         change(lanes_[r.d], -1, 0);
-        const bool late = first_[index] - arrivals_[index] > limits_.ttft_ms;  // counted before
-        if (!late && now_ - first_[index] > limits_.tpot_ms * (r.output - 1)) miss(index);
+        if (now_ - first_[index] > targets_.tpot_ms * (r.output - 1)) miss(index, tpot);
+        if (index >= ended_ && now_ - arrivals_[index] > targets_.e2e_ms) miss(index, e2e);
     }
 
     // --- limits ----------------------------------------------------------------------------------------------------
 
-    void miss(int index) {
-        if (index >= settled_.from) --settled_.allowed;
-        if (index >= late_.from) --late_.allowed;
+    // Once for a request and a metric; a window counts the request when it misses the first of its targets.
+    void miss(int index, int64_t metric) {
+        int& missed = requests_[index].missed;
+        for (Window& window : windows_) {
+            if (index < window.from || !(window.metrics & metric) || window.metrics & missed) continue;
+            failed_ |= --window.allowed < 0;
+        }
+        missed |= metric;
     }
 
-    bool has_begun(int index) const { return requests_[index].emitted > 0; }
-
-    // Whether the next request whose first token is waited for has missed it, whenever it will come.
-    bool overdue(double now) const {
-        return waited_for_ < static_cast<int>(requests_.size()) && now - arrivals_[waited_for_] > limits_.ttft_ms;
+    // Whether the next request that is waited for has missed a target by now, whenever it will come.
+    bool overdue(double now, int next, double target_ms) const {
+        return next < static_cast<int>(requests_.size()) && now - arrivals_[next] > target_ms;
     }
 
     void chunk_done(Lane& lane, int index, int tokens) {
@@ -542,7 +565,7 @@ class Serving {
         Request& r = requests_[index];
         if (r.emitted++ == 0) {
             first_[index] = now_;
-            if (index >= waited_for_ && now_ - arrivals_[index] > limits_.ttft_ms) miss(index);
+            if (index >= begun_ && now_ - arrivals_[index] > targets_.ttft_ms) miss(index, ttft);
         }
         if (r.emitted >= r.output) {
             lane.kv_used -= r.target;
@@ -569,7 +592,7 @@ class Serving {
 
     bool reserve(Request& r) {
         Lane& lane = lanes_[r.d];
-        if (lane.down || lane.seats >= lane.spec->max_sequences) return false;
+        if (lane.told->down || lane.seats >= lane.spec->max_sequences) return false;
         const double used = lane.kv_used + (lane.advances ? steps_done(lane) * lane.growth() : 0.0);
         if (used + lane.growth() + r.target + lane.spec->tokens_per_step > lane.spec->kv_tokens) return false;
         report_due(lane);
@@ -615,7 +638,7 @@ class Serving {
 
     void fail(int index) {
         Lane& lane = lanes_[index];
-        if (lane.down++) return;
+        if (lane.told->down++) return;
         if (const int64_t done = lane.jumping() ? steps_done(lane) : 0) {
             lane.steps += done;
             lane.busy_ms += lane.end_ms(done) - lane.start_ms;
@@ -654,8 +677,8 @@ class Serving {
         lane.chunks.clear();
         lane.kv_used = lane.context = 0.0;
         lane.seats = 0;
-        lane.pending = lane.told_pending = lane.told_free = lane.told_live = 0;
-        lane.next_report_ms = 0.0;
+        lane.pending = lane.told->pending = lane.told->free = lane.told->live = 0;
+        lane.told->next_report_ms = 0.0;
         ++lane.version;
         lane.busy = false;
     }
@@ -672,8 +695,8 @@ class Serving {
     }
 
     void repair(int index) {
-        if (--lanes_[index].down) return;
-        lanes_[index].next_report_ms = 0.0;  // it comes back with a report
+        if (--told_[index].down) return;
+        told_[index].next_report_ms = 0.0;  // it comes back with a report
         std::vector<int> stranded;
         stranded.swap(stranded_);
         for (int i : stranded) route(i);
@@ -681,6 +704,7 @@ class Serving {
     }
 
     std::vector<Lane> lanes_;
+    std::vector<Told> told_;  // by lane
     std::vector<Request> requests_;
     std::vector<int> stranded_;
     std::vector<std::pair<int, int>> chunks_;
@@ -691,9 +715,10 @@ class Serving {
     const int32_t* paths_;
     int64_t handoff_min_;
     double report_ms_;
-    const Limits& limits_;
-    Window settled_, late_;  // of `allowed` what is left
-    int waited_for_ = 0;     // requests before it that missed their first token are counted
+    const Targets& targets_;
+    std::vector<Window> windows_;  // of `allowed` what is left
+    int begun_ = 0, ended_ = 0;    // requests before it that missed their first token, or their end, are counted
+    bool failed_ = false;
     bool contention_ = false;
     const double* arrivals_ = nullptr;
     double *first_, *last_;
@@ -704,12 +729,12 @@ class Serving {
 
 extern "C" int64_t simulate_serving(const LaneSpec* lanes, int64_t num_lanes, const Link* links, int64_t num_links,
                                     const int32_t* paths, int64_t handoff_min_tokens, double report_ms,
-                                    const Limits* limits,
+                                    const Targets* targets, const Window* windows, int64_t num_windows,
                                     const Outage* outages, int64_t num_outages, int64_t num_requests, const double* arrivals,
                                     const int32_t* prompt, const int32_t* output, const int32_t* cached, double* first,
                                     double* last, double* busy_ms) {
     Serving serving(lanes, static_cast<int>(num_lanes), links, static_cast<int>(num_links), paths, handoff_min_tokens,
-                    report_ms, *limits, first, last);
+                    report_ms, *targets, windows, static_cast<int>(num_windows), first, last);
     const bool whole = serving.run(static_cast<int>(num_requests), arrivals, prompt, output, cached, outages,
                 static_cast<int>(num_outages));
     for (int64_t i = 0; i < num_lanes; ++i) busy_ms[i] = serving.lanes()[i].busy_ms;

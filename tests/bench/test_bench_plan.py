@@ -229,6 +229,30 @@ def test_prompts_end_in_questions_and_no_two_begin_alike() -> None:
     assert prompts[0][:3] != prompts[2][:3]
 
 
+def test_prompts_begin_alike_as_far_as_a_cache_is_to_have_them() -> None:
+    server = Server("http://127.0.0.1:1", "m", 1000, [[1, 2]])
+    some = Workload(*np.array([[5, 40, 40], [1, 1, 1]], np.int32), np.zeros(3), np.array([4, 20, 30], np.int32))
+    prompts = [json.loads(body)["prompt"] for body in server._bodies(some)]
+    assert [len(prompt) for prompt in prompts] == [5, 40, 40]
+    assert prompts[0][:4] == prompts[1][:4]
+    assert prompts[1][:20] == prompts[2][:20]
+    assert prompts[1][20:30] != prompts[2][20:30]
+    assert [prompt[-2:] for prompt in prompts[1:]] == [[1, 2], [1, 2]]
+
+
+def test_targets_one_by_one_are_told_where_they_have_percentiles() -> None:
+    targets = Targets(100.0, 20.0, 450.0, shares=(("ttft", 0.75),))
+    predicted = Outcome(np.array([90.0, 110.0]), np.array([10.0, 10.0]), np.array([400.0, 500.0]))
+    measured = Outcome(np.array([90.0, 90.0]), np.array([10.0, 30.0]), np.array([400.0, 500.0]))
+    paces = Pace(1.0, 1.0), Pace(1.0, 1.0)
+    found = Run.of("a", 1.5, Outcomes(predicted, predicted, measured), targets, 0.0, paces)
+    assert (found.predicted.attainment, found.measured.attainment) == (0.5, 0.5)
+    compared = Comparison.of("m", targets, 2, "a", [found])
+    assert (compared.e2e_ms, compared.percentiles) == (450.0, {"ttft": 75.0})
+    alone = "targets met, each alone: ttft 50.0% / 100.0%, tpot 100.0% / 50.0%, e2e 50.0% / 50.0%"
+    assert alone in table(compared)
+
+
 def test_a_layout_with_drafts_is_run_with_the_questions_of_a_file(model, tmp_path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"turns": ["abcabcabcabcabcabc"]}\n')
     drafts = Drafting(

@@ -236,6 +236,14 @@ def test_what_the_targets_decide_cannot_be_given_too(folder: Path, measured: lis
     assert measured == []
 
 
+def test_percentiles_are_refused_beside_replanning_before_anything_is_measured(
+    folder: Path, measured: list[Way]
+) -> None:
+    with pytest.raises(ConfigError, match="--slo: ttft has @p95: replanning has one share"):
+        config(folder, Asked("ttft=500@p95,tpot=60", lengths=LENGTHS), replan="on")
+    assert measured == []
+
+
 def test_a_file_that_decides_is_refused_alike(folder: Path, measured: list[Way], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("cluster: {decode_replicas: 3}")
     with pytest.raises(ConfigError, match="--slo decides decode_replicas by itself"):

@@ -245,6 +245,29 @@ def test_devices_that_are_not_at_hand_are_planned_for_by_a_roofline_that_is_mark
     assert found["chosen"]["devices"] <= 4
 
 
+def test_prompts_that_a_cache_has_a_part_of_are_served_more_of(files) -> None:
+    plain, cached = (
+        planned("small", *files, *SLO, "--lengths", f"prompt=200,output=20,cv=0.3{more}")
+        for more in ("", ",cached=0.7")
+    )
+    assert cached["chosen"]["goodput_rps"] > 1.2 * plain["chosen"]["goodput_rps"]
+
+
+def test_targets_by_percentile_and_of_all_of_a_request_are_planned_for_and_told(files) -> None:
+    slo = ("--slo", "ttft=400@p97,tpot=60,e2e=900@p50")
+    found = planned("small", *files, *slo, *LENGTHS)
+    assert (found["e2e_ms"], found["percentiles"]) == (900.0, {"ttft": 97.0, "e2e": 50.0})
+    reached = {name: found["predicted"][f"{name}_met"]["mean"] for name in ("ttft", "tpot", "e2e")}
+    assert reached["ttft"] > 0.95
+    assert 0.45 < reached["e2e"] < 1.0
+    told = run("small", *files, *slo, *LENGTHS)
+    assert "targets: TPOT 60 ms for 90% of requests, TTFT 400 ms for 97%, E2E 900 ms for 50%" in told
+    assert "of all targets; alone TTFT 9" in told
+    plain = planned("small", *files, *SLO, *LENGTHS)
+    assert (plain["e2e_ms"], plain["percentiles"]) == (None, {})
+    assert found["chosen"]["goodput_rps"] < plain["chosen"]["goodput_rps"]
+
+
 def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text("nodes: [{name: a, device: RTX4090, devices: 1, memory_gb: 12}]")
     with pytest.raises(ConfigError, match=r"fits nowhere: RTX4090 TP1: 16\.1 GB of weights .* the 10\.8 GB that 1 dev"):

@@ -48,6 +48,10 @@ def config(path: Path, **settings: Any) -> SlipstreamConfig:
         ({"replan_interval": 3.0}, "interval has no meaning while replan is off"),
         ({"replan": "off", "replan_slo": "ttft=1,tpot=1"}, "slo has no meaning while replan is off"),
         ({"replan": "on", "replan_slo": "ttft=1", "replan_profile": "p.json"}, "has no tpot"),
+        (
+            {"replan": "on", "replan_slo": "ttft=1,tpot=1@p95", "replan_profile": "p.json"},
+            "--slo: tpot has @p95: replanning has one share, of requests that meet all targets; leave percentiles out",
+        ),
         ({"replan": "on", "replan_slo": "ttft=1,tpot=1", "replan_profile": "p", "replan_chunk_tokens": "a"}, "'a' is"),
         (
             {"replan": "on", "replan_slo": "ttft=1,tpot=1", "replan_profile": "p", "replan_max_workers": 1},

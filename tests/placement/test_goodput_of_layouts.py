@@ -12,10 +12,11 @@ from placement.bounds import Demand, most_rate
 from placement.goodput import Goal, attains, goodput, goodput_near, interval, next_rate
 from placement.latency import Coefficients, Speculation
 from placement.layout import Layout, Link, Role
-from placement.native import Limits, serve, serve_unless_missed
-from placement.outcome import Targets
+from placement.native import Limits, Window, serve, serve_unless_missed
+from placement.outcome import Outcome, Targets
 from placement.pools import most_each
 from placement.serving import serve_plainly
+from placement.slo import parse_slo
 from placement.workload import Workload
 from tests.placement.layouts import STEP, apart, group
 from tests.placement.pipelines import azure_like
@@ -73,19 +74,74 @@ def test_resampled_requests_keep_the_mean_gap_and_their_neighbours() -> None:
     )
 
 
+def limits_of(targets: Targets, *windows: tuple[int, int]) -> Limits:
+    return Limits(targets, tuple(Window(targets.metrics, *window) for window in windows))
+
+
 @pytest.mark.parametrize("late", [(200, 100), (200, 3), (0, 25)])
 @pytest.mark.parametrize("allowed", [0, 20, 150, 200])
 def test_a_run_that_misses_too_much_is_given_up_with_the_same_verdict(allowed: int, late: tuple[int, int]) -> None:
     layout = Layout((BOTH,), overhead_ms=100.0)
     for rate in (2.0, 6.0, 12.0):
-        limits = Limits(GOAL.targets, (100, allowed), late)
+        limits = limits_of(GOAL.targets, (100, allowed), late)
         kept = limits.kept(serve_plainly(layout, azure_like(300), rate).outcome)
         assert (serve_unless_missed(layout, azure_like(300), rate, limits) is not None) == kept
 
 
+@pytest.mark.parametrize("alone", [("ttft",), ("tpot",), ("e2e",), ("ttft", "e2e")])
+@pytest.mark.parametrize("allowed", [0, 3, 30, 150])
+def test_so_it_is_with_all_of_a_request_and_with_targets_of_their_own(alone: tuple[str, ...], allowed: int) -> None:
+    """Three windows, of which each counts a request once whatever targets it misses."""
+    layout = Layout((BOTH,), overhead_ms=100.0)
+    targets = Targets(1000.0, 60.0, 12_000.0)
+    verdicts = set()
+    for rate in (0.01, 2.0, 4.0, 12.0):
+        served = serve_plainly(layout, azure_like(300), rate).outcome
+        for rest in (150, 300):
+            windows = Window(alone, 30, allowed), Window(alone, 150, 75), Window(targets.metrics, 0, rest)
+            limits = Limits(targets, windows)
+            verdicts.add(limits.kept(served))
+            assert (serve_unless_missed(layout, azure_like(300), rate, limits) is not None) == limits.kept(served)
+    assert len(verdicts) == 2
+
+
+def test_a_target_with_a_share_of_its_own_counts_by_itself() -> None:
+    """The last 100 of 200 requests, of which the first 30 are late, the next 12 slow, and the last 4 long."""
+    numbers = np.arange(200) - 100
+    late, slow = (numbers >= 0) & (numbers < 30), (numbers >= 30) & (numbers < 42)
+    outcome = Outcome(np.where(late, 900.0, 100.0), np.where(slow, 90.0, 9.0), np.where(numbers >= 96, 9e3, 1e3))
+    for targets, met in (
+        (Targets(500.0, 50.0), False),
+        (Targets(500.0, 50.0, shares=(("ttft", 0.7),)), False),
+        (Targets(500.0, 50.0, shares=(("ttft", 0.7), ("tpot", 0.85))), True),
+        (Targets(500.0, 50.0, shares=(("ttft", 0.75), ("tpot", 0.85))), False),
+        (Targets(500.0, 50.0, 5e3, shares=(("ttft", 0.7), ("tpot", 0.85))), True),
+        (Targets(500.0, 50.0, 5e3, shares=(("ttft", 0.7), ("tpot", 0.85), ("e2e", 0.97))), False),
+        (Targets(500.0, 50.0, 5e3, shares=(("ttft", 0.7),)), False),
+    ):
+        goal = Goal(targets, 0.9)
+        limits = Limits(targets, tuple(Window(of, 100, round((1 - part) * 100)) for of, part in goal.demands.items()))
+        assert limits.kept(outcome) == met, goal.told()
+
+
+def test_stricter_shares_cost_goodput_and_laxer_ones_bring_it() -> None:
+    found = {
+        text: goodput(Layout((BOTH,)), REQUESTS, Goal(parse_slo(text)), ceiling=20.0)
+        for text in (
+            "ttft=500,tpot=60",
+            "ttft=500@p99,tpot=60",
+            "ttft=500@p70,tpot=60@p70",
+            "ttft=500,tpot=60,e2e=3000",
+        )
+    }
+    alike, strict, lax, short = found.values()
+    assert 0 < strict < alike < lax
+    assert short < alike
+
+
 def test_without_a_compiler_the_verdict_is_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
-    limits = Limits(GOAL.targets, (0, 0), (0, 60))
+    limits = limits_of(GOAL.targets, (0, 0), (0, 60))
     assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 30.0, limits) is None
     assert serve_unless_missed(Layout((BOTH,)), azure_like(60), 0.1, limits) is not None
 

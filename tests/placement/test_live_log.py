@@ -58,6 +58,13 @@ def test_attainment_is_of_those_that_ended_lately() -> None:
     assert log.met(TARGETS, since_s=0.0).judged == 5
 
 
+def test_a_request_may_take_too_long_though_no_token_came_late() -> None:
+    log = LiveLog(100.0)
+    log.tell(1.0, [served(output=10), served(output=30), served(output=1, tpot_ms=None)], 0)  # 190, 390 and 100 ms
+    met = log.met(Targets(200.0, 20.0, e2e_ms=200.0), since_s=0.0)
+    assert (met.judged, met.missed, met.late, met.slow) == (3, 1, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("request_", "judged", "missed"),
     [

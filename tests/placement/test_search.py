@@ -56,7 +56,15 @@ def searched_exhaustively(goal: Goal = GOAL) -> list[Evaluated]:
     return exhaustive(space(), REQUESTS, goal)
 
 
-@pytest.mark.parametrize("goal", [GOAL, Goal(Targets(3000.0, 25.0))])
+@pytest.mark.parametrize(
+    "goal",
+    [
+        GOAL,
+        Goal(Targets(3000.0, 25.0)),
+        Goal(Targets(500.0, 50.0, e2e_ms=12_000.0)),
+        Goal(Targets(800.0, 50.0, 4000.0, shares=(("ttft", 0.97), ("e2e", 0.5)))),
+    ],
+)
 def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
     best, found = ranking(searched_exhaustively(goal), REQUESTS, goal, "per-device")[0], searched(goal)
     assert found.ranked[0].candidate == best.candidate
@@ -241,6 +249,11 @@ def test_if_no_size_of_steps_has_room_it_is_said_of_each() -> None:
 def test_impossible_targets_are_answered_with_the_best_reachable() -> None:
     with pytest.raises(ConfigError, match=r"ttft=1 ms and tpot=50 ms .* TTFT \d+.* ms with .* TPOT [\d.]+ ms with"):
         search(space(), REQUESTS, Goal(Targets(1.0, 50.0)))
+    only = space(options=(option(1),))
+    goal = Goal(Targets(500.0, 50.0, 1.0, shares=(("ttft", 0.5),)))
+    said = r"tpot=50 ms and e2e=1 ms for 90 % of requests, ttft=500 ms for 50 % of requests at .* E2E \d+ ms with"
+    with pytest.raises(ConfigError, match=said):
+        search(only, REQUESTS, goal)
     with pytest.raises(ConfigError, match="at any rate"):
         search(space(), REQUESTS, Goal(Targets(500.0, 1.0)))
 

@@ -130,9 +130,36 @@ def test_what_does_not_go_together_is_refused(arguments: tuple[str, ...], messag
 
 def test_targets_are_read_in_milliseconds() -> None:
     assert parse_slo("ttft=200, tpot=12.5") == Targets(200.0, 12.5)
+    text = "ttft=200@p95,tpot=12.5,e2e=9000@p99.9"
+    assert parse_slo(text) == Targets(200.0, 12.5, 9000.0, (("ttft", 0.95), ("e2e", 0.999)))
+    assert parse_slo(text).told() == text
 
 
-@pytest.mark.parametrize("text", ["", "ttft=200", "ttft=1,ttft=2", "ttft=x,tpot=1", "ttft=-1,tpot=1", "ttft=1,e2e=2"])
-def test_other_targets_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match="write --slo ttft=200,tpot=50"):
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "'' is not one target"),
+        ("ttft=200", "has no tpot"),
+        ("tpot=200,e2e=1", "has no ttft"),
+        ("ttft=1,ttft=2", "'ttft=2' is not one target"),
+        ("ttft=x,tpot=1", "ttft is 'x'"),
+        ("ttft=-1,tpot=1", "ttft is -1, not above 0"),
+        ("ttft=1,tpot=1,e2e=0", "e2e is 0, not above 0"),
+        ("ttft=1,tpot=1,itl=3", "'itl=3' is not one target"),
+        ("ttft=1@p0,tpot=1", "ttft has the percentile 'p0'"),
+        ("ttft=1,tpot=1@p100", "tpot has the percentile 'p100'"),
+        ("ttft=1,tpot=1,e2e=2@90", "e2e has the percentile '90'"),
+        ("ttft=1,tpot=1,e2e=2@pp5", "e2e has the percentile 'pp5'"),
+        ("ttft=1,tpot=1@,e2e=2@", "tpot has the percentile ''"),
+    ],
+)
+def test_other_targets_are_refused_by_name_with_an_example(text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match="write --slo ttft=200,tpot=50") as refused:
         parse_slo(text)
+    assert named in refused.value.message
+
+
+def test_the_share_that_meets_each_target_is_told(layout: Path, trace: Path) -> None:
+    printed = run(layout, "--trace", trace, "--slo", "ttft=25@p60,tpot=100,e2e=80", "--rate", 0.1)
+    assert "33.3% meet all targets" in printed
+    assert "ttft 66.7%, tpot 100.0%, e2e 33.3%" in printed
