@@ -24,7 +24,10 @@ _positive = click.FloatRange(min=0, min_open=True)
 @click.option("--max-workers", type=click.IntRange(1, 128), help="That may be started. Default: their number stays.")
 @click.option("--start", help="Their roles, as prefill=1,decode=1 or both=2. Default: best for the first requests.")
 @click.option(
-    "--forecast", type=click.Choice(["constant", "holt-winters", "kalman"]), default="constant", show_default=True
+    "--forecast",
+    type=click.Choice(["constant", "holt-winters", "kalman", "arima"]),
+    default="constant",
+    show_default=True,
 )
 @click.option("--season", type=_positive, help="Seconds after which traffic repeats itself, for holt-winters.")
 @click.option("--warm-start", type=_path, help="An earlier trace, for the forecast to begin with.")

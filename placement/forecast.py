@@ -1,6 +1,7 @@
 """What a number that is observed at even intervals will be some intervals from now.
 
-Three ways behind one protocol. Trends fade with distance (Gardner and McKenzie, 1985): traffic does not grow forever.
+Four ways behind one protocol, of which arima.py has one. Trends of the others fade with distance (Gardner and McKenzie,
+1985): traffic does not grow forever.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from placement.arima import MEMORY, Arima
 
 DAMPING = 0.9
 """What is left of a trend from one interval to the next."""
@@ -130,13 +132,13 @@ Maker = Callable[[], Forecast]
 
 _LEAST = 10
 _TRIED = (0.05, 0.2, 0.5, 0.8)
-NAMES = ("constant", "holt-winters", "kalman")
+NAMES = ("constant", "holt-winters", "kalman", "arima")
 
 
 def maker(name: str, season: int = 0, warm: Iterable[float] = ()) -> Maker:
-    """Of forecasts by name, with the weights that would have foreseen the series `warm` best one interval ahead, those
-    of the class if it has fewer than ten. Raises ConfigError for an unknown name, or a season for another than
-    holt-winters."""
+    """Of forecasts by name, with the weights, or of arima the orders, that would have foreseen the series `warm` best
+    one interval ahead; those of the class if it has fewer than ten values. Raises ConfigError for an unknown name, or a
+    season for another than holt-winters."""
     if name not in NAMES:
         raise ConfigError(f"no forecast is called {name!r}; there are {', '.join(NAMES)}", param="forecast")
     if season and name != "holt-winters":
@@ -144,6 +146,8 @@ def maker(name: str, season: int = 0, warm: Iterable[float] = ()) -> Maker:
     series = [*warm]
     if name == "constant":
         return Constant
+    if name == "arima":
+        return _best(Arima, series[-MEMORY:], {"p": (1, 2), "d": (0, 1), "q": (0, 1)})
     if name == "kalman":
         return _best(Kalman, series, {"level": (0.02, 0.2, 1.0), "slope": (0.001, 0.01, 0.1)})
     of_season = {"seasonal": _TRIED} if season else {}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
+from placement.arima import Arima
 from placement.forecast import NAMES, Constant, Forecast, HoltWinters, Kalman, maker, squared_error
 
 
@@ -93,8 +94,66 @@ def test_a_step_is_followed_by_all() -> None:
         assert after(maker(name)(), [1.0] * 20 + [4.0] * 20).ahead(1) == pytest.approx(4.0, rel=0.1)
 
 
+def walk(phi: list[float], theta: list[float], steps: int, seed: int = 0, level: float = 100.0) -> list[float]:
+    """Of a known law: surprises have the variance 1."""
+    surprises, values = np.random.default_rng(seed).normal(0, 1, steps).tolist(), [0.0, 0.0]
+    for number in range(2, steps):
+        of_values = sum(weight * values[-lag] for lag, weight in enumerate(phi, 1))
+        of_surprises = sum(weight * surprises[number - lag] for lag, weight in enumerate(theta, 1))
+        values.append(of_values + of_surprises + surprises[number])
+    return [level + value for value in values]
+
+
+@pytest.mark.parametrize(("phi", "theta"), [([0.6, -0.3], []), ([0.7], [0.5]), ([], [0.8]), ([0.5], [-0.9])])
+@pytest.mark.parametrize("d", [0, 1])
+def test_arima_finds_the_weights_of_a_known_process(phi: list[float], theta: list[float], d: int) -> None:
+    series = walk(phi, theta, 4000)
+    series = np.cumsum(series).tolist() if d else series
+    forecast = Arima(len(phi), d, len(theta), memory=4000)
+    assert isinstance(after(forecast, [value - 100 * n * d for n, value in enumerate(series)]), Arima)
+    found = forecast.weights
+    assert found[0] == pytest.approx(phi, abs=0.06)
+    assert found[1] == pytest.approx(theta, abs=0.06)
+
+
+def test_arima_errs_little_more_than_the_surprises_and_less_than_others() -> None:
+    """Of a walk whose steps take after each other, after as many values as it remembers."""
+    series = np.cumsum(np.array(walk([0.7], [0.4], 700, seed=3)) - 100.0).tolist()
+    known, rest = series[:300], series[300:]
+    error = {
+        name: squared_error(after(make(), known), rest) / len(rest)
+        for name, make in (("arima", Arima), ("constant", Constant), ("holt-winters", HoltWinters), ("kalman", Kalman))
+    }
+    assert error["arima"] < 1.15
+    assert min(error["constant"], error["holt-winters"], error["kalman"]) > 1.3 * error["arima"]
+
+
+def test_arima_foresees_ever_nearer_to_the_mean_or_to_where_steps_have_led() -> None:
+    """An autoregression of weight 0.8 is back to 0.8 ** steps of its distance; steps of a walk add up to four more."""
+    back = after(Arima(1, 0, 0, memory=4000), walk([0.8], [], 4000))
+    mean, distance = back.ahead(10_000), back.ahead(1) - back.ahead(10_000)
+    assert mean == pytest.approx(100.0, abs=0.3)
+    assert back.ahead(4) - mean == pytest.approx(distance * 0.8**3, rel=0.15)
+    series = np.cumsum(np.array(walk([0.8], [], 4000)) - 100.0).tolist()
+    on = after(Arima(1, 1, 0, memory=4000), series)
+    assert on.ahead(10_000) - series[-1] == pytest.approx(4.0 * (series[-1] - series[-2]), rel=0.25)
+
+
+def test_arima_of_a_series_that_explodes_does_not() -> None:
+    assert after(Arima(2, 0, 1), [1.5**step for step in range(40)]).ahead(1000) < 1.5**45
+
+
+def test_orders_of_arima_are_those_that_would_have_foreseen_the_past_best() -> None:
+    calm = walk([0.3], [], 200)
+    found = maker("arima", warm=calm)
+    assert squared_error(found(), calm) <= squared_error(Arima(), calm)
+    assert math.isnan(found().ahead(1))
+
+
 def test_what_there_is_not_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="no forecast is called 'prophet'; there are constant, holt-winters, kalman"):
+    with pytest.raises(
+        ConfigError, match="no forecast is called 'prophet'; there are constant, holt-winters, kalman, arima"
+    ):
         maker("prophet")
     with pytest.raises(ConfigError, match="the forecast kalman knows no season: take holt-winters"):
         maker("kalman", season=8)
