@@ -42,7 +42,11 @@ class WithReplay(click.Command):
 @click.command(cls=WithReplay, epilog="slipstream plan replay TRACE: what replanning would have done with a trace.")
 @click.argument("model", default="demo")
 @click.option("--slo", required=True, help="Targets in ms, as ttft=200,tpot=50, or ttft=200@p95,tpot=50@p90,e2e=9000.")
-@click.option("--share", default=0.9, type=click.FloatRange(0, 1, min_open=True, max_open=True), show_default=True)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Of requests that are to meet all targets without a percentile. [default: 0.9]",
+)
 @click.option("--profile", "profiles", type=_path, multiple=True, help="Of slipstream profile; one for each shape.")
 @click.option("--device", "kind", help="Instead of profile and topology: nodes of such devices, by a table.")
 @click.option("--topology", "topology_file", type=_path, help="A YAML file. Default: this machine.")

@@ -71,7 +71,7 @@ class Searched:
 def searched(
     model: str,
     slo: str,
-    share: float,
+    share: float | None,
     profiles: tuple[Path, ...],
     kind: str | None,
     topology_file: Path | None,
@@ -86,7 +86,7 @@ def searched(
     **given: Any,
 ) -> Searched:
     """By the flags of `slipstream plan`. Raises ConfigError."""
-    goal, workload = Goal(parse_slo(slo), share), workload_of(trace, lengths, burstiness)
+    goal, workload = _goal(slo, share), workload_of(trace, lengths, burstiness)
     topology = topology_of(kind, topology_file, devices, profiles, ray_address)
     limits = limits_of(topology, devices=devices, drafter=drafter, **given)
     known = _profiles(model, profiles, topology)
@@ -94,6 +94,17 @@ def searched(
     if kind is None and topology_file is None and ray_address is None:
         found.made.plan.warnings += [warning for profile in known for warning in measured_elsewhere(profile)]
     return found
+
+
+def _goal(slo: str, share: float | None) -> Goal:
+    targets = parse_slo(slo)
+    if share is not None and len(targets.shares) == len(targets.metrics):
+        raise ConfigError(
+            "--share: each target of --slo has a percentile of its own, which says how many requests are to meet it; "
+            "leave --share out, or one of the percentiles",
+            param="share",
+        )
+    return Goal(targets) if share is None else Goal(targets, share)
 
 
 def planned(

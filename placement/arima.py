@@ -58,7 +58,7 @@ class Arima:
 
     def _fitted(self) -> tuple[Values, Values, Values]:
         series = np.array(self._last)
-        values = np.diff(series) if self._d else series - series.mean()
+        values: Values = np.diff(series) if self._d else series - series.mean()
         long = self._p + 2 * self._q + 1 if self._q else 0
         first = _regressed(values, [_lagged(values, lag) for lag in range(1, long + 1)], long)
         rough = values - _summed(values, np.zeros(len(values)), first, np.empty(0)) if self._q else values
@@ -78,14 +78,17 @@ def _regressed(values: Values, lags: list[Values], start: int) -> Values:
     """Weights of the lags, from a place on."""
     if not lags:
         return np.empty(0)
-    found: Values = np.linalg.lstsq(np.stack(lags, axis=1)[start:], values[start:], rcond=None)[0]
+    found: Values = np.linalg.lstsq(np.stack(lags, axis=1)[start:], values[start:], rcond=None)[0].astype(np.float64)
     return found
 
 
 def _summed(values: Values, surprises: Values, phi: Values, theta: Values) -> Values:
     """What was to be expected of each value."""
-    of_values = sum((weight * _lagged(values, lag) for lag, weight in enumerate(phi, 1)), np.zeros(len(values)))
-    return sum((weight * _lagged(surprises, lag) for lag, weight in enumerate(theta, 1)), of_values)
+    found = np.zeros(len(values))
+    for series, weights in ((values, phi), (surprises, theta)):
+        for lag, weight in enumerate(weights.tolist(), 1):
+            found += weight * _lagged(series, lag)
+    return found
 
 
 def _surprises(values: Values, phi: Values, theta: Values) -> Values:
@@ -105,4 +108,7 @@ def _fading(weights: Values) -> Values:
     companion = np.eye(len(weights), k=-1)
     companion[0] = weights
     largest = float(np.abs(np.linalg.eigvals(companion)).max())
-    return weights * np.minimum(1.0, _EDGE / largest if largest > 0 else 1.0) ** np.arange(1, len(weights) + 1)
+    if largest <= _EDGE:
+        return weights
+    smaller: Values = weights * (_EDGE / largest) ** np.arange(1, len(weights) + 1)
+    return smaller

@@ -279,6 +279,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_
     [
         (("--slo", "ttft=1,tpot=1", *LENGTHS), "without load the best is TTFT .* and TPOT"),
         ((*SLO, *LENGTHS, "--rate", "10000"), r"no layout on 4 devices attains .* the most is"),
+        (("--slo", "ttft=400@p95,tpot=60@p90", "--share", 0.8, *LENGTHS), "--share: each target .* leave --share out"),
         (SLO, "give a --trace, or --lengths"),
         ((*SLO, *LENGTHS, "--trace", "x.csv"), "give a --trace, or --lengths"),
         ((*SLO, "--trace", "x.csv", "--burstiness", "0.5"), "--burstiness is for --lengths: a trace has a rhythm"),
