@@ -11,10 +11,11 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol
 
 from cluster.turns import Turns
-from core.errors import InternalError, SlipstreamError
+from core.errors import InternalError
 from core.links import Link, LinkServer
 from core.types import Role, TokenDelta
 from core.wire import (
@@ -70,6 +71,12 @@ class _Owned:
     prefilling: bool
 
 
+class MakeSpeculator(Protocol):
+    def __call__(self, *, at_work: bool = False) -> InBatch:
+        """As speculation.make.make_speculator."""
+        ...
+
+
 class WorkerNode:
     """`await start()` brings it up and returns its address; `await stop()` frees everything it holds."""
 
@@ -83,7 +90,7 @@ class WorkerNode:
         grammars: Grammars | None = None,
         kv_transport: Literal["auto", TransportName] = "auto",
         kv_codec: CodecSetting = "none",
-        make_speculator: Callable[[], InBatch] | None = None,
+        make_speculator: MakeSpeculator | None = None,
         make_observer: Callable[[], InPrefill | None] | None = None,
     ) -> None:
         """`make_speculator` is called once it decodes, which a worker that only prefills may never do; until then it
@@ -168,12 +175,8 @@ class WorkerNode:
     async def _begin_drafts(self) -> None:
         """On a thread, as weights may take longer to read than a worker may be silent."""
         assert self._make_speculator is not None
-        try:
-            self._speculator = await asyncio.to_thread(self._make_speculator)
-        except SlipstreamError as error:
-            logger.error("decoding without drafts: %s", error.message)
-        else:
-            self._engine.speculate(self._speculator)
+        self._speculator = await asyncio.to_thread(partial(self._make_speculator, at_work=True))
+        self._engine.speculate(self._speculator)
 
     async def drain(self, within_s: float) -> None:
         """Tell the gateways that this worker leaves, and return once it has nothing to do for them, or when the time is

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
+from core.errors import SlipstreamError
 from engine.kv_cache import DTYPES
 from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
@@ -18,18 +20,27 @@ from speculation.protocols import Drafter
 from speculation.rules.registry import find_rule
 from speculation.settings import Settings
 
+logger = logging.getLogger(__name__)
 
-def make_speculator(settings: Settings, runner: ModelRunner | GroupRunner, max_requests: int) -> InBatch:
+
+def make_speculator(
+    settings: Settings, runner: ModelRunner | GroupRunner, max_requests: int, *, at_work: bool = False
+) -> InBatch:
     """For steps of `runner`, of which so many requests are under way at most. Takes as long as it takes to read the
-    weights of drafters. Raises ConfigError or ModelError for a drafter that can't be made here."""
-    return InBatch(
-        _drafters(settings.drafters, settings, runner, max_requests, proposes=True),
+    weights of drafters. Raises ConfigError or ModelError for a drafter that can't be made here; on a worker that is
+    `at_work` already that one is switched off, as if it had failed later."""
+    failed: dict[str, str] = {}
+    drafters = _drafters(settings.drafters, settings, runner, max_requests, failed if at_work else None)
+    speculator = InBatch(
+        drafters,
         dict.fromkeys(settings.drafters, find_rule(settings.rule)),
         make_controller(settings.controller, Limits(settings.max_budget, settings.drafters, runner.row_times)),
         Acceptance(settings.max_budget),
         vocab_size=runner.config.vocab_size,
         max_budget=settings.max_budget,
     )
+    speculator.counters.switched_off.update(failed)
+    return speculator
 
 
 def make_observer(settings: Settings, runner: ModelRunner | GroupRunner, max_requests: int) -> InPrefill | None:
@@ -44,13 +55,21 @@ def _drafters(
     settings: Settings,
     runner: ModelRunner | GroupRunner,
     max_requests: int,
+    failed: dict[str, str] | None = None,
     *,
-    proposes: bool,
+    proposes: bool = True,
 ) -> dict[str, Drafter]:
-    def surroundings(name: str) -> Surroundings:
-        return _surroundings(settings, name, runner, max_requests, proposes=proposes)
-
-    return {name: make_drafter(name, surroundings(name)) for name in names}
+    """`failed`: where it is written down which of them can't be made, and why; without it that is raised."""
+    made: dict[str, Drafter] = {}
+    for name in names:
+        try:
+            made[name] = make_drafter(name, _surroundings(settings, name, runner, max_requests, proposes=proposes))
+        except SlipstreamError as error:
+            if failed is None:
+                raise
+            failed[name] = error.message
+            logger.error("drafter %s is switched off on this worker: %s", name, error.message)
+    return made
 
 
 def _surroundings(

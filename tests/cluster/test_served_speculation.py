@@ -24,6 +24,7 @@ from cluster.config.tree import SlipstreamConfig
 from cluster.front import offer
 from cluster.local import LocalCluster, local_cluster
 from cluster.membership import Member, Membership, Orders, Plan
+from core.errors import ModelError
 from core.metrics import GatewayMetrics
 from core.types import Request, Role, SamplingParams, SpeculationWish
 from core.wire import SpeculationCounters
@@ -32,6 +33,7 @@ from gateway.config import GatewayConfig
 from gateway.tokenizer import ServedModel
 from speculation.drafters.registry import registered
 from speculation.in_batch import InBatch
+from speculation.protocols import Drafter
 from tests.e2e.conftest import save_tokenizer
 from tests.speculation.copier import COPIER
 from tests.speculation.failing import FAILING
@@ -196,6 +198,27 @@ async def test_a_worker_that_is_given_another_role_speculates_from_then_on(
     assert after.drafted > 0
 
 
+async def test_a_drafter_that_cannot_be_made_on_a_worker_at_work_is_switched_off_there(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights may be gone since the cluster started; the worker decodes without it, and says so."""
+    model, folder = tiny
+
+    def gone(name: str, _surroundings: object) -> Drafter:
+        raise ModelError(f"drafter {name}: its folder is gone")
+
+    async with local_cluster(config(**COPYING), folder) as cluster:
+        await cluster.remove_worker("decode-0")
+        monkeypatch.setattr("speculation.make.make_drafter", gone)
+        cluster.nodes["prefill-0"].set_role(Role.BOTH, 512)
+        await drafters_made(cluster, "prefill-0")
+        [answer] = await run(cluster, request("after", PROMPTS[2]))
+        told = counted(cluster, "prefill-0")
+    assert (answer.drafted, answer.token_ids) == (0, expected(model, PROMPTS[2]))
+    assert told is not None
+    assert told.switched_off == [COPIER.name]
+
+
 async def test_a_worker_is_heard_of_and_decodes_while_its_drafters_are_made(
     tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,9 +231,9 @@ async def test_a_worker_is_heard_of_and_decodes_while_its_drafters_are_made(
         heard.append(member.role)
         return announce(membership, member, now)
 
-    def slowly(*given: Any) -> InBatch:
+    def slowly(*given: Any, at_work: bool = False) -> InBatch:
         assert readable.wait(TIMEOUT_S)
-        return make(*given)
+        return make(*given, at_work=at_work)
 
     monkeypatch.setattr(attendance, "ANNOUNCE_PERIOD_S", 0.01)
     monkeypatch.setattr(Membership, "announce", announced)
