@@ -12,12 +12,16 @@ import pytest
 from bench.hosts import shaped
 
 MEASURING = """
+import signal
 import subprocess
 from bench.hosts.shaped import two_hosts
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with two_hosts(1e9) as (one, other):
     subprocess.run(one.command("sh", "-c", "echo here; exec sleep 60"), check=False)
 """
+"""Whatever the tests were started by has these signals ignored, as a shell does in the background."""
 
 
 def namespaces_of(process: subprocess.Popen[str]) -> set[str]:
