@@ -36,11 +36,10 @@ def follow_grammars(
     else:
         kept = np.flatnonzero(legal[drafts.parent_nodes] | (drafts.parent_nodes < 0))
         followed = drafts.cut_below(~legal)
+    of_each = np.split(kept, kept.searchsorted(drafts.offsets[1:-1]))
     return followed, [
-        None
-        if constraint is None
-        else _masks(constraint, [after[node] for node in kept if drafts.request_of[node] == r])
-        for r, constraint in enumerate(constraints)
+        None if constraint is None else _masks(constraint, [after[node] for node in own])
+        for constraint, own in zip(constraints, of_each, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -158,10 +158,9 @@ class InBatch:
                 [min(c.room, w.budget(self._max_budget)) for c, w in zip(candidates, wishes, strict=True)], np.int64
             ),
             other_tokens=num_other_tokens,
+            wishes=[wish.drafter for wish in wishes],
         )
         budgets = self._controller.budget(load, self._stats)
-        drafters = [wish.drafter or chosen for wish, chosen in zip(wishes, budgets.drafters, strict=True)]
-        budgets = replace(budgets, drafters=drafters)
         round_ = Round(requests, load, budgets, num_other_tokens + len(candidates), began, alone=self._under_way == 1)
         self._rounds.append(round_)
         self._rest = Rest([c.sequence.request_id for c in candidates] if budgets.rest else [], budgets.rest)

@@ -188,7 +188,9 @@ class Target(Protocol):
 class Controller(Protocol):
     """Decides how much is drafted, and by whom. Pure: what it knows it was told."""
 
-    def budget(self, load: Load, stats: Acceptance) -> Budgets: ...
+    def budget(self, load: Load, stats: Acceptance) -> Budgets:
+        """Who asked for a drafter is given that one or nothing (Load.wishes)."""
+        ...
 
     def trim(self, drafts: DraftBatch, budgets: Budgets, requests: NDArray[np.int64]) -> DraftBatch:
         """`drafts` without what is not worth verifying, by what the drafter says of its nodes. They are for `requests`

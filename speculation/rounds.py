@@ -156,6 +156,8 @@ class Load:
     for KV. 0: it doesn't speculate."""
     other_tokens: int = 0
     """Rows of the step that are no request's here: chunks of prompts."""
+    wishes: Sequence[str] = ()
+    """[requests] the drafter that each asked for, empty for one that leaves it to the controller; () if all do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speculation.acceptance import Acceptance
 from speculation.controllers.base import Limits
 from speculation.controllers.goodput import Goodput
 from speculation.rounds import Budgets, Load, Tally, Timing
@@ -70,20 +69,23 @@ class Bandit(Goodput):
         super().__init__(limits)
         self._arms: dict[str, Arms] = {}
 
-    def budget(self, load: Load, stats: Acceptance) -> Budgets:
-        drafters = {name: self.limits.drafters[self._of_class(name).playing] for name in set(load.classes)}
-        return self.budget_by(load, stats, [drafters[name] for name in load.classes])
+    def preferred(self, load: Load) -> list[str]:
+        playing = {name: self.limits.drafters[self._of_class(name).playing] for name in set(load.classes)}
+        wishes = load.wishes or [""] * len(load.classes)
+        return [wish or playing[name] for wish, name in zip(wishes, load.classes, strict=True)]
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         super().record(load, budgets, tally, timing)
         if not self._time.known:
             return
         plain, classes = self._time.plain(load), np.array(load.classes)
-        for name in set(load.classes):
+        wishes = load.wishes or [""] * len(load.classes)
+        played = np.array([not wish for wish in wishes])  # of others nothing is learned about the arm
+        for name in {*classes[played].tolist()}:
             arms = self._of_class(name)
             for _ in range(timing.rested):
                 arms.record(1.0)
-            arms.record(float(tally.emitted[classes == name].mean()) * plain / timing.seconds)
+            arms.record(float(tally.emitted[played & (classes == name)].mean()) * plain / timing.seconds)
 
     def _of_class(self, name: str) -> Arms:
         if name not in self._arms and len(self._arms) >= MAX_CLASSES:

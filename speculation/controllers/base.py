@@ -36,8 +36,9 @@ class BaseController:
         pass
 
     def preferred(self, load: Load) -> list[str]:
-        """[requests] the preferred drafter for each."""
-        return [self.limits.drafters[0]] * len(load.classes)
+        """[requests] the preferred drafter for each that did not ask for another."""
+        first = self.limits.drafters[0]
+        return [wish or first for wish in load.wishes] if load.wishes else [first] * len(load.classes)
 
     def room(self, load: Load) -> NDArray[np.int64]:
         """[requests] draft tokens that each can take at most."""

@@ -46,6 +46,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "disaggregated": {},
     "colocated": {"colocated": True},
     "split, colocated": {"pipeline_parallel_size": 2, "colocated": True},
+    "split": {"pipeline_parallel_size": 2},
+    "wider where prompts are computed": {"prefill_tensor_parallel_size": 2},
 }
 COPYING: dict[str, Any] = {"speculation": "copier", "speculation_controller": "fixed", "speculation_budget": 6}
 PROMPTS = [random.Random(seed).choices(range(3, 128), k=5 + 9 * seed) for seed in range(1, 5)]
@@ -278,6 +280,16 @@ async def test_a_client_is_told_of_drafts_and_may_do_without(tiny: tuple[LlamaFo
         details = on["usage"]["completion_tokens_details"]
         assert details["accepted_prediction_tokens"] > 0
         assert sum(details.values()) == 2 * details["drafted_tokens"]
+        text = off["choices"][0]["text"]
+        for start in range(3, len(text) - 3, len(text) // 5):  # some of these end within a draft, others between two
+            stop = text[start : start + 2]
+            ends = [(await complete(stop=stop, **said)).json() for said in ({"speculation": False}, {})]
+            (plain, drafted), lengths = zip(
+                *((end["choices"][0], end["usage"]["completion_tokens"]) for end in ends), strict=True
+            )
+            assert plain == drafted
+            assert (plain["text"], plain["finish_reason"]) == (text[: text.index(stop)], "stop")
+            assert lengths[0] == lengths[1]
         for wrong in ({"drafter": "hybrid"}, {"rule": "typical"}, {"rule": "chain"}, {"budget": 7}):
             response = await complete(speculation=wrong)
             [name] = wrong

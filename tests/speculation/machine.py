@@ -93,15 +93,16 @@ def simulate(
     max_budget: int = 16,
     room: int = 16,
     seed: int = 0,
+    wishes: Sequence[str] = (),
 ) -> Run:
-    """Steps of a batch of these classes, which may change with the step."""
+    """Steps of a batch of these classes, which may change with the step. `wishes`: as Load has them."""
     hardware, rng, run = hardware or Hardware(), np.random.default_rng(seed), Run()
     stats = Acceptance(max_budget)
     before, rest, rested = list[str](), 0, 0
     for step in range(steps):
         now = list(classes(step) if callable(classes) else classes)
         contexts = np.full(len(now), 200 + step % 400)
-        load = Load(now, contexts, np.full(len(now), room))
+        load = Load(now, contexts, np.full(len(now), room), wishes=wishes)
         rests, before = rest > 0 and now == before, now
         budgets = plain_step([""] * len(now)) if rests else controller.budget(load, stats)
         rest = rest - 1 if rests else budgets.rest

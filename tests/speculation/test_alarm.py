@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from speculation.alarm import HIGH_DRAFTS, LOW_DRAFTS, Alarm, Watch
+from speculation.counters import Counters
+from speculation.laws import DraftLaw
+from speculation.rounds import Outcome
+from speculation.tree import DraftBatch
 
 
 def feed(watch: Watch, count: int, *, accepted: float, free: float = 1.0) -> None:
@@ -34,6 +38,16 @@ def test_an_alarm_is_raised_for_what_no_drafter_does(accepted: float, free: floa
     watch = Watch("drafter x")
     feed(watch, 2 * HIGH_DRAFTS, accepted=accepted, free=free)
     assert watch.alarm is alarm
+
+
+def test_what_is_counted_of_a_drafter_raises_its_alarm() -> None:
+    """As a worker counts the drafts of its steps."""
+    counters, drafts = Counters(), DraftBatch.of_chains([[5, 6]] * 4, DraftLaw.POINT_MASS, "wrong")
+    rejected = Outcome.of(drafts, np.zeros(8, np.bool_), np.zeros(4, np.int64))
+    for step in range(LOW_DRAFTS // 4):
+        assert all(not one.alarm for one in counters.snapshot().drafters), step
+        counters.count(drafts, rejected, np.ones(4, np.bool_))
+    assert [(one.drafter, one.alarm) for one in counters.snapshot().drafters] == [("wrong", "low")]
 
 
 def test_a_few_drafts_are_no_reason_and_an_alarm_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

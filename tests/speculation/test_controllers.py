@@ -95,3 +95,25 @@ def test_the_bandit_changes_its_mind() -> None:
     after = simulate(controller, drafters, ["any"], 1600)
     assert np.mean([names[0] == "first" for names in before.drafters[200:]]) > 0.75
     assert np.mean([names[0] == "second" for names in after.drafters[1200:]]) > 0.75
+
+
+@pytest.mark.parametrize("name", sorted(CONTROLLERS))
+def test_who_asked_for_a_drafter_is_budgeted_by_what_that_one_does(name: str) -> None:
+    """And who did not by the one that comes first, which is of no use here."""
+    drafters = {"useless": SimulatedDrafter(0.0), "good": SimulatedDrafter(0.85)}
+    controller = make_controller(name, Limits(16, tuple(drafters)))
+    played = simulate(controller, drafters, ["any"] * 4, 600, wishes=["good", "", "good", "good"])
+    assert {(names[0], *names[2:]) for names in played.drafters} == {("good",) * 3}
+    if name not in ("fixed", "bandit"):
+        drafted = np.array(played.budgets[300:]) > 0
+        assert drafted[:, [0, 2, 3]].mean() > 0.8
+        assert drafted[:, 1].mean() < 0.3
+        assert {names[1] for names in played.drafters} == {"useless"}
+
+
+def test_the_bandit_learns_nothing_about_its_arms_from_those_who_asked_for_another_drafter() -> None:
+    drafters = {"first": SimulatedDrafter(0.5), "asked for": SimulatedDrafter(0.9)}
+    controller = make_controller("bandit", Limits(16, tuple(drafters)))
+    simulate(controller, drafters, ["any"] * 2, 400, wishes=["asked for"] * 2)
+    load = Load(["any"], np.full(1, 100), np.full(1, 16))
+    assert list(controller.budget(load, Acceptance(16)).drafters) == ["first"], "which was not played yet"

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from core.types import Grammar, GrammarKind, SamplingParams
+from core.types import Grammar, GrammarKind, SamplingParams, SpeculationWish
 from engine.batching import build_batch
 from engine.drafts import Candidate
 from engine.runner import ModelRunner
@@ -25,6 +26,7 @@ from engine.step import StepBatch, StepOutput
 from engine.structured.grammars import Grammars
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import BaseController, Limits, plain_step
+from speculation.controllers.registry import make_controller
 from speculation.in_batch import InBatch
 from speculation.laws import DraftLaw
 from speculation.protocols import Controller
@@ -243,6 +245,27 @@ def test_right_drafts_save_steps_and_are_counted(model: ModelRunner) -> None:
     assert counts.accepted_tokens == sum(len(round_.outcome.path) for round_ in drafter.seen) > 10
     assert counts.accepted.sum() == counts.accepted_tokens
     assert counts.draft_tokens >= counts.reached.sum() > counts.accepted_tokens
+
+
+def test_a_request_is_drafted_for_by_the_one_that_it_asked_for(model: ModelRunner) -> None:
+    first, other = Prompter(), Prompter()
+    other.name = "other"  # type: ignore[misc]
+    drafters = {first.name: first, other.name: other}
+    speculator = InBatch(
+        drafters,
+        dict.fromkeys(drafters, RULES["sampled"]),
+        make_controller("fixed", Limits(BUDGET, tuple(drafters))),
+        Acceptance(BUDGET),
+        vocab_size=VOCAB,
+        max_budget=BUDGET,
+    )
+    job = reproducible.Job(20, SamplingParams(max_tokens=20, temperature=0.0)).sequence("r")
+    asked = msgspec.structs.replace(job.request, speculation=SpeculationWish(drafter="other"))
+    with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
+        harness.outputs([EngineSequence(asked)])
+    assert not first.seen
+    assert other.seen
+    assert {name for name, _ in speculator.counters.by_drafter} == {"other"}
 
 
 def test_what_a_drafter_is_shown_is_what_the_model_says_of_its_tokens(model: ModelRunner) -> None:
