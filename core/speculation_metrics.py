@@ -31,6 +31,24 @@ _COUNTS = (
     _Series("num_accepted_tokens", "accepted_tokens", "Draft tokens that were accepted.", lambda d: d.accepted_tokens),
 )
 
+_Counts = Callable[[DrafterCounters], list[int]]
+
+_PER_POSITION: tuple[tuple[str, str, str, _Counts], ...] = (
+    (
+        "slipstream:spec_decode_num_drafts_per_pos",
+        "slipstream:drafter_drafts_per_pos",
+        "Drafts that had a token at a position, from 0.",
+        lambda drafter: drafter.drafts_per_position,
+    ),
+    (
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "slipstream:drafter_accepted_tokens_per_pos",
+        "Drafts of which a token was accepted at a position, from 0.",
+        lambda drafter: drafter.accepted_per_position,
+    ),
+)
+"""Names over all drafters and by drafter and version, and what is counted."""
+
 
 def speculation_counters(workers: Sequence[Speculating], labels: Sequence[str]) -> Iterator[Metric]:
     for series in _COUNTS:
@@ -44,20 +62,9 @@ def speculation_counters(workers: Sequence[Speculating], labels: Sequence[str]) 
         for own, drafter in _by_drafter(workers):
             each.add_metric([*own, drafter.drafter, drafter.version], series.value(drafter))
         yield each
-    yield _by_position(
-        workers,
-        labels,
-        "slipstream:spec_decode_num_drafts_per_pos",
-        "Drafts that had a token at a position, from 0.",
-        lambda drafter: drafter.drafts_per_position,
-    )
-    yield _by_position(
-        workers,
-        labels,
-        "vllm:spec_decode_num_accepted_tokens_per_pos",
-        "Drafts of which a token was accepted at a position, from 0.",
-        lambda drafter: drafter.accepted_per_position,
-    )
+    for total_name, own_name, text, counts in _PER_POSITION:
+        yield _over_all(workers, labels, total_name, text, counts)
+        yield _of_each(workers, labels, own_name, text, counts)
     yield _seconds(workers, labels, "draft", "Proposing drafts.", lambda counted: counted.draft_seconds)
     yield _seconds(
         workers, labels, "verify", "Judging drafts and telling drafters.", lambda counted: counted.verify_seconds
@@ -86,18 +93,24 @@ def _by_drafter(workers: Sequence[Speculating]) -> Iterable[tuple[list[str], Dra
     return ((own, drafter) for own, counted in workers for drafter in counted.drafters)
 
 
-def _by_position(
-    workers: Sequence[Speculating],
-    labels: Sequence[str],
-    name: str,
-    text: str,
-    counts: Callable[[DrafterCounters], list[int]],
-) -> Metric:
+def _over_all(
+    workers: Sequence[Speculating], labels: Sequence[str], name: str, text: str, counts: _Counts
+) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=(*labels, "position"))
     for own, counted in workers:
         of_each = [counts(drafter) for drafter in counted.drafters]
         for position in range(max(map(len, of_each), default=0)):
             family.add_metric([*own, str(position)], sum(c[position] for c in of_each if position < len(c)))
+    return family
+
+
+def _of_each(
+    workers: Sequence[Speculating], labels: Sequence[str], name: str, text: str, counts: _Counts
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=(*labels, "drafter", "version", "position"))
+    for own, drafter in _by_drafter(workers):
+        for position, count in enumerate(counts(drafter)):
+            family.add_metric([*own, drafter.drafter, drafter.version, str(position)], count)
     return family
 
 

@@ -175,6 +175,12 @@ def test_drafts_are_counted_over_all_drafters_and_by_drafter_and_version(registr
         head = own | {"drafter": "head", "version": version}
         assert registry.get_sample_value("slipstream:drafter_drafts_total", head) == drafts
         assert registry.get_sample_value("slipstream:drafter_acceptance_alarm", head) == alarm
+        for name, counts in (("drafts", (10, 9, 6)), ("accepted_tokens", (6, 2))):
+            found = [
+                registry.get_sample_value(f"slipstream:drafter_{name}_per_pos_total", head | {"position": str(place)})
+                for place in range(4)
+            ]
+            assert found == [*(count * drafts / 10 for count in counts), *(None,) * (4 - len(counts))]
     assert of(registry, "slipstream:spec_decode_draft_seconds_total", "a") == 0.5
     assert of(registry, "slipstream:spec_decode_verify_seconds_total", "a") == 2
 
