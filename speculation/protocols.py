@@ -10,7 +10,9 @@ One round, for all requests of a step:
     target.commit(drafts, outcome)
     drafter.observe(feedback);  stats.observe(…);  controller.record(…)
 
-Whoever runs these, in this order or overlapped, is the Driver.
+Whoever runs these, in this order or overlapped, is the Driver. The target is the engine, which calls the driver around
+each of its steps: a step computes the roots and all nodes of all requests, each node seeing its ancestors only, and by
+what the driver says of them (Verdict) the KV of accepted paths moves to where plain decodes would have left it.
 
 The output follows the target's law if the rule is lossless for the law of the drafts (rules/registry.py: `check`) and
 each random number is used once: see dice.py.
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.drafts import Speculator
 from speculation.acceptance import Acceptance
 from speculation.laws import DraftLaw
 from speculation.rounds import (
@@ -173,18 +176,6 @@ class VerifyRule(Protocol):
     def verify(self, drafts: DraftBatch, rows: TargetRows, dice: Dice) -> Outcome: ...
 
 
-class Target(Protocol):
-    """The model that is served."""
-
-    def forward(self, drafts: DraftBatch, reads_laws: bool) -> TargetRows:
-        """One step over the roots and all nodes, each node seeing its ancestors only."""
-        ...
-
-    def commit(self, drafts: DraftBatch, outcome: Outcome) -> None:
-        """Leaves the KV of the accepted path, in the slots where a plain decode would have left it."""
-        ...
-
-
 class Controller(Protocol):
     """Decides how much is drafted, and by whom. Pure: what it knows it was told."""
 
@@ -202,17 +193,9 @@ class Controller(Protocol):
         ...
 
 
-class Driver(Protocol):
-    """The loop around one step of the engine. The plain one drafts, verifies and commits in turn; others may draft
-    while the target verifies."""
-
-    def draft(self, requests: Sequence[DraftRequest], load: Load) -> DraftBatch | None:
-        """None: a plain step."""
-        ...
-
-    def settle(self, drafts: DraftBatch, rows: TargetRows) -> Outcome:
-        """After the forward: verifies, commits, and tells everyone."""
-        ...
+Driver = Speculator
+"""in_batch.py takes a round's parts in turn; in_prefill.py only looks on. An engine is given either (Engine.speculate),
+or another that overlaps them."""
 
 
 class Learner(Protocol):
