@@ -1,7 +1,8 @@
 """The drafters of a worker, which may fail and may never come back, and the requests that they know of.
 
 They work on a thread of their own, unless they need none. One that raises, proposes what is no tree or is not done in
-time is switched off for this worker: it is counted, said in the log, and requests go on without it. How long a drafter
+time is switched off for this worker: it is counted, said in the log, and requests go on without it. Who works on the
+engine's thread is switched off after it took too long, and could not be if it never came back. How long a drafter
 may take depends on the steps that it is to make faster, and is far more than any use of it: who is only slow is the
 controller's to judge.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -84,7 +86,13 @@ class Crew:
             return None
         patience = max(self._least_s, PATIENCE_STEPS * self._step_s)
         try:
-            return self._aside.run(work, patience) if self._drafters[name].needs.thread else work()
+            if self._drafters[name].needs.thread:
+                return self._aside.run(work, patience)
+            started = time.thread_time()  # a process that stands still is not the drafter's fault
+            made = work()
+            if (took := time.thread_time() - started) > patience:
+                self._switch_off(name, f"it took {took:.1f} s, and may take {patience:.1f}")
+            return made
         except Stalled:
             self._switch_off(name, f"it was not done after {patience:.1f} s")
         except Exception as error:  # noqa: BLE001 - a drafter may be anybody's code, and no request depends on it

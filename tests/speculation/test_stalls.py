@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,6 +117,34 @@ def test_requests_go_on_without_a_drafter_that_stalls(model: ModelRunner, where:
     assert again[0].token_ids == wanted[0].token_ids
     assert len(drafter.calls) == calls, "it was asked for something after it was given up"
     assert harness.blocks.num_free == 64
+
+
+class Busy(Copier):
+    """Works on the engine's thread; from its third proposal on it takes long."""
+
+    name = "busy"
+    needs = Needs(thread=False)
+    proposals = 0
+
+    def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        self.proposals += 1
+        end = time.thread_time() + (0.4 if self.proposals > 2 else 0.0)
+        while time.thread_time() < end:
+            pass
+        return super().propose(requests, budgets, floor)
+
+
+def test_one_that_works_on_the_engines_thread_is_asked_no_more_once_it_took_too_long(model: ModelRunner) -> None:
+    job = Job(20, SamplingParams(max_tokens=40, temperature=0.0))
+    with engine_over(LateRunner(model, 1)) as plain:
+        (wanted,) = plain.outputs([job.sequence("a")])
+    drafter = Busy(SURROUNDINGS)
+    speculator = in_batch(drafter, patience_s=0.3)
+    with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
+        (found,) = harness.outputs([job.sequence("a")])
+    assert found.token_ids == wanted.token_ids
+    assert drafter.proposals == 3
+    assert "it took 0.4 s, and may take 0.3" in speculator.counters.switched_off["busy"]
 
 
 def test_on_a_machine_where_nothing_is_compiled_yet_nobody_stalls(
