@@ -39,6 +39,11 @@ class Targets:
         """Those that have a target."""
         return tuple(metric for metric in METRICS if self.of(metric) < math.inf)
 
+    @property
+    def percentiles(self) -> dict[str, float]:
+        """`shares` of 100, by metric."""
+        return {metric: 100 * share for metric, share in self.shares}
+
     def demands(self, share: float) -> dict[tuple[str, ...], float]:
         """Which targets a request has to meet together, and how many requests have to: `share`, unless a target has a
         share of its own."""
@@ -75,3 +80,7 @@ class Outcome:
     def attainment(self, targets: Targets) -> float:
         """The share of requests that meet all targets."""
         return float(np.mean(self.attained(targets)))
+
+    def met(self, targets: Targets) -> dict[str, float]:
+        """The share that meets each, by metric."""
+        return {metric: self.attainment(targets.only([metric])) for metric in targets.metrics}

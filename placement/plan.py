@@ -142,7 +142,7 @@ def make_plan(
             *_warnings(chosen, by_name, workload),
         ],
         e2e_ms=goal.targets.e2e_ms if "e2e" in goal.targets.metrics else None,
-        percentiles={metric: 100 * share for metric, share in goal.targets.shares},
+        percentiles=goal.targets.percentiles,
         pareto=_pareto(found, workload, goal, topology.priced),
     )
     try:

@@ -53,7 +53,7 @@ def predict(layout: Layout, workload: Workload, rate: float, targets: Targets | 
         cpu_s=cpu_s,
         attainment=attainment,
         goodput_rps=None if attainment is None else attainment * rate,
-        met={} if targets is None else {name: outcome.attainment(targets.only([name])) for name in targets.metrics},
+        met={} if targets is None else outcome.met(targets),
     )
 
 

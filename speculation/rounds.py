@@ -159,6 +159,10 @@ class Load:
     wishes: Sequence[str] = ()
     """[requests] the drafter that each asked for, empty for one that leaves it to the controller; () if all do."""
 
+    def drafters(self, chosen: Sequence[str]) -> list[str]:
+        """[requests] who drafts for each: the controller has `chosen` [requests] for those that leave it to it."""
+        return [wish or own for wish, own in zip(self.wishes, chosen, strict=True)] if self.wishes else [*chosen]
+
 
 @dataclass(frozen=True, slots=True)
 class Budgets:

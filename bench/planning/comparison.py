@@ -23,9 +23,8 @@ class Seen(msgspec.Struct):
 
     @staticmethod
     def of(outcome: Outcome, targets: Targets) -> Seen:
-        met = {metric: outcome.attainment(targets.only([metric])) for metric in targets.metrics}
-        both = statistics_of(outcome.ttft_ms), statistics_of(outcome.tpot_ms)
-        return Seen(*both, outcome.attainment(targets), met)
+        times = statistics_of(outcome.ttft_ms), statistics_of(outcome.tpot_ms)
+        return Seen(*times, outcome.attainment(targets), outcome.met(targets))
 
     def errors_of(self, predicted: Seen) -> dict[str, float]:
         """With this as the truth."""
@@ -119,7 +118,7 @@ class Comparison(msgspec.Struct):
             true_at_pace=sum(_true(run.errors_at_pace) for run in runs),
             figures=len(runs) * len(TOLERANCES),
             e2e_ms=targets.e2e_ms if "e2e" in targets.metrics else None,
-            percentiles={metric: 100 * share for metric, share in targets.shares},
+            percentiles=targets.percentiles,
         )
 
 

@@ -71,16 +71,14 @@ class Bandit(Goodput):
 
     def preferred(self, load: Load) -> list[str]:
         playing = {name: self.limits.drafters[self._of_class(name).playing] for name in set(load.classes)}
-        wishes = load.wishes or [""] * len(load.classes)
-        return [wish or playing[name] for wish, name in zip(wishes, load.classes, strict=True)]
+        return load.drafters([playing[name] for name in load.classes])
 
     def record(self, load: Load, budgets: Budgets, tally: Tally, timing: Timing) -> None:
         super().record(load, budgets, tally, timing)
         if not self._time.known:
             return
         plain, classes = self._time.plain(load), np.array(load.classes)
-        wishes = load.wishes or [""] * len(load.classes)
-        played = np.array([not wish for wish in wishes])  # of others nothing is learned about the arm
+        played = np.array([not asked for asked in load.drafters([""] * len(classes))])  # of others arms learn nothing
         for name in {*classes[played].tolist()}:
             arms = self._of_class(name)
             for _ in range(timing.rested):

@@ -37,8 +37,7 @@ class BaseController:
 
     def preferred(self, load: Load) -> list[str]:
         """[requests] the preferred drafter for each that did not ask for another."""
-        first = self.limits.drafters[0]
-        return [wish or first for wish in load.wishes] if load.wishes else [first] * len(load.classes)
+        return load.drafters([self.limits.drafters[0]] * len(load.classes))
 
     def room(self, load: Load) -> NDArray[np.int64]:
         """[requests] draft tokens that each can take at most."""

@@ -117,9 +117,9 @@ class Goodput(BaseController):
     def allot(self, load: Load, stats: Acceptance, drafters: Sequence[str]) -> Budgets:
         """What is best for all alike, with drafters[r] for request r."""
         self._worth_it = False
-        room = self.room(load)
         if self._purse.is_empty:
             return plain_step(drafters, self._patience.rest_until(REST))
+        room = self.room(load)
         if not (
             room.any()
             and self._time.knows_plain(load)
