@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from cluster.config.engine import EngineSection
 from cluster.config.tree import SlipstreamConfig
@@ -28,6 +29,8 @@ RANK_BYTES = 400 * 2**20
 """Interpreter and torch in one process of a group, the same."""
 RAY_BYTES = 900 * 2**20
 """Ray's own processes, the controller and the gateway."""
+RAY_PORTS = frozenset({44217, 44227, 52365})
+"""On which a Ray that starts later listens without looking: metrics of autoscaler and dashboard, dashboard agent."""
 
 
 @contextmanager
@@ -40,13 +43,26 @@ def hold_port(host: str, port: int) -> Iterator[int]:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot resolve --host {host}; give a name or an address of this machine") from error
     family, _, _, _, address = found[0]
-    with socket.socket(family) as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            holder.bind(address)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {_why(error)}") from error
+    try:
+        holder = _bound(family, address)
+        while not port and holder.getsockname()[1] in RAY_PORTS:
+            holder.close()
+            holder = _bound(family, address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {_why(error)}") from error
+    with holder:
         yield int(holder.getsockname()[1])
+
+
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
+    holder = socket.socket(family)
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+    except OSError:
+        holder.close()
+        raise
+    return holder
 
 
 def _why(error: OSError) -> str:

@@ -97,6 +97,22 @@ def test_a_port_in_use_is_named_with_what_to_do() -> None:
     hold("127.0.0.1", 0)
 
 
+def test_a_free_port_is_none_that_ray_will_listen_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held or not, Ray listens there: the gateway would find it taken."""
+    drawn: list[int] = []
+
+    class First:
+        def __contains__(self, port: int) -> bool:
+            drawn.append(port)
+            return port == drawn[0]
+
+    monkeypatch.setattr("cluster.checks.RAY_PORTS", First())
+    with hold_port("127.0.0.1", 0) as port:
+        assert port == drawn[-1] != drawn[0]
+    with hold_port("127.0.0.1", drawn[0]) as asked:  # who asks for one by its number gets it
+        assert asked == drawn[0]
+
+
 def test_one_gateway_after_the_other_listens_on_a_port_that_is_held() -> None:
     with hold_port("127.0.0.1", 0) as port:
         for _ in range(2):
