@@ -21,8 +21,9 @@ from placement.pareto import Point, front, point
 from placement.pools import LEAST_REQUESTS
 from placement.prediction import predict
 from placement.profile import ModelFacts
-from placement.search import LONGER_RUN, NUM_RANKED, Found, Objective, Ranked, cheapest, search, sweep
+from placement.search import LONGER_RUN, NUM_RANKED, Found, Nothing, Objective, Ranked, cheapest, look, search, sweep
 from placement.shapes import Shape
+from placement.slo import shown
 from placement.topology import Topology
 from placement.workload import Workload
 
@@ -55,8 +56,8 @@ class Entry(msgspec.Struct):
 class Plan(msgspec.Struct):
     """`predicted` is at `rate_rps`, times in ms; with `attainment`, the share of requests that meet all targets, and
     `ttft_met` and so on, those that meet each. `percentiles`: of targets that so many are to meet each by itself, the
-    others together by `share`. `sources`: how the latency of each shape is known. `refused`: what can't run, and
-    why."""
+    others together by `share`. `sources`: how the latency of each shape is known. `refused`: kinds of groups and of
+    layouts that can't run, or are too slow for the targets at any rate, and why."""
 
     model: str
     topology: str
@@ -109,7 +110,7 @@ def make_plan(
         raise ConfigError("--objective per-dollar: nodes: dollars_per_hour is missing in the topology", param="nodes")
     model, asked = shapes[0].profile.model, len(workload)
     workload = workload.no_longer_than(model.max_tokens)
-    searched = {roles: _search(space(roles), workload, goal, objective) for roles in (TOGETHER, APART)}
+    searched = {roles: look(space(roles), workload, goal, objective) for roles in (TOGETHER, APART)}
     found = [result for result in searched.values() if isinstance(result, Found)]
     if not found:
         search(space(TOGETHER | APART), workload, goal, objective)  # raises, for all of them together
@@ -135,7 +136,7 @@ def make_plan(
         drafts=_drafts(ranked, shapes),
         predicted=_predicted(chosen, workload, at, goal),
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
-        refused={name: why for result in found for name, why in result.refused.items()},
+        refused={name: why for result in searched.values() for name, why in result.refused.items()},
         warnings=[
             *_left_out(asked - len(workload), asked, model),
             *(doubt for doubt in dict.fromkeys(shape.profile.doubt() for shape in shapes) if doubt),
@@ -150,14 +151,6 @@ def make_plan(
     except ConfigError as error:
         plan.warnings.append(f"the chosen layout has groups over several nodes: {error.message}")
     return Made(plan, [chosen, *(entry.candidate for entry in ranked if entry.candidate != chosen)])
-
-
-def _search(space: Space, workload: Workload, goal: Goal, objective: Objective) -> Found | str:
-    """Or why there is none."""
-    try:
-        return search(space, workload, goal, objective)
-    except ConfigError as error:
-        return error.message
 
 
 def _entry(candidate: Candidate, ranked: Ranked | None, priced: bool) -> Entry:
@@ -190,19 +183,19 @@ def _why(ranked: list[Ranked], rate: float | None, chosen: Candidate, objective:
     return f"{gain:.0%} more goodput {objective} than the next, {second.candidate.name}{sure}; {counts}"
 
 
-def _verdict(searched: dict[frozenset[Role], Found | str]) -> str:
+def _verdict(searched: dict[frozenset[Role], Found | Nothing]) -> str:
     """Disaggregated against colocated."""
     together, apart = searched[TOGETHER], searched[APART]
-    if isinstance(together, str):
-        return f"disaggregate: colocated, {together}"
-    if isinstance(apart, str):
-        return f"colocate: disaggregated, {apart}"
+    if isinstance(together, Nothing):
+        return f"disaggregate: colocated, {together.error.message}"
+    if isinstance(apart, Nothing):
+        return f"colocate: disaggregated, {apart.error.message}"
     one, other = together.ranked[0], apart.ranked[0]
     word = "colocate" if one.score >= other.score else "disaggregate"
     gain = max(one.score, other.score) / min(one.score, other.score)
     return (
-        f"{word}: {gain - 1:.0%} more; colocated {one.goodput:.3g} requests/s with {one.candidate.name}, "
-        f"disaggregated {other.goodput:.3g} with {other.candidate.name}"
+        f"{word}: {gain - 1:.0%} more; colocated {shown(one.goodput)} requests/s with {one.candidate.name}, "
+        f"disaggregated {shown(other.goodput)} with {other.candidate.name}"
     )
 
 
@@ -222,8 +215,8 @@ def _drafts(ranked: list[Ranked], shapes: Sequence[Shape]) -> str | None:
     word = "with" if entry.score > plain.score else "without"
     gain = max(entry.score, plain.score) / min(entry.score, plain.score)
     return (
-        f"{word}: {gain - 1:.0%} more; with them {entry.goodput:.3g} requests/s by {entry.candidate.name}, "
-        f"without {plain.goodput:.3g} by {plain.candidate.name}; {_brings(how)}"
+        f"{word}: {gain - 1:.0%} more; with them {shown(entry.goodput)} requests/s by {entry.candidate.name}, "
+        f"without {shown(plain.goodput)} by {plain.candidate.name}; {_brings(how)}"
     )
 
 

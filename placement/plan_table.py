@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from placement.packing import Seat
 from placement.pareto import Point, thinned
 from placement.plan import Entry, Plan, Spread
-from placement.slo import shown_ms
+from placement.refusals import by_reason
+from placement.slo import shown
 
 _SHOWN = ("p50", "p90", "p99")
-_FRONT = 8
-"""Layouts of the Pareto front that are printed; --json has all."""
+_FRONT, _REFUSED = 8, 12
+"""Layouts of the Pareto front, and reasons for what is left out, that are printed; --json has all."""
 
 
 def table(plan: Plan) -> str:
@@ -21,24 +24,23 @@ def table(plan: Plan) -> str:
         "",
         summary(plan),
         "",
-        f"{'goodput/s':>10}{'95 % interval':>20}{'steady':>8}{'devices':>9}  layout",
-        *(_ranked(entry) for entry in plan.ranking),
+        *_columns([("goodput/s", "95 % interval", "steady", "devices", "layout"), *map(_ranked, plan.ranking)]),
     ]
     if plan.pareto:
-        shown = thinned(plan.pareto, _FRONT)
-        left_out = f", {len(shown)} of {len(plan.pareto)}" if len(shown) < len(plan.pareto) else ""
-        lines += ["", f"{'goodput/s':>10}{'TTFT':>10}{'TPOT':>10}{'cost':>26}  Pareto front{left_out}"]
-        lines += [_point(point) for point in shown]
-    lines += ["", *_refused(plan.refused)] if plan.refused else []
+        few = thinned(plan.pareto, _FRONT)
+        left_out = f", {len(few)} of {len(plan.pareto)}" if len(few) < len(plan.pareto) else ""
+        head = "goodput/s", "TTFT", "TPOT", "cost", f"Pareto front{left_out}"
+        lines += ["", *_columns([head, *map(_point, few)])]
+    lines += ["", *(f"infeasible: {line}" for line in by_reason(plan.refused, _REFUSED))] if plan.refused else []
     return "\n".join(lines + _warnings(plan))
 
 
 def _targets(plan: Plan) -> str:
     values = {"ttft": plan.ttft_ms, "tpot": plan.tpot_ms, "e2e": plan.e2e_ms}
-    shown = {name: f"{name.upper()} {value:g} ms" for name, value in values.items() if value is not None}
-    together = " and ".join(what for name, what in shown.items() if name not in plan.percentiles)
+    each = {name: f"{name.upper()} {value:g} ms" for name, value in values.items() if value is not None}
+    together = " and ".join(what for name, what in each.items() if name not in plan.percentiles)
     found = [f"{together} for {plan.share:.0%} of requests"] if together else []
-    return ", ".join([*found, *(f"{shown[name]} for {at:g}%" for name, at in plan.percentiles.items())])
+    return ", ".join([*found, *(f"{each[name]} for {at:g}%" for name, at in plan.percentiles.items())])
 
 
 def summary(plan: Plan) -> str:
@@ -60,10 +62,12 @@ def _warnings(plan: Plan) -> list[str]:
 
 
 def _predicted(plan: Plan) -> list[str]:
-    lines = [f"at {plan.rate_rps:.3g} requests/s, ms" + "".join(f"{name:>24}" for name in _SHOWN)]
-    for metric in ("ttft", "tpot", "e2e"):
-        cells = (_with_interval(plan.predicted[f"{metric}_{name}"]) for name in _SHOWN)
-        lines.append(f"{metric:<{len(lines[0]) - 24 * len(_SHOWN)}}" + "".join(f"{cell:>24}" for cell in cells))
+    rows = [[f"at {shown(plan.rate_rps)} requests/s, ms", *_SHOWN]]
+    rows += [
+        [metric, *(_with_interval(plan.predicted[f"{metric}_{name}"]) for name in _SHOWN)]
+        for metric in ("ttft", "tpot", "e2e")
+    ]
+    lines = _columns(rows, name=0)
     met = plan.predicted["attainment"]
     each = [f"{name.upper()} {plan.predicted[f'{name}_met'].mean:.1%}" for name in plan.percentiles]
     line = f"attainment {met.mean:.1%} ({max(0.0, met.low):.1%} to {min(1.0, met.high):.1%})"
@@ -71,19 +75,27 @@ def _predicted(plan: Plan) -> list[str]:
 
 
 def _with_interval(spread: Spread) -> str:
-    return f"{shown_ms(spread.mean)} ({shown_ms(max(0.0, spread.low))} to {shown_ms(spread.high)})"
+    return f"{shown(spread.mean)} ({shown(max(0.0, spread.low))} to {shown(spread.high)})"
 
 
-def _ranked(entry: Entry) -> str:
+def _ranked(entry: Entry) -> tuple[str, ...]:
     if entry.goodput_rps is None or entry.spread is None:
-        return f"{'':>38}{entry.devices:>9}  {entry.name}"
-    interval, steady = f"{entry.spread.low:.3g} to {entry.spread.high:.3g}", "yes" if entry.steady else "no"
-    return f"{entry.goodput_rps:>10.3g}{interval:>20}{steady:>8}{entry.devices:>9}  {entry.name}"
+        return "", "", "", str(entry.devices), entry.name
+    interval = f"{shown(entry.spread.low)} to {shown(entry.spread.high)}"
+    return shown(entry.goodput_rps), interval, "yes" if entry.steady else "no", str(entry.devices), entry.name
 
 
-def _point(point: Point) -> str:
-    latencies = f"{shown_ms(point.ttft_ms):>10}{shown_ms(point.tpot_ms):>10}"
-    return f"{point.goodput_rps:>10.3g}{latencies}{_cost(point):>26}  {point.name}"
+def _point(point: Point) -> tuple[str, ...]:
+    return shown(point.goodput_rps), shown(point.ttft_ms), shown(point.tpot_ms), _cost(point), point.name
+
+
+def _columns(rows: Sequence[Sequence[str]], name: int = -1) -> list[str]:
+    """Cells side by side in columns as wide as they need; that of names begins at the left."""
+    columns = [*zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    padded = [[cell.rjust(width) for cell in column] for column, width in zip(columns, widths, strict=True)]
+    padded[name] = [cell.ljust(widths[name]) for cell in columns[name]]
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
 def _seat(seat: Seat) -> str:
@@ -91,17 +103,6 @@ def _seat(seat: Seat) -> str:
     held = " + ".join(f"{count} {role}" for count, role in workers if count)
     devices = f"{seat.devices} {seat.device} device{'s' * (seat.devices > 1)}"
     return f"{seat.count} x {seat.node}, {devices}{' each' if seat.count > 1 else ''}: {held}"
-
-
-def _refused(refused: dict[str, str]) -> list[str]:
-    """Reasons once each: where a kind of group can't run, nor can any layout with it."""
-    by_reason: dict[str, list[str]] = {}
-    for name, why in refused.items():
-        by_reason.setdefault(why, []).append(name)
-    return [
-        f"cannot run: {names[0]}{f', and {len(names) - 1} more alike' if len(names) > 1 else ''}: {why}"
-        for why, names in by_reason.items()
-    ]
 
 
 def _cost(entry: Entry | Point) -> str:

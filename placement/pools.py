@@ -14,7 +14,9 @@ from placement.bounds import Demand, most_rate
 from placement.goodput import Goal, goodput
 from placement.latency import Coefficients, StepLatency
 from placement.layout import ALONE, Group, Layout, Role
+from placement.native import serve
 from placement.outcome import METRICS
+from placement.refusals import too_slow
 from placement.workload import Workload
 
 SLACK = 1.08
@@ -23,6 +25,8 @@ REQUESTS_PER_STAGE = 150
 LEAST_REQUESTS = 2000
 """How many requests a layout is tried with. With fewer a run is over before its queues have grown to what they stay at,
 and goodput comes out too high; whether it does so here the best layouts are asked in longer runs (search.py)."""
+UNLOADED = 1e-3
+"""Requests/s, so few that they do not meet."""
 
 _FREE = Coefficients(0.0, 0.0, 0.0)
 _IDEAL = Group(Role.BOTH, StepLatency(_FREE, _FREE, _FREE, 1), 2**50, chunk_tokens=2**40, max_sequences=2**30)
@@ -41,6 +45,12 @@ def most_each(group: Group, count: int, workload: Workload, handoff_min_tokens: 
         return ceiling
     layout, part = _pool(group, count, handoff_min_tokens), _part(group.role, goal)
     return min(ceiling, SLACK * goodput(layout, sized(workload, count * group.stages), part, ceiling=ceiling)) / count
+
+
+def why_none(group: Group, workload: Workload, handoff_min_tokens: int, goal: Goal) -> str:
+    """Of a group that can't contribute anything."""
+    unloaded = serve(_pool(group, 1, handoff_min_tokens), workload, UNLOADED).outcome
+    return too_slow(unloaded, _part(group.role, goal))
 
 
 def _pool(group: Group, count: int, handoff_min_tokens: int) -> Layout:

@@ -16,7 +16,7 @@ from placement.arrangement import Arrangement
 from placement.live_log import Met
 from placement.load import Load, RoleLoad
 from placement.replan_settings import ReplanSettings
-from placement.slo import shown_ms
+from placement.slo import shown
 
 LEAST_JUDGED = 5
 
@@ -42,11 +42,11 @@ class Look:
             room = self._tokens_ms(self.load.of(Role.DECODE), self.now.decode - 1)
             able = self.now.decode > self.settings.least_workers and room <= self.settings.goal.targets.tpot_ms
             to = replace(self.now, prefill=self.now.prefill + 1, decode=self.now.decode - 1)
-            return (to, f"{late}; with one worker fewer a token takes {shown_ms(room)} ms") if able else None
+            return (to, f"{late}; with one worker fewer a token takes {shown(room)} ms") if able else None
         room = self._wait_ms(self.load.of(Role.PREFILL), self.now.prefill - 1)
         able = self.now.prefill > self.settings.least_workers and room <= self.settings.goal.targets.ttft_ms
         to = replace(self.now, prefill=self.now.prefill - 1, decode=self.now.decode + 1)
-        return (to, f"{slow}; with one worker fewer prompts wait {shown_ms(room)} ms") if able else None
+        return (to, f"{slow}; with one worker fewer prompts wait {shown(room)} ms") if able else None
 
     def _late(self) -> str | None:
         """How first tokens are late, if they are."""
@@ -54,7 +54,7 @@ class Look:
         wait_ms, target = self._wait_ms(self.load.of(role), self.now.of(role)), self.settings.goal.targets.ttft_ms
         if wait_ms > target:
             tokens = self.load.of(role).waiting_prompt_tokens
-            return f"prompts wait {shown_ms(wait_ms)} ms for {tokens} tokens before them"
+            return f"prompts wait {shown(wait_ms)} ms for {tokens} tokens before them"
         return self._missed(self.met.late, "first tokens")
 
     def _slow(self) -> str | None:
@@ -62,7 +62,7 @@ class Look:
         role = Role.BOTH if self.now.both else Role.DECODE
         token_ms, target = self._tokens_ms(self.load.of(role), self.now.of(role)), self.settings.goal.targets.tpot_ms
         if token_ms > target:
-            return f"a token takes {shown_ms(token_ms)} ms with {self.load.of(role).running} sequences"
+            return f"a token takes {shown(token_ms)} ms with {self.load.of(role).running} sequences"
         return self._missed(self.met.slow, "further tokens")
 
     def _missed(self, missed: int, what: str) -> str | None:

@@ -10,7 +10,7 @@ from placement.arrangement import Arrangement
 from placement.native import serve
 from placement.predictive import Outlook
 from placement.replan_settings import ReplanSettings
-from placement.slo import shown_ms
+from placement.slo import shown
 from placement.traffic import Expected
 from placement.workload import Workload
 
@@ -66,7 +66,7 @@ def _check_reachable(found: list[Arrangement], settings: ReplanSettings, predict
         return
     wanted = " and ".join(f"{metric}={targets.of(metric):g} ms" for metric in targets.metrics)
     reached = " and ".join(
-        f"{metric.upper()} {shown_ms(np.percentile(best.of(metric), 90))} ms" for metric in targets.metrics
+        f"{metric.upper()} {shown(np.percentile(best.of(metric), 90))} ms" for metric in targets.metrics
     )
     raise ConfigError(
         f"{wanted} are out of reach for {share:.0%} of the first {len(first)} requests: without load "

@@ -19,8 +19,9 @@ from placement.candidates import Candidate, Option, Space, candidates
 from placement.goodput import Goal, Interval, attains, draws, goodput, goodput_near, interval, next_rate
 from placement.layout import Layout, Role
 from placement.native import serve
-from placement.pools import most_each, sized
-from placement.slo import shown_ms
+from placement.pools import UNLOADED, most_each, sized, why_none
+from placement.refusals import by_reason, reached, too_slow
+from placement.slo import shown
 from placement.workload import Workload
 
 Objective = Literal["per-device", "per-dollar", "total"]
@@ -30,6 +31,8 @@ LONGER_RUN = 3
 STEADY = 0.05
 MOST_REQUESTS = 90_000
 """Of a run; a layout whose goodput still falls then is told as not steady."""
+_REASONS = 8
+"""That an error tells."""
 _BUDGETS = 8
 """Numbers of devices, or prices, for which the layouts of a kind are compared."""
 
@@ -60,7 +63,8 @@ class Ranked:
 @dataclass(frozen=True)
 class Found:
     """`ranked`: the best layout of each of the best kinds, best first; `evaluated`: every layout that was simulated;
-    `pruned`: how many could not get there by their bounds; `refused`: what cannot run, and why."""
+    `pruned`: how many could not get there by their bounds; `refused`: what cannot run, or is too slow for the targets
+    at any rate, and why."""
 
     ranked: list[Ranked]
     evaluated: list[Evaluated]
@@ -68,10 +72,29 @@ class Found:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """No layout will do: `error` says so, and what is reachable; `refused` as in Found."""
+
+    error: ConfigError
+    refused: dict[str, str]
+
+
 def search(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> Found:
     """Raises ConfigError if no layout can run, or none reaches the goal at any rate: then it says what is reachable."""
-    refused = _refused(space)
-    bounded = _bounded(space, workload, goal, objective, refused)
+    found = look(space, workload, goal, objective)
+    if isinstance(found, Nothing):
+        raise found.error
+    return found
+
+
+def look(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> Found | Nothing:
+    """As search, for who wants to know of each kind of layout why none will do."""
+    refused, most = _refused(space), _Most(space, workload, goal)
+    try:
+        bounded = _bounded(most, objective, refused)
+    except ConfigError as error:
+        return Nothing(error, refused)
     evaluated: list[Evaluated] = []
     best: dict[tuple[object, ...], float] = {}
     pruned = 0
@@ -85,8 +108,8 @@ def search(space: Space, workload: Workload, goal: Goal, objective: Objective = 
         if result.exact:
             best[candidate.kinds] = result.score
     if not any(best.values()):
-        raise _unreachable(refused, [candidate for _, _, candidate in bounded], workload, goal)
-    return Found(ranking(evaluated, workload, goal, objective), evaluated, pruned, refused)
+        return _unreachable(most, refused, [(bound, candidate) for _, bound, candidate in bounded])
+    return Found(ranking(evaluated, workload, goal, objective), evaluated, pruned, refused | most.slow)
 
 
 def _last_ranked(best: dict[tuple[object, ...], float]) -> float:
@@ -98,7 +121,7 @@ def exhaustive(space: Space, workload: Workload, goal: Goal, objective: Objectiv
     """Every layout bisected, best first: what `search` is checked against."""
     found = [
         _evaluate(candidate, bound, 0.0, workload, goal, objective)
-        for _, bound, candidate in _bounded(space, workload, goal, objective, _refused(space))
+        for _, bound, candidate in _bounded(_Most(space, workload, goal), objective, _refused(space))
     ]
     return sorted(found, key=_order)
 
@@ -108,7 +131,7 @@ def cheapest(
 ) -> Candidate:
     """The layout with the fewest devices, or the lowest price, that attains the goal at `rate` requests/s for sure.
     Raises ConfigError with the highest rate found if none does."""
-    bounded = _bounded(space, workload, goal, "total", _refused(space))
+    bounded = _bounded(_Most(space, workload, goal), "total", _refused(space))
     able = [candidate for _, bound, candidate in bounded if bound >= rate]
     for candidate in sorted(able, key=lambda candidate: _cost(candidate, objective)):
         if _surely_attains(candidate, workload, rate, goal):
@@ -117,8 +140,8 @@ def cheapest(
     devices = sum(map(sum, space.nodes.values()))
     raise ConfigError(
         f"no layout on {devices} devices attains the targets at {rate:g} requests/s: the most is "
-        f"{best.goodput:.3g} requests/s on average, {best.interval.low:.3g} at the lower end of its 95 % interval, "
-        f"with {best.candidate.name}; add devices, or relax the targets"
+        f"{shown(best.goodput)} requests/s on average, {shown(best.interval.low)} at the lower end of its 95 % "
+        f"interval, with {best.candidate.name}; add devices, or relax the targets"
     )
 
 
@@ -134,20 +157,20 @@ def _refused(space: Space) -> dict[str, str]:
     return dict(space.refused) | {name: why for name, why in reasons.items() if why is not None}
 
 
-def _bounded(
-    space: Space, workload: Workload, goal: Goal, objective: Objective, refused: dict[str, str]
-) -> list[tuple[float, float, Candidate]]:
+def _bounded(most: _Most, objective: Objective, refused: dict[str, str]) -> list[tuple[float, float, Candidate]]:
     """Score and rate that each candidate cannot pass, highest score first. Of equals the dearest is first, as many
     groups share their luck, so that it is mostly the best and the others need one look; then the fewest devices."""
-    most = _Most(space, workload, goal)
-    kv_tokens = Demand.of(workload, space.handoff_min_tokens).kv_tokens * goal.share
+    space, workload = most.space, most.workload
+    kv_tokens = Demand.of(workload, space.handoff_min_tokens).kv_tokens * most.goal.share
     rated = [
         (candidate.most_rate(most, kv_tokens), candidate)
         for candidate in _fitting(candidates(space), workload, refused)
     ]
     if not rated:
-        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or f"{dict(space.nodes)} have too few"
-        raise ConfigError(f"the model can't be placed on these devices: {reasons}")
+        if not refused:
+            there = " and ".join(f"{space.budget(pool)} {pool}" for pool in space.nodes)
+            refused["layouts apart"] = f"{there} to serve with have no room for a group to prefill and one to decode"
+        raise ConfigError(f"the model can't be placed on these devices: {'; '.join(by_reason(refused, _REASONS))}")
     if free := [candidate.name for rate, candidate in rated if math.isinf(rate)]:
         raise ConfigError(f"by its latency model {free[0]} serves any rate: profile it", param="latency")
     scored = [(rate / _cost(candidate, objective), rate, candidate) for rate, candidate in rated]
@@ -162,14 +185,24 @@ class _Most:
     workload: Workload
     goal: Goal
     known: dict[tuple[str, Role, int], float] = field(default_factory=dict)
+    slow: dict[str, str] = field(default_factory=dict)
+    """Groups that are too slow for the targets, whatever is beside them."""
 
     def __call__(self, option: Option, role: Role, chunk_tokens: int) -> float:
         key = option.name, role, 0 if role is Role.DECODE else chunk_tokens  # decodes alone are never cut in chunks
         if key not in self.known:
-            group = replace(option.group, role=role, chunk_tokens=chunk_tokens)
+            group, few = replace(option.group, role=role, chunk_tokens=chunk_tokens), self.space.handoff_min_tokens
             count = self.space.most_groups(option)
-            self.known[key] = most_each(group, count, self.workload, self.space.handoff_min_tokens, self.goal)
+            self.known[key] = most_each(group, count, self.workload, few, self.goal)
+            if self.known[key] == 0.0:
+                self.slow[_told(*key)] = why_none(group, self.workload, few, self.goal)
         return self.known[key]
+
+
+def _told(option: str, role: Role, chunk_tokens: int) -> str:
+    """A group and what it would do."""
+    does = {Role.PREFILL: " to prefill", Role.DECODE: " to decode"}.get(role, "")
+    return f"{option}{does}" + (f", chunks of {chunk_tokens}" if chunk_tokens else "")
 
 
 def _fitting(found: Iterable[Candidate], workload: Workload, refused: dict[str, str]) -> Iterator[Candidate]:
@@ -277,18 +310,23 @@ def _near(one: Candidate, ranked: Ranked, workload: Workload, goal: Goal) -> Swe
     return Swept(one, goodput_near(one.layout, sized(workload, one.stages), goal, expected))
 
 
-def _unreachable(refused: dict[str, str], tried: list[Candidate], workload: Workload, goal: Goal) -> ConfigError:
-    """Says how fast the fastest layouts are with one request at a time."""
+def _unreachable(most: _Most, refused: dict[str, str], tried: list[tuple[float, Candidate]]) -> Nothing:
+    """Says how fast the fastest layouts are with one request at a time, and of those kinds that none of their groups
+    makes too slow by itself why they are."""
+    workload, goal = most.workload, most.goal
     best: dict[str, tuple[float, str]] = {}
-    for candidate in {candidate.kinds: candidate for candidate in tried}.values():
-        outcome = serve(candidate.layout, workload, 1e-3).outcome
+    slow: dict[str, str] = {}
+    for bound, candidate in {candidate.kinds: (bound, candidate) for bound, candidate in tried}.values():
+        outcome = serve(candidate.layout, workload, UNLOADED).outcome
+        if bound > 0.0:
+            slow[candidate.kind_name] = too_slow(outcome, goal)
         for metric in goal.targets.metrics:
-            values = outcome.of(metric)
-            reached = float(sorted(values)[int(goal.share_of(metric) * (len(values) - 1))])
-            best[metric] = min(best.get(metric, (reached, candidate.name)), (reached, candidate.name))
-    reachable = " and ".join(f"{name.upper()} {shown_ms(ms)} ms with {layout}" for name, (ms, layout) in best.items())
-    return ConfigError(
+            ms = reached(outcome, metric, goal)
+            best[metric] = min(best.get(metric, (ms, candidate.name)), (ms, candidate.name))
+    reachable = " and ".join(f"{name.upper()} {shown(ms)} ms with {layout}" for name, (ms, layout) in best.items())
+    error = ConfigError(
         f"no layout attains {goal.told()} at any rate; without load the best is {reachable}"
         + (f" ({len(refused)} kinds of groups were refused)" if refused else ""),
         param="slo",
     )
+    return Nothing(error, refused | most.slow | slow)

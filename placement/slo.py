@@ -41,7 +41,7 @@ def of_all_together(targets: Targets, flag: str = "--slo") -> Targets:
     return targets
 
 
-def shown_ms(value: float) -> str:
+def shown(value: float) -> str:
     """To three digits, and all of those before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -268,6 +268,19 @@ def test_targets_by_percentile_and_of_all_of_a_request_are_planned_for_and_told(
     assert found["chosen"]["goodput_rps"] < plain["chosen"]["goodput_rps"]
 
 
+def test_why_no_disaggregated_layout_will_do_is_listed(files, tmp_path: Path) -> None:
+    """Over so slow a link the second token comes late; and one core is not enough for two workers."""
+    (tmp_path / "cluster.yaml").write_text(LINKED.replace("gb_per_s: 10", "gb_per_s: 0.001"))
+    found = planned("small", *files, *SLO, *LENGTHS)
+    assert found["verdict"].startswith("colocate: disaggregated, no layout attains")
+    assert set(found["refused"]) == {f"cpu TP1 + cpu TP1, chunks of {chunk}" for chunk in (512, 2048)}
+    assert all(" TPOT is " in why for why in found["refused"].values())
+    assert "infeasible: cpu TP1 + cpu TP1, chunks of 512" in run("small", *files, *SLO, *LENGTHS)
+    (tmp_path / "cluster.yaml").write_text(LINKED.replace("devices: 4", "devices: 1"))
+    told = run("small", *files, *SLO, *LENGTHS)
+    assert "infeasible: layouts apart: 1 cpu to serve with have no room for a group to prefill and" in told
+
+
 def test_a_model_that_fits_nowhere_is_refused_with_the_numbers(large: Path, tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text("nodes: [{name: a, device: RTX4090, devices: 1, memory_gb: 12}]")
     with pytest.raises(ConfigError, match=r"fits nowhere: RTX4090 TP1: 16\.1 GB of weights .* the 10\.8 GB that 1 dev"):

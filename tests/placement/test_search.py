@@ -7,16 +7,18 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 
 from core.errors import ConfigError
 from placement.candidates import Candidate, Fabric, Option, Space, candidates
 from placement.goodput import Goal, attains, draws
 from placement.latency import Coefficients, Speculation, StepLatency
-from placement.layout import Group, Link, Role
+from placement.layout import Group, Layout, Link, Role
+from placement.native import serve
 from placement.outcome import Targets
 from placement.packing import packed
-from placement.search import Evaluated, Found, Objective, cheapest, exhaustive, ranking, search
+from placement.search import Evaluated, Found, Nothing, Objective, cheapest, exhaustive, look, ranking, search
 from placement.topology import NodeKind, Topology, Wire
 from tests.placement.pipelines import azure_like
 
@@ -244,6 +246,33 @@ def test_if_no_size_of_steps_has_room_it_is_said_of_each() -> None:
     only = space(options=(drafting(),), chunk_tokens=(64, 80))
     with pytest.raises(ConfigError, match=r"chunks of 64: .* steps of 64 .* chunks of 80: .* beside 80 rows"):
         search(only, REQUESTS, GOAL)
+
+
+def test_groups_that_are_too_slow_for_the_targets_at_any_rate_are_listed_with_what_they_take() -> None:
+    """TP1 takes 15 ms and 0.1 ms per token to prefill, TP2 less."""
+    unloaded = serve(Layout((replace(option(1).group, role=Role.BOTH),)), REQUESTS, 1e-3).outcome.ttft_ms
+    found = search(space(), REQUESTS, Goal(Targets(float(np.quantile(unloaded, 0.8)), 50.0)))
+    too_slow = {name: why for name, why in found.refused.items() if why.startswith("too slow even without load: ")}
+    assert {"TP1 PP1 to prefill, chunks of 2048", "TP1 PP1, chunks of 2048"} <= set(too_slow)
+    assert not any("TP2" in name or "to decode" in name for name in too_slow)
+    took = np.quantile(unloaded, 0.9, method="lower")
+    assert f"TTFT is {took:.0f} ms for 90% of requests" in too_slow["TP1 PP1, chunks of 2048"]
+
+
+def test_where_nothing_attains_the_targets_each_kind_is_listed_with_the_reason() -> None:
+    few = space(options=(option(1), option(2)), refused={"TP8": "8 ranks, but 4 devices"})
+    found = look(few, REQUESTS, Goal(Targets(500.0, 1.0)))
+    assert isinstance(found, Nothing)
+    assert "no layout attains" in found.error.message
+    assert found.refused.pop("TP8") == "8 ranks, but 4 devices"
+    assert set(found.refused) == {f"TP{tp} PP1{does}" for tp in (1, 2) for does in (" to decode", ", chunks of 2048")}
+    assert all("TPOT is " in why and why.endswith("and is to be 1") for why in found.refused.values())
+
+
+def test_of_too_many_kinds_that_do_not_fit_the_error_tells_a_few() -> None:
+    refused = {f"TP{tp}": f"needs {tp} GB" for tp in range(50)}
+    with pytest.raises(ConfigError, match=r"TP7: needs 7 GB; 42 more, for other reasons$"):
+        search(space(options=(), refused=refused), REQUESTS, GOAL)
 
 
 def test_impossible_targets_are_answered_with_the_best_reachable() -> None:
