@@ -157,10 +157,19 @@ class WorkerNode:
         if not self._engine.alive:
             raise self._engine.failure or InternalError("the engine thread has ended")
         self.runner.check_health()
-        if (seconds := self._engine.seconds_in_step) > STEP_TIMEOUT_S:
-            raise InternalError(f"a step has been running for {seconds:.0f} s")
+        if (stuck := self._stuck()) is not None:
+            raise InternalError(stuck)
         if self._drafting is not None and self._drafting.done() and not self._drafting.cancelled():
             self._drafting.result()
+
+    def _stuck(self) -> str | None:
+        """Why the engine's thread won't come back, if it seems so."""
+        for drafting in (self._speculator, self._observer):
+            if drafting is not None and (drafter := drafting.lost) is not None:
+                return f"drafter {drafter} has not given the engine's thread back; serve without it"
+        if (seconds := self._engine.seconds_in_step) > STEP_TIMEOUT_S:
+            return f"a step has been running for {seconds:.0f} s"
+        return None
 
     def set_role(self, role: Role, max_num_batched_tokens: int) -> None:
         """Be used for something else from now on, or in steps of another size. What is under way goes on: every worker
@@ -179,13 +188,14 @@ class WorkerNode:
         self._engine.speculate(self._speculator)
 
     async def drain(self, within_s: float) -> None:
-        """Tell the gateways that this worker leaves, and return once it has nothing to do for them, or when the time is
-        over. What is left then, or comes still, they send elsewhere when it stops."""
+        """Tell the gateways that this worker leaves, and return once it has nothing to do for them, or nothing would
+        come of it, or when the time is over. What is left then, or comes still, they send elsewhere when it stops."""
         self._leaving = True
         self._tell_status()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self._owned:  # noqa: ASYNC110 - five places end a request, and none of them is in a hurry
+                # Five places end a request, and none of them is in a hurry.
+                while self._owned and self._stuck() is None:  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_S)
 
     @property

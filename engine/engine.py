@@ -89,7 +89,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._flying: deque[tuple[Schedule, StepBatch, Future[StepOutput]]] = deque()
         self._max_flying = scheduler.config.max_steps_in_flight
-        self._oldest_since: float | None = None
+        self._busy_since: float | None = None
         self._stopped = False
         self.failure: InternalError | None = None
         self._counters = Counters(scheduler)
@@ -108,9 +108,9 @@ class Engine:
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the oldest step under way has been running, the time before it was the oldest left out; 0 when none
-        is."""
-        started = self._oldest_since
+        """How long the oldest step under way has been running, the time before it was the oldest left out, or how long
+        the loop has been at what came of it or at commands; 0 when it waits for one."""
+        started = self._busy_since
         return 0.0 if started is None else time.monotonic() - started
 
     @property
@@ -178,10 +178,13 @@ class Engine:
         turns the loop himself instead of starting its thread. False if there is nothing more to do before a command."""
         try:
             self._carry_out_commands(wait)
-            return not self._stopped and self._step()
+            going_on = not self._stopped and self._step()
         except Exception as error:  # noqa: BLE001 - whatever is wrong in here, every request gets its end
             self._tell(Report(updates=self._fail(error)))
-            return False
+            going_on = False
+        if not self._flying:
+            self._busy_since = None
+        return going_on
 
     def _run(self) -> None:
         _name_thread(THREAD_NAME)
@@ -217,6 +220,8 @@ class Engine:
         """Run what is queued, after waiting for a first command if `wait`, up to the one to stop."""
         try:
             command = self._commands.get(block=wait)
+            if not self._flying:
+                self._busy_since = time.monotonic()
             while command is not None:
                 command()
                 command = self._commands.get_nowait()
@@ -226,7 +231,7 @@ class Engine:
 
     def _submit(self, schedule: Schedule) -> None:
         if not self._flying:
-            self._oldest_since = time.monotonic()
+            self._busy_since = time.monotonic()
         if self._speculator is None:
             batch = build_batch(schedule)
         else:
@@ -246,7 +251,7 @@ class Engine:
     def _take_in_oldest(self) -> Report:
         schedule, batch, future = self._flying.popleft()
         error = future.exception()  # waits
-        self._oldest_since = time.monotonic() if self._flying else None
+        self._busy_since = time.monotonic()
         if error is not None:
             return Report(updates=self._fail(error))
         output = future.result()
@@ -284,7 +289,7 @@ class Engine:
         of no use. Blocks of a hand-off stay its own."""
         logger.error("engine step failed; the worker will be replaced", exc_info=error)
         self._flying.clear()
-        self._oldest_since = None
+        self._busy_since = None
         self.failure = InternalError(f"engine step failed: {error}")
         victims = [*self._live.values(), *self._compiling.values()]
         for sequence in victims:

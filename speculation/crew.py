@@ -2,9 +2,9 @@
 
 They work on a thread of their own, unless they need none. One that raises, proposes what is no tree or is not done in
 time is switched off for this worker: it is counted, said in the log, and requests go on without it. Who works on the
-engine's thread is switched off after it took too long, and could not be if it never came back. How long a drafter
-may take depends on the steps that it is to make faster, and is far more than any use of it: who is only slow is the
-controller's to judge.
+engine's thread is switched off after it took too long; if it never comes back, it is `lost`, and the worker with it.
+How long a drafter may take depends on the steps that it is to make faster, and is far more than any use of it: who is
+only slow is the controller's to judge.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ PATIENCE_S = 1.0
 """A drafter has at least so long, so that a machine that is busy with something else is not held against it."""
 PATIENCE_STEPS = 20
 """And as long as so many steps."""
+LOST_S = 15.0
+"""And so long, at least, before the engine's thread is given up with it. By the wall: it may wait for something."""
 _FADING = 0.9
 """Of the mean time of a step, with each further one."""
 
@@ -50,6 +52,7 @@ class Crew:
         self._least_s = patience_s
         self._step_s = 0.0
         self._aside = Aside("drafters")
+        self._at_work: tuple[str, float] | None = None  # who is on the engine's thread, and when it will be lost
         self._keys = itertools.count()
         self._requests: dict[str, DraftRequest] = {}
         self._alive: set[int] = set()
@@ -77,6 +80,13 @@ class Crew:
     def reads_top(self) -> bool:
         return any(drafter.needs.top for drafter in self._drafters.values())
 
+    @property
+    def lost(self) -> str | None:
+        """The drafter that has kept the engine's thread for so long that it will hardly give it back. From any thread;
+        one that a standstill of the machine was taken for is not named any more once it goes on."""
+        at_work = self._at_work
+        return at_work[0] if at_work is not None and time.monotonic() > at_work[1] else None
+
     def step_took(self, seconds: float) -> None:
         self._step_s = _FADING * self._step_s + (1 - _FADING) * seconds if self._step_s else seconds
 
@@ -88,6 +98,7 @@ class Crew:
         try:
             if self._drafters[name].needs.thread:
                 return self._aside.run(work, patience)
+            self._at_work = name, time.monotonic() + max(LOST_S, patience)
             started = time.thread_time()  # a process that stands still is not the drafter's fault
             made = work()
             if (took := time.thread_time() - started) > patience:
@@ -97,6 +108,8 @@ class Crew:
             self._switch_off(name, f"it was not done after {patience:.1f} s")
         except Exception as error:  # noqa: BLE001 - a drafter may be anybody's code, and no request depends on it
             self._switch_off(name, f"it raised {type(error).__name__}: {error}", error)
+        finally:
+            self._at_work = None
         return None
 
     def _switch_off(self, name: str, reason: str, error: Exception | None = None) -> None:

@@ -124,6 +124,11 @@ class InBatch:
         self._wishes: dict[str, Wishes] = {}
 
     @property
+    def lost(self) -> str | None:
+        """As Crew.lost."""
+        return self._crew.lost
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """For the step that was proposed for last."""
         return self._crew.taps(soon=self._soon)

@@ -23,6 +23,11 @@ class InPrefill:
         self._crew = Crew(drafters, self.counters.switched_off)
 
     @property
+    def lost(self) -> str | None:
+        """As Crew.lost."""
+        return self._crew.lost
+
+    @property
     def taps(self) -> tuple[int, ...]:
         return self._crew.taps(soon=True)
 

@@ -24,7 +24,7 @@ from cluster.config.tree import SlipstreamConfig
 from cluster.front import offer
 from cluster.local import LocalCluster, local_cluster
 from cluster.membership import Member, Membership, Orders, Plan
-from core.errors import ModelError
+from core.errors import InternalError, ModelError
 from core.metrics import GatewayMetrics
 from core.types import Request, Role, SamplingParams, SpeculationWish
 from core.wire import SpeculationCounters
@@ -37,6 +37,7 @@ from speculation.protocols import Drafter
 from tests.e2e.conftest import save_tokenizer
 from tests.speculation.copier import COPIER
 from tests.speculation.failing import FAILING
+from tests.speculation.hanging import HANGING, Hanging
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -151,6 +152,41 @@ async def test_a_drafter_that_fails_where_prompts_are_computed_is_told_of(
     assert before is None
     assert after is not None
     assert (after.switched_off, after.drafters) == (["failing"], [])
+
+
+async def test_a_worker_whose_drafter_never_comes_back_is_given_up_and_its_requests_go_elsewhere(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Serve does once the worker says that it is not well, is done by hand here."""
+    model, folder = tiny
+    monkeypatch.setattr("speculation.crew.LOST_S", 0.3)
+    two = {"speculation": "hanging", "decode_replicas": 2, "drain_timeout_s": 10 * TIMEOUT_S}
+    with registered(HANGING):
+        async with local_cluster(config(**COPYING | two), folder) as cluster:
+            answers = asyncio.create_task(run(cluster, *(request(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS))))
+            async with asyncio.timeout(TIMEOUT_S):
+                while (
+                    len(lost := unwell(cluster)) != 1 or not Hanging.hangs.is_set()
+                ):  # after a standstill others seem so
+                    await asyncio.sleep(0.01)
+                retiring = asyncio.create_task(cluster.retire_worker(*lost))
+                found = await answers
+            Hanging.wake.set()
+            await retiring
+            assert not unwell(cluster)
+    assert "drafter hanging has not given the engine's thread back" in "".join(lost.values())
+    assert [answer.token_ids for answer in found] == [expected(model, prompt) for prompt in PROMPTS]
+
+
+def unwell(cluster: LocalCluster) -> dict[str, str]:
+    """Workers whose health checks fail, and why."""
+    found = {}
+    for name, node in cluster.nodes.items():
+        try:
+            node.check_health()
+        except InternalError as error:
+            found[name] = error.message
+    return found
 
 
 async def test_what_counts_as_accepted_ends_with_a_stop_token_inside_a_draft(

@@ -50,7 +50,7 @@ class Sleeper(Copier):
 
     def __init__(self, where: str, after: int) -> None:
         super().__init__(SURROUNDINGS)
-        self.wake, self.woken = threading.Event(), threading.Event()
+        self.asleep, self.wake, self.woken = (threading.Event() for _ in range(3))
         self.calls: list[str] = []
         self._where, self._left = where, after
 
@@ -58,6 +58,7 @@ class Sleeper(Copier):
         self.calls.append(what)
         self._left -= what == self._where
         if self._left == 0:
+            self.asleep.set()
             self.wake.wait(WAIT_S)
             self.woken.set()
 
@@ -145,6 +146,29 @@ def test_one_that_works_on_the_engines_thread_is_asked_no_more_once_it_took_too_
     assert found.token_ids == wanted.token_ids
     assert drafter.proposals == 3
     assert "it took 0.4 s, and may take 0.3" in speculator.counters.switched_off["busy"]
+
+
+@pytest.mark.parametrize("where", ["start", "propose", "observe", "finish"])
+def test_one_on_the_engines_thread_that_never_comes_back_is_seen_from_other_threads(
+    model: ModelRunner, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, and by the engine that does not go on; and no more if it does come back."""
+    monkeypatch.setattr("speculation.crew.LOST_S", 0.1)
+    drafter = Sleeper(where, 1)
+    drafter.needs = Needs(thread=False)
+    speculator = in_batch(drafter, patience_s=0.05)
+    with engine_over(LateRunner(model, 1), speculator=speculator) as harness:
+        assert (speculator.lost, harness.engine.seconds_in_step) == (None, 0.0)
+        harness.engine.add(Job(20, SamplingParams(max_tokens=9, temperature=0.0)).sequence("a"))
+        assert drafter.asleep.wait(WAIT_S)
+        seen = time.monotonic()
+        while speculator.lost is None:
+            assert time.monotonic() < seen + WAIT_S
+        assert speculator.lost == "sleeper"
+        assert harness.engine.seconds_in_step >= 0.1
+        drafter.wake.set()
+        while speculator.lost is not None or harness.engine.seconds_in_step:
+            assert time.monotonic() < seen + WAIT_S
 
 
 def test_on_a_machine_where_nothing_is_compiled_yet_nobody_stalls(
