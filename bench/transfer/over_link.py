@@ -35,7 +35,7 @@ LOOPS: dict[TransportName, Callable[[int, int, Host, Host], float]] = {
 """Bytes per second of the bare loop of what a transport is made of."""
 BARE_S = 1.0
 """Of a bare loop, if that is neither too few rounds nor too many."""
-KINDS = {"in_flight": Kind(flowing=True), "one_at_a_time": Kind(at_once=1)}
+KINDS = {"in_flight": Kind(), "one_at_a_time": Kind(at_once=1)}
 MIN_ROUNDS, MAX_ROUNDS = 4, 100
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -43,8 +44,6 @@ from kv_transfer.transports.names import TransportName
 
 AT_ONCE = 2
 """Pulls in flight, so that the wire does not stand still between two of them: a bare loop's does not either."""
-
-
 RENEW_S = 1.0
 
 
@@ -67,8 +66,7 @@ class Kind(NamedTuple):
 
     job: type[PullJob] = PullJob
     at_once: int = AT_ONCE
-    flowing: bool = False
-    """The next pull is asked for when one has ended, not when all that were in flight have."""
+    """In flight: the next is asked for when one has ended."""
 
 
 KINDS = {"checksum": Kind(), "no_checksum": Kind(Unchecked)}
@@ -96,13 +94,14 @@ async def measure_wire(
             block_ids, pieces = await _offered(heard)
             beside = [asyncio.create_task(work) for work in (_pass_on(heard, transport), _renew(link, transfer_id))]
 
-            async def pull(kind: Kind) -> float:
+            async def pull(job: PullJob) -> float:
                 """When it has ended."""
-                await transport.pull(_job(kind.job, pool, transfer_id, pieces, block_ids, num_tokens))
+                await transport.pull(replace(job))
                 return time.perf_counter()
 
             for label, kind in kinds.items():
-                took[label] = await _median(partial(pull, kind), kind, rounds)
+                job = _job(kind.job, pool, transfer_id, pieces, block_ids, num_tokens)
+                took[label] = await _median(partial(pull, job), kind, rounds)
             for task in beside:
                 task.cancel()
             link.send(Committed(transfer_id))
@@ -113,22 +112,17 @@ async def measure_wire(
 
 
 async def _median(pull: Callable[[], Awaitable[float]], kind: Kind, rounds: int) -> float:
-    """Seconds per pull. The first ones connect."""
+    """Seconds per pull, from the end of one to the end of the one in its turn. The first ones connect."""
     await asyncio.gather(*(pull() for _ in range(kind.at_once)))
 
-    async def one_after_another(count: int) -> list[float]:
-        return [await pull() for _ in range(count)]
+    async def one_after_another() -> list[float]:
+        return [await pull() for _ in range(rounds)]
 
-    async def in_flight(count: int) -> list[float]:
-        """Seconds of so many of each of those in flight, from the end of one to the end of the one in its turn."""
-        started = [time.perf_counter()] * kind.at_once
-        ended = await asyncio.gather(*(one_after_another(count) for _ in range(kind.at_once)))
-        ends = sorted(itertools.chain(started, *ended))
-        return [later - end for end, later in zip(ends, ends[kind.at_once :], strict=False)]
-
-    if kind.flowing:
-        return statistics.median(await in_flight(rounds)) / kind.at_once
-    return statistics.median([max(await in_flight(1)) for _ in range(rounds)]) / kind.at_once
+    started = [time.perf_counter()] * kind.at_once
+    ended = await asyncio.gather(*(one_after_another() for _ in range(kind.at_once)))
+    ends = sorted(itertools.chain(started, *ended))
+    took = [later - end for end, later in zip(ends, ends[kind.at_once :], strict=False)]
+    return statistics.median(took) / kind.at_once
 
 
 def _job(

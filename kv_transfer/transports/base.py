@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -57,6 +57,7 @@ class PullJob:
     """Called with the place of a piece in the transfer."""
     on_decoded: Callable[[float], None]
     """Called with the seconds it took, before the piece is verified."""
+    _runs: dict[tuple[int, int], Runs] = field(default_factory=dict, init=False, repr=False)
 
     def source(self, index: int) -> Slots:
         """The giver's slots of a piece."""
@@ -75,9 +76,15 @@ class PullJob:
     def landed(self, index: int, part: Rows) -> None:
         """Copy a piece that has come in memory of its own, [layers, 2, tokens, row bytes]. Raises as
         `read`."""
-        piece, slots = self.pieces[index], self.target(index)
-        pairs = runs(np.arange(piece.num_tokens), slots)
-        self._verify(index, copy_summed(layers_of(self.rows, piece), part, pairs))
+        piece = self.pieces[index]
+        self._verify(index, copy_summed(layers_of(self.rows, piece), part, self._into(piece)))
+
+    def _into(self, piece: Piece) -> Runs:
+        """Runs from memory of a piece's own to the taker's slots. Pieces of one token range share them."""
+        tokens = piece.token, piece.num_tokens
+        if tokens not in self._runs:
+            self._runs[tokens] = runs(np.arange(piece.num_tokens), tokens_of(self.taker_slots, piece))
+        return self._runs[tokens]
 
     def decoded(self, index: int, frame: torch.Tensor) -> None:
         """The frame of a piece, [bytes] uint8: decode it into its slots. Raises ChecksumMismatch before if it is not

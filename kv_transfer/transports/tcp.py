@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from kv_transfer.messages import FromGiver, Hello
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import PullJob, Unusable, settled
 from kv_transfer.transports.batches import Staging, land
+from kv_transfer.transports.lane import Lane
 from kv_transfer.transports.tcp_io import (
     IDLE_TIMEOUT_S,
     batched,
@@ -31,7 +32,6 @@ from kv_transfer.transports.tcp_io import (
     receive,
     receive_frame,
     send_frame,
-    vectors_of,
 )
 
 MAX_CONNECTIONS = 2
@@ -48,7 +48,6 @@ class Tcp:
             raise Unusable("the giver does not listen for connections that fetch KV")
         self._host = giver_address.rsplit(":", 1)[0].strip("[]")
         self._endpoint = giver.tcp
-        self._threads = ThreadPoolExecutor(MAX_CONNECTIONS, thread_name_prefix="kv-tcp")
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
         self._turns = asyncio.Semaphore(MAX_CONNECTIONS)
@@ -64,7 +63,7 @@ class Tcp:
     async def _pull(self, job: PullJob) -> None:
         connection = await self._connection()
         if self._closed:
-            connection.socket.close()
+            connection.close()
             raise TransferError("the link to the giver has ended")
         self._busy.add(connection)
         try:
@@ -73,14 +72,14 @@ class Tcp:
                 raise TransferError("the link to the giver has ended")
             self._idle.append(connection)
         except BaseException:
-            connection.socket.close()
+            connection.close()
             raise
         finally:
             self._busy.discard(connection)
 
     async def _fetch(self, connection: _Connection, job: PullJob) -> None:
         ask = connection.ask(job)  # here, so that the giver is at work while our thread wakes
-        work = asyncio.get_running_loop().run_in_executor(self._threads, connection.fetch, job, ask)
+        work = connection.lane.run(partial(connection.fetch, job, ask))
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -96,15 +95,14 @@ class Tcp:
         for connection in self._busy:
             connection.stop()
         while self._idle:
-            self._idle.pop().socket.close()
-        self._threads.shutdown(wait=False)
+            self._idle.pop().close()
 
     async def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
             if connection.fresh():
                 return connection
-            connection.socket.close()
+            connection.close()
         try:
             async with asyncio.timeout(IDLE_TIMEOUT_S):
                 return _Connection(await _connected(self._host, self._endpoint.port), self._endpoint.token)
@@ -120,6 +118,7 @@ class _Connection:
 
     def __init__(self, end: socket.socket, token: bytes) -> None:
         self.socket = end
+        self.lane = Lane("kv-tcp")
         self._unsent = wire.encode_greeting(token)
         self._number = 0
         self._staging = Staging(torch.device("cpu"))
@@ -134,6 +133,11 @@ class _Connection:
         except OSError:
             return False
         return False
+
+    def close(self) -> None:
+        """When `fetch` is over."""
+        self.socket.close()
+        self.lane.close()
 
     def stop(self) -> None:
         """`fetch` returns soon, without the giver's help."""
@@ -154,7 +158,7 @@ class _Connection:
         self._expect_grant(ask)
         for batch in batched(job.coding, job.pieces):
             buffer = self._staging.take(batch.nbytes)
-            receive(self.socket, vectors_of([buffer]))
+            receive(self.socket, buffer.numpy().data)
             land(job, batch, buffer)
             if self._stopped:
                 raise TransferError("stopped")

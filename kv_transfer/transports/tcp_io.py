@@ -17,6 +17,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from core.errors import TransferError
 from kv_transfer.coding import Coding
 from kv_transfer.messages import Piece
-from kv_transfer.pieces import Rows, Slots, piece_bytes, runs, tokens_of
+from kv_transfer.pieces import Extent, Rows, Slots, piece_bytes, runs, tokens_of
 from kv_transfer.transports import vectors as vectored
 from kv_transfer.transports.batches import Batch, Staging, batches, pack
 from kv_transfer.transports.vectors import Vectors, of_arrays, of_runs
@@ -59,37 +60,42 @@ def prepare(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def send(connection: socket.socket, vectors: Vectors, *, more: bool = False) -> None:
-    """All of the vectors, in order; with `more` they may wait for what is sent next. TransferError when the other end
-    takes nothing for IDLE_TIMEOUT_S or is gone."""
-    try:
-        vectored.send(connection, vectors, more=more)
-    except BlockingIOError as error:
-        raise TransferError(f"the other end took no byte for {IDLE_TIMEOUT_S:g} s") from error
-    except OSError as error:
-        raise TransferError(f"the connection broke: {error.strerror or error}") from error
-
-
-def receive(connection: socket.socket, vectors: Vectors) -> None:
-    """Fill the vectors, in order. TransferError when nothing comes for IDLE_TIMEOUT_S or the other end is gone."""
-    try:
-        whole = vectored.receive(connection, vectors)
-    except BlockingIOError as error:
-        raise TransferError(f"the other end sent no byte for {IDLE_TIMEOUT_S:g} s") from error
-    except OSError as error:
-        raise TransferError(f"the connection broke: {error.strerror or error}") from error
-    if not whole:
-        raise TransferError("the other end has closed the connection")
+def send(connection: socket.socket, vectors: Vectors) -> None:
+    """All of the vectors, in order. TransferError when the other end takes nothing for IDLE_TIMEOUT_S or is gone."""
+    with _told("took"):
+        vectored.send(connection, vectors)
 
 
 def send_frame(connection: socket.socket, frame: bytes, *, more: bool = False) -> None:
-    send(connection, of_arrays([np.frombuffer(frame, np.uint8)]), more=more)
+    """As `send`; with `more` it may wait for what is sent next."""
+    with _told("took"):
+        connection.sendall(frame, socket.MSG_MORE if more else 0)
+
+
+def receive(connection: socket.socket, buffer: memoryview) -> None:
+    """Fill it. TransferError when nothing comes for IDLE_TIMEOUT_S or the other end is gone."""
+    with _told("sent"):
+        while len(buffer):
+            if not (received := connection.recv_into(buffer, 0, socket.MSG_WAITALL)):
+                raise TransferError("the other end has closed the connection")
+            buffer = buffer[received:]
 
 
 def receive_frame(connection: socket.socket, nbytes: int) -> bytes:
-    frame = np.empty(nbytes, np.uint8)
-    receive(connection, of_arrays([frame]))
-    return frame.tobytes()
+    frame = bytearray(nbytes)
+    receive(connection, memoryview(frame))
+    return bytes(frame)
+
+
+@contextmanager
+def _told(did: str) -> Iterator[None]:
+    """What the kernel says of the other end, as TransferError."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise TransferError(f"the other end {did} no byte for {IDLE_TIMEOUT_S:g} s") from error
+    except OSError as error:
+        raise TransferError(f"the connection broke: {error.strerror or error}") from error
 
 
 def batched(coding: Coding, pieces: Sequence[Piece]) -> Iterator[Batch]:
@@ -123,18 +129,19 @@ class Window:
         rows = self._rows
         if not isinstance(rows, np.ndarray):
             return None
-        count = sum(2 * piece.num_layers * len(self._spans_of(piece)) for piece in pieces)
-        if count * MIN_VECTOR_BYTES > sum(piece_bytes(rows, piece) for piece in pieces):
+        extents = _joined(pieces)
+        count = sum(2 * extent.num_layers * len(self._spans_of(extent)) for extent in extents)
+        if count * MIN_VECTOR_BYTES > sum(piece_bytes(rows, extent) for extent in extents):
             return None
-        parts = [of_runs(rows, _planes(rows, piece), self._spans_of(piece)) for piece in pieces]
-        return Vectors(np.concatenate([part.places for part in parts]), rows)
+        parts = [of_runs(rows, _planes(rows, extent), self._spans_of(extent)) for extent in extents]
+        return parts[0] if len(parts) == 1 else Vectors(np.concatenate([part.places for part in parts]), rows)
 
-    def _spans_of(self, piece: Piece) -> NDArray[np.int64]:
-        """[runs, 2]: where each run of a piece's tokens begins in the keys or values of a layer and how long it is, in
-        bytes. Pieces of one token range share them."""
-        tokens = piece.token, piece.num_tokens
+    def _spans_of(self, extent: Extent) -> NDArray[np.int64]:
+        """[runs, 2]: where each run of an extent's tokens begins in the keys or values of a layer and how long it is,
+        in bytes. Those of one token range share them."""
+        tokens = extent.token, extent.num_tokens
         if tokens not in self._spans:
-            own = tokens_of(self._slots, piece)
+            own = tokens_of(self._slots, extent)
             self._spans[tokens] = runs(own, own)[:, 1:] * int(self._rows.shape[-1])
         return self._spans[tokens]
 
@@ -144,9 +151,22 @@ def vectors_of(buffers: Sequence[torch.Tensor]) -> Vectors:
     return of_arrays([buffer.numpy() for buffer in buffers])
 
 
-def _planes(rows: NDArray[np.uint8], piece: Piece) -> NDArray[np.int64]:
-    """[2 * layers]: the first byte of the keys and of the values of each of the piece's layers."""
+def _joined(pieces: Sequence[Piece]) -> list[Extent]:
+    """The pieces, in order, as few extents: canonical order is layer by layer, so what follows in the next layers for
+    the same tokens is one of them."""
+    found: list[Extent] = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        if last and last[:2] == (piece.token, piece.num_tokens) and last.layer + last.num_layers == piece.layer:
+            found[-1] = last._replace(num_layers=last.num_layers + piece.num_layers)
+        else:
+            found.append(Extent(piece.token, piece.num_tokens, piece.layer, piece.num_layers))
+    return found
+
+
+def _planes(rows: NDArray[np.uint8], extent: Extent) -> NDArray[np.int64]:
+    """[2 * layers]: the first byte of the keys and of the values of each of the extent's layers."""
     layer, plane = rows.strides[:2]
-    layers = np.arange(piece.layer, piece.layer + piece.num_layers) * layer
+    layers = np.arange(extent.layer, extent.layer + extent.num_layers) * layer
     planes: NDArray[np.int64] = (layers[:, None] + np.array([0, plane])).reshape(-1)
     return planes

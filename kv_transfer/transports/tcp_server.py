@@ -14,9 +14,9 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -26,6 +26,7 @@ from kv_transfer.pieces import Rows
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import settled
 from kv_transfer.transports.batches import Staging, batches
+from kv_transfer.transports.lane import Lane
 from kv_transfer.transports.reading import Reading
 from kv_transfer.transports.tcp_io import Window, prepare, send, send_frame, vectors_of
 
@@ -33,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 GREETING_S = 2.0
 MAX_STRANGERS = 64
-MAX_SENDING = 64
-"""Threads, made when as many connections send at a time."""
 CUT_AFTER_S = 0.5
 """What a transfer that has ended has to stop by itself: the taker hears of the end over the link, and stops. Cut at
 once, it would often see a connection that breaks for no reason."""
+READ_BYTES = wire.GREETING_BYTES + wire.REQUEST_BYTES + wire.MAX_ID_BYTES
+"""As much as a taker has to say before it has been answered."""
 ACCEPT_PAUSE_S = 0.1
 """Before accepting again when the process has no descriptors left."""
 
@@ -55,29 +56,60 @@ class _Link:
 
 class _Connection:
     def __init__(self, end: socket.socket) -> None:
+        end.setblocking(True)  # for the thread that sends; on the loop nothing waits for it
         self.socket = end
         self.transfer_id: str | None = None
         """What is being sent."""
         self.ending: asyncio.TimerHandle | None = None
         """Will cut it, unless it has been sent until then."""
         self.staging = Staging(torch.device("cpu"))
+        self.lane = Lane("kv-tcp-send")
+        self._loop = asyncio.get_running_loop()
+        self._unread = b""
+        self._ended = False
+        self._heard = asyncio.Event()
+        self._loop.add_reader(end.fileno(), self._hear)
 
     def cut(self) -> None:
         """Whoever waits for it, thread or loop, stops waiting."""
         with suppress(OSError):  # not connected any more
             self.socket.shutdown(socket.SHUT_RDWR)
 
+    def close(self) -> None:
+        """When nothing is being sent."""
+        self._end()
+        self.socket.close()
+        self.lane.close()
+
     async def read(self, nbytes: int, *, may_end: bool = False) -> bytes:
         """Exactly as many bytes; none if the other end has closed the connection before the first and `may_end`."""
-        loop, frame = asyncio.get_running_loop(), b""
-        while len(frame) < nbytes:
-            more = await loop.sock_recv(self.socket, nbytes - len(frame))
-            if not more and may_end and not frame:
+        while len(self._unread) < nbytes:
+            if self._ended and may_end and not self._unread:
                 return b""
-            if not more:
-                raise TransferError(f"the connection ended {nbytes - len(frame)} bytes before the end of a frame")
-            frame += more
+            if self._ended:
+                raise TransferError(f"the connection ended {nbytes - len(self._unread)} bytes before a frame did")
+            self._heard.clear()
+            await self._heard.wait()
+        frame, self._unread = self._unread[:nbytes], self._unread[nbytes:]
         return frame
+
+    def _hear(self) -> None:
+        """There is something to read, or the end. Who says more than a request at a time is not heard out."""
+        try:
+            more = self.socket.recv(READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:  # it is broken
+            more = b""
+        self._unread += more
+        if not more or len(self._unread) > READ_BYTES:
+            self._end()
+        self._heard.set()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._loop.remove_reader(self.socket.fileno())
 
 
 class TcpServer:
@@ -87,7 +119,6 @@ class TcpServer:
     def __init__(self, rows: Rows, host: str) -> None:
         self._rows = rows
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(MAX_SENDING, thread_name_prefix="kv-tcp-send")
         self._links: list[_Link] = []
         self._connections: set[_Connection] = set()
         self._serving: set[asyncio.Task[None]] = set()
@@ -124,7 +155,6 @@ class TcpServer:
             connection.cut()
         if self._serving:
             await asyncio.wait(self._serving)
-        self._threads.shutdown()
 
     async def _accept(self) -> None:
         while True:
@@ -153,12 +183,11 @@ class TcpServer:
             if link is not None:
                 link.connections.discard(connection)
             self._connections.discard(connection)
-            connection.socket.close()
+            connection.close()
 
     async def _admitted(self, connection: _Connection) -> _Link:
         """The link that the connection belongs to."""
         try:
-            connection.socket.setblocking(False)
             prepare(connection.socket)
             async with asyncio.timeout(GREETING_S):
                 greeting = await connection.read(wire.GREETING_BYTES)
@@ -179,7 +208,7 @@ class TcpServer:
             try:
                 reading = self._granted(link, transfer_id, ask)
             except TransferError as error:
-                await self._loop.sock_sendall(connection.socket, wire.encode_refusal(ask, error.message))
+                connection.socket.send(wire.encode_refusal(ask, error.message), socket.MSG_DONTWAIT)
             else:
                 await self._answer(connection, transfer_id, ask, reading)
 
@@ -193,10 +222,8 @@ class TcpServer:
 
     async def _answer(self, connection: _Connection, transfer_id: str, ask: wire.Ask, reading: Reading) -> None:
         connection.transfer_id = transfer_id
-        connection.socket.setblocking(True)
-        sending = self._loop.run_in_executor(self._threads, self._send, connection, ask, reading)
+        sending = connection.lane.run(partial(self._send, connection, ask, reading))
         await settled(sending)
-        connection.socket.setblocking(False)
         connection.transfer_id = None
         if connection.ending is not None:
             connection.ending.cancel()

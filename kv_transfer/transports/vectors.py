@@ -1,4 +1,4 @@
-"""Places in memory as the kernel takes them, and moved between them and a socket without a Python object for each."""
+"""Places in memory as the kernel takes them, and sent from there without a Python object for each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ctypes
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,9 @@ class _Message(ctypes.Structure):
     )
 
 
-def _call(name: str) -> Callable[[int, Any, int], int]:
-    function = getattr(_libc, name)
-    function.argtypes = (ctypes.c_int, ctypes.POINTER(_Message), ctypes.c_int)
-    function.restype = ctypes.c_ssize_t
-    return function  # type: ignore[no-any-return]
-
-
-_sendmsg, _recvmsg = _call("sendmsg"), _call("recvmsg")
+_sendmsg = _libc.sendmsg
+_sendmsg.argtypes = (ctypes.c_int, ctypes.POINTER(_Message), ctypes.c_int)
+_sendmsg.restype = ctypes.c_ssize_t
 
 
 class Vectors(NamedTuple):
@@ -65,30 +60,18 @@ def of_runs(memory: NDArray[np.uint8], offsets: NDArray[np.int64], runs: NDArray
     return Vectors(places.reshape(-1, 2), memory)
 
 
-def send(end: socket.socket, vectors: Vectors, *, more: bool = False) -> None:
-    """All of them, in order. `more`: they may wait for what is sent next, for a moment. OSError as of a socket's
-    sendmsg; BlockingIOError when its time to send is over."""
-    left, flags = vectors.places, socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0)
-    while len(left):
-        left = _after(left, _moved(_sendmsg, end, left, flags))
-
-
-def receive(end: socket.socket, vectors: Vectors) -> bool:
-    """Fill them, in order; False if the other end has closed the connection before. OSError as of a socket's recvmsg;
-    BlockingIOError when its time to receive is over."""
+def send(end: socket.socket, vectors: Vectors) -> None:
+    """All of them, in order. OSError as of a socket's sendmsg; BlockingIOError when its time to send is over."""
     left = vectors.places
     while len(left):
-        if not (moved := _moved(_recvmsg, end, left, socket.MSG_WAITALL)):
-            return False
-        left = _after(left, moved)
-    return True
+        left = _after(left, _moved(end, left))
 
 
-def _moved(call: Callable[[int, Any, int], int], end: socket.socket, places: Places, flags: int) -> int:
-    """How many bytes one call moves; not none unless the other end has closed."""
+def _moved(end: socket.socket, places: Places) -> int:
+    """How many bytes one call moves."""
     part = np.ascontiguousarray(places[:MAX_VECTORS])
     message = _Message(vectors=part.ctypes.data, num_vectors=len(part))
-    while (moved := call(end.fileno(), ctypes.byref(message), flags)) < 0:
+    while (moved := int(_sendmsg(end.fileno(), ctypes.byref(message), socket.MSG_NOSIGNAL))) < 0:
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number))  # of the class that belongs to the number
     return moved
@@ -96,6 +79,8 @@ def _moved(call: Callable[[int, Any, int], int], end: socket.socket, places: Pla
 
 def _after(places: Places, moved: int) -> Places:
     """What is left of them when the first `moved` bytes have been dealt with."""
+    if moved == int(places[:MAX_VECTORS, 1].sum()):
+        return places[MAX_VECTORS:]
     ends = np.cumsum(places[:MAX_VECTORS, 1])
     done = int(np.searchsorted(ends, moved, side="right"))
     left = places[done:]

@@ -269,6 +269,32 @@ async def test_a_request_that_breaks_off_reads_nothing(cut_at: int, taken: Taken
         assert await dialogue(endpoint, wire.encode_greeting(endpoint.token) + request[:cut_at]) == b""
 
 
+@pytest.mark.usefixtures("patient")
+async def test_who_asks_on_without_hearing_the_answers_is_dropped(taken: Taken) -> None:
+    async with serving(taken) as (server, endpoint, reads), stuffed(server, endpoint, taken) as end:
+        while not reads.begun:
+            await asyncio.sleep(0.001)
+        (connection,) = server._connections
+        end.sendall(bytes(2 * tcp_server.READ_BYTES))
+        while not connection._ended:
+            await asyncio.sleep(0.001)
+        assert len(connection._unread) <= 2 * tcp_server.READ_BYTES
+        connection.cut()
+
+
+async def test_a_request_that_comes_in_bits_is_answered(taken: Taken) -> None:
+    ask = wire.Ask(1, 0, len(taken.job.pieces), taken.nbytes)
+    async with serving(taken) as (_, endpoint, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
+        for byte in wire.encode_greeting(endpoint.token) + wire.encode_request(ask, "t"):
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        assert wire.decode_reply(await reader.readexactly(wire.REPLY_BYTES), ask) == 0
+        assert len(await reader.readexactly(ask.nbytes)) == taken.nbytes
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_a_taker_that_stops_reading_loses_the_connection_and_the_blocks_are_free(
     taken: Taken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +320,7 @@ async def test_a_transfer_that_ends_is_read_no_longer(taken: Taken, monkeypatch:
 
 
 @asynccontextmanager
-async def stuffed(server: TcpServer, endpoint: TcpEndpoint, taken: Taken) -> AsyncIterator[None]:
+async def stuffed(server: TcpServer, endpoint: TcpEndpoint, taken: Taken) -> AsyncIterator[socket.socket]:
     """A taker that has asked for more than sockets hold, and reads nothing."""
     server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # connections take after it
     ask = wire.Ask(1, 0, len(taken.job.pieces), taken.nbytes)
@@ -302,7 +328,7 @@ async def stuffed(server: TcpServer, endpoint: TcpEndpoint, taken: Taken) -> Asy
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         end.connect(("127.0.0.1", endpoint.port))
         end.sendall(wire.encode_greeting(endpoint.token) + wire.encode_request(ask, "t"))
-        yield
+        yield end
 
 
 # --- a giver that does not keep to it --------------------------------------------------------------------------------
