@@ -14,10 +14,10 @@ from kv_transfer.messages import Piece
 from kv_transfer.pieces import Rows, Slots, copy, is_tensor, layers_of, piece_bytes, runs, tokens_of
 from kv_transfer.transports.base import PullJob
 
-BATCH_BYTES = 8 << 20
-"""Asked for at a time."""
-MESSAGE_BYTES = 2 << 20
-"""Sent at a time: one is packed while the one before is on the wire, and unpacked while it is still in the cache."""
+BATCH_BYTES = 16 << 20
+"""Asked for at a time: a message over the link, which costs either end as much as packing a megabyte."""
+MESSAGE_BYTES = 4 << 20
+"""Sent at a time: one is packed while the one before is on the wire."""
 
 
 class Batch(NamedTuple):
