@@ -21,11 +21,13 @@ class Lane:
         self._todo: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = SimpleQueue()
         self._closed = False
         # What blocks in it ends by itself, so an interpreter that ends need not wait for it.
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """What comes of it, after what was asked for before. Whoever cancels the future does not stop the work."""
         assert not self._closed
+        if self._thread.ident is None:  # a connection of a stranger's never has one
+            self._thread.start()
         future: asyncio.Future[T] = self._loop.create_future()
         self._todo.put((work, future))
         return future

@@ -30,6 +30,15 @@ async def test_work_is_done_in_order_in_one_thread(lane):
     assert {thread.name for _, thread in done} == {"lane"}
 
 
+async def test_it_has_no_thread_before_there_is_work():
+    Lane("lane").close()
+    lane = Lane("lane")
+    assert threads() == 0
+    await lane.run(lambda: None)
+    assert threads() == 1
+    lane.close()
+
+
 async def test_what_is_raised_is_raised_where_it_is_awaited_and_the_lane_goes_on(lane):
     with pytest.raises(ZeroDivisionError):
         await lane.run(lambda: 1 // 0)
