@@ -18,8 +18,8 @@ async def lane():
     made.close()
 
 
-def threads() -> int:
-    return sum(thread.name == "lane" for thread in threading.enumerate())
+def threads(name: str = "lane") -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
 
 
 async def test_work_is_done_in_order_in_one_thread(lane):
@@ -31,11 +31,10 @@ async def test_work_is_done_in_order_in_one_thread(lane):
 
 
 async def test_it_has_no_thread_before_there_is_work():
-    Lane("lane").close()
-    lane = Lane("lane")
-    assert threads() == 0
+    lane = Lane("late lane")
+    assert threads("late lane") == 0
     await lane.run(lambda: None)
-    assert threads() == 1
+    assert threads("late lane") == 1
     lane.close()
 
 
