@@ -3,8 +3,8 @@
     python -m bench.transfer.lender ADDRESS LAYERS KV_HEADS HEAD_SIZE DTYPE BLOCKS
 
 prints the address of its link, at ADDRESS. A line "TRANSFER TOKENS COMPUTE_S" on standard input opens a transfer of so
-many tokens, writes one layer after the other within COMPUTE_S as a prefill would, and completes it; "at TIME" is said
-then, on the clock that all processes of a machine share.
+many tokens, writes its layers within COMPUTE_S and says so as a prefill worker would, and completes it; "at TIME" is
+said then, on the clock that all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.kv_cache import KVPool
 from engine.kv_layout import KVLayout
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, SequenceState, ToGiver
-from kv_transfer.pieces import Frontier
+from kv_transfer.pieces import Frontier, layers_per_piece
 
 BLOCK_SIZE = 16
 
@@ -70,7 +70,8 @@ async def _prefill(
         started = time.monotonic()
         for layer in range(1, layout.num_layers + 1):
             await asyncio.sleep(max(0.0, started + compute_s * layer / layout.num_layers - time.monotonic()))
-            giver.written(transfer_id, Frontier(0, num_tokens, layer))
+            if layer % layers_per_piece(layout, num_tokens) == 0:  # as a prefill worker says it
+                giver.written(transfer_id, Frontier(0, num_tokens, layer))
     giver.complete(transfer_id, SequenceState(token_ids=[0]))
     print("at", time.monotonic(), flush=True)
 
