@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from placement.workload import Times, Workload
 RATE_STEP = 1.01
 """RATES are the powers of this: goodput of a layout does not depend on where it was looked for."""
 _PER_OCTAVE = 70
+BELOW = 10
+"""RATES next to one that counts, which attain the goal too."""
+UNLOADED = 1e-3
+"""Requests/s, so few that they do not meet."""
 WARM_UP = 0.1
 """The part of a run that is left out: it begins with empty queues."""
 REPLICATIONS = 5
@@ -44,6 +48,11 @@ class Goal:
     def share_of(self, metric: str) -> float:
         """Of requests, that are to meet its target."""
         return dict(self.targets.shares).get(metric, self.share)
+
+    def with_misses(self, times: float) -> Goal:
+        """So many times as many requests may miss."""
+        shares = tuple((metric, 1 - times * (1 - share)) for metric, share in self.targets.shares)
+        return Goal(replace(self.targets, shares=shares), 1 - times * (1 - self.share))
 
     def told(self) -> str:
         """`ttft=200 ms and tpot=50 ms for 90 % of requests`."""
@@ -81,22 +90,54 @@ def _allowed(share: float, requests: int) -> int:
 
 
 def goodput(layout: Layout, workload: Workload, goal: Goal, *, ceiling: float, floor: float = 0.0) -> float:
-    """The highest of the RATES that attains the goal, looked for between `floor`, which is one that is known to attain
-    it, and `ceiling`. 0 if even about a thousandth of the ceiling does not attain it."""
+    """The highest of the RATES up to `ceiling` that attains the goal, if it is attained without load and at the BELOW
+    RATES next to it as well. 0 if that is less than `floor`, or than about a thousandth of the ceiling.
+
+    Attainment is not monotone in the rate, least of all where a target is at the edge of reach, so that what a
+    bisection finds hangs on where it begins. This does not: a rate that fails rules out all that would need it, and
+    mostly one is all that it takes to rule out a layout."""
     if ceiling <= 0.0:
         return 0.0
-    top = high = _place(ceiling) + 1
-    low = _place(floor) if floor > 0.0 else high - 1
-    while floor == 0.0 and not attains(layout, workload, _rate(low), goal):
-        if low < top - 10 * _PER_OCTAVE:
-            return 0.0
-        high, low = low, low - _PER_OCTAVE
-    return _between(layout, workload, goal, low, high)
+    known: dict[int, bool] = {}
+
+    def able(place: int) -> bool:
+        if place not in known:
+            known[place] = attains(layout, workload, _rate(place), goal)
+        return known[place]
+
+    def unloaded() -> bool:
+        return attains(layout, workload, UNLOADED, goal)
+
+    high = _place(ceiling)
+    low = max(high - 10 * _PER_OCTAVE, _place(floor) if floor > 0.0 else -(2**31))
+    if floor == 0.0 and not unloaded():
+        return 0.0
+    while high >= low:
+        failing = _failing(able, max(high - BELOW, low), high)
+        if failing is None:  # what is below `low` only if it matters
+            failing = _failing(able, high - BELOW, high)
+        if failing is None:
+            return _rate(high) if floor == 0.0 or unloaded() else 0.0
+        high = failing - 1
+    return 0.0
+
+
+def _failing(able: Callable[[int], bool], low: int, high: int) -> int | None:
+    """One of the places from `low` to `high`, a low one if there are many; None if all are able."""
+    if not able(low):
+        return low
+    if able(high):
+        return next((place for place in range(high - 1, low, -1) if not able(place)), None)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if able(middle) else (low, middle)
+    return high
 
 
 def goodput_near(layout: Layout, workload: Workload, goal: Goal, near: float) -> float:
-    """As goodput, the sooner the closer it is to `near`, a rate. 0 if less than about a thousandth of that attains; no
-    more than about four times as much, as a short run may attain the goal at any rate."""
+    """A rate about as high as goodput, the sooner the closer it is to `near`: next to it is one that does not attain
+    the goal, but there may be others below. 0 if less than about a thousandth of `near` attains; no more than about
+    four times as much, as a short run may attain the goal at any rate."""
     low, step = _place(near), 1
     least, most = low - 10 * _PER_OCTAVE, low + 2 * _PER_OCTAVE
     if attains(layout, workload, _rate(low), goal):

@@ -2,16 +2,19 @@
 
 A pool of as many of them as there may be, with ideal groups for the rest of the work, is simulated once. Fewer groups
 do no better for each, as they share less of each other's luck; and with real groups beside them, and a router that does
-not know at all times what they have to do, they do no better either. So a layout's goodput is bounded by that of its
-pools, and there are few pools for many layouts.
+not know at all times what they have to do, they do no better either. But for one thing: groups that prefill one prompt
+after the other keep bursts from those that decode. So to a pool that decodes requests come at even distances. So a
+layout's goodput is bounded by that of its pools, and there are few pools for many layouts.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from placement.bounds import Demand, most_rate
-from placement.goodput import Goal, goodput
+from placement.goodput import UNLOADED, Goal, attains, goodput_near
 from placement.latency import Coefficients, StepLatency
 from placement.layout import ALONE, Group, Layout, Role
 from placement.native import serve
@@ -25,8 +28,9 @@ REQUESTS_PER_STAGE = 150
 LEAST_REQUESTS = 2000
 """How many requests a layout is tried with. With fewer a run is over before its queues have grown to what they stay at,
 and goodput comes out too high; whether it does so here the best layouts are asked in longer runs (search.py)."""
-UNLOADED = 1e-3
-"""Requests/s, so few that they do not meet."""
+_MISSES = 1.2
+"""So many times as many requests may miss their targets in a pool: where a target is at the edge of reach, luck decides
+at which rates the share attains it, and a layout may be lucky where its pools are not."""
 
 _FREE = Coefficients(0.0, 0.0, 0.0)
 _IDEAL = Group(Role.BOTH, StepLatency(_FREE, _FREE, _FREE, 1), 2**50, chunk_tokens=2**40, max_sequences=2**30)
@@ -43,8 +47,14 @@ def most_each(group: Group, count: int, workload: Workload, handoff_min_tokens: 
     ceiling = count * most_rate(group, Demand.of(workload, handoff_min_tokens), goal)
     if ceiling in (0.0, float("inf")):
         return ceiling
-    layout, part = _pool(group, count, handoff_min_tokens), _part(group.role, goal)
-    return min(ceiling, SLACK * goodput(layout, sized(workload, count * group.stages), part, ceiling=ceiling)) / count
+    layout, part = _pool(group, count, handoff_min_tokens), _part(group.role, goal).with_misses(_MISSES)
+    workload = sized(workload, count * group.stages)
+    if group.role is Role.DECODE:
+        workload = workload.with_gaps(np.ones(len(workload)))
+    if not attains(layout, workload, UNLOADED, part):
+        return 0.0
+    found = goodput_near(layout, workload, part, ceiling)
+    return min(ceiling, SLACK * found if found > 0.0 else ceiling) / count
 
 
 def why_none(group: Group, workload: Workload, handoff_min_tokens: int, goal: Goal) -> str:

@@ -2,12 +2,12 @@
 // i-th of them takes base + i * slope, so their end is a closed form. What happens meanwhile cuts them short.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <deque>
 #include <limits>
 #include <queue>
-#include <tuple>
 #include <vector>
 
 namespace {
@@ -93,17 +93,26 @@ enum Metric { ttft = 1, tpot = 2, e2e = 4 };
 // At one instant: first what ends, then what begins; by lane or request.
 enum Rank { outage, ending };
 enum Kind { fails, is_repaired, step_ends, kv_arrives };
+// As one number, by which events are in order without a branch that nobody could foresee: the bits of the time, which is
+// not negative, and then of (rank, index, kind, version).
 struct Event {
-    double time;
-    uint64_t place;  // (rank, index, kind, version), the first in the highest bits
+    unsigned __int128 place;
     Event(double at_ms, int rank, int index, int kind, int version)
-        : time(at_ms), place(static_cast<uint64_t>(rank) << 63 | static_cast<uint64_t>(index) << 32 |
-                             static_cast<uint64_t>(kind) << 30 | static_cast<uint64_t>(version)) {}
-    int index() const { return place >> 32 & 0x7fffffff; }
-    int kind() const { return place >> 30 & 3; }
-    int version() const { return place & 0x3fffffff; }
-    bool operator>(const Event& other) const { return time != other.time ? time > other.time : place > other.place; }
+        : place(static_cast<unsigned __int128>(std::bit_cast<uint64_t>(at_ms)) << 64 |
+                (static_cast<uint64_t>(rank) << 63 | static_cast<uint64_t>(index) << 32 |
+                 static_cast<uint64_t>(kind) << 30 | static_cast<uint64_t>(version))) {}
+    double time() const { return std::bit_cast<double>(static_cast<uint64_t>(place >> 64)); }
+    int index() const { return static_cast<uint64_t>(place) >> 32 & 0x7fffffff; }
+    int kind() const { return static_cast<uint64_t>(place) >> 30 & 3; }
+    int version() const { return static_cast<uint64_t>(place) & 0x3fffffff; }
+    bool operator>(const Event& other) const { return place > other.place; }
 };
+
+// Of what is not negative.
+int64_t rounded_up(double value) {
+    const auto whole = static_cast<int64_t>(value);
+    return whole + (whole < value);
+}
 
 class Serving {
   public:
@@ -140,7 +149,7 @@ class Serving {
                 route(next);
                 continue;
             }
-            if (!starting_.empty() && (events_.empty() || events_.top().time > now_)) {
+            if (!starting_.empty() && (events_.empty() || events_.top().time() > now_)) {
                 const int lane = starting_.top();
                 starting_.pop();
                 lanes_[lane].starting = false;
@@ -149,7 +158,7 @@ class Serving {
             }
             const Event event = events_.top();
             events_.pop();
-            now_ = event.time;
+            now_ = event.time();
             for (; overdue(now_, begun_, targets_.ttft_ms); ++begun_)
                 if (requests_[begun_].emitted == 0) miss(begun_, ttft);
             for (; overdue(now_, ended_, targets_.e2e_ms); ++ended_)
@@ -169,7 +178,7 @@ class Serving {
 
     double next_time() const {
         if (!starting_.empty()) return now_;
-        return events_.empty() ? std::numeric_limits<double>::infinity() : events_.top().time;
+        return events_.empty() ? std::numeric_limits<double>::infinity() : events_.top().time();
     }
 
     void handle(const Event& event) {
@@ -219,25 +228,34 @@ class Serving {
         lane.told->free -= tokens;
     }
 
+    // Without branches on what is compared: lanes are much alike.
     int least_live(const Request& r) {
-        const auto key = [needed = r.target - r.cached](const Told& told) {
-            return std::tuple(told.free < needed, told.live, -told.free);
-        };
+        const int64_t needed = r.target - r.cached;
+        int64_t least = std::numeric_limits<int64_t>::max(), most_free = 0;
         int best = -1;
         for (int i = 0; i < static_cast<int>(told_.size()); ++i) {
-            if (told_[i].down || told_[i].role == prefills) continue;
-            if (now_ >= told_[i].next_report_ms) report(lanes_[i]);
-            if (best < 0 || key(told_[i]) < key(told_[best])) best = i;
+            const Told& told = told_[i];
+            if (told.down || told.role == prefills) continue;
+            if (now_ >= told.next_report_ms) report(lanes_[i]);
+            const int64_t free = told.free, live = told.live + (static_cast<int64_t>(free < needed) << 32);
+            const bool better = (live < least) | ((live == least) & (free > most_free));
+            least = better ? live : least;
+            most_free = better ? free : most_free;
+            best = better ? i : best;
         }
         return best;
     }
 
     int least_pending(int64_t island) {
+        int64_t least = std::numeric_limits<int64_t>::max();
         int best = -1;
         for (int i = 0; i < static_cast<int>(told_.size()); ++i) {
-            if (told_[i].down || told_[i].role != prefills || told_[i].island != island) continue;
-            if (now_ >= told_[i].next_report_ms) report(lanes_[i]);
-            if (best < 0 || told_[i].pending < told_[best].pending) best = i;
+            const Told& told = told_[i];
+            if (told.down || told.role != prefills || told.island != island) continue;
+            if (now_ >= told.next_report_ms) report(lanes_[i]);
+            const bool better = told.pending < least;
+            least = better ? told.pending : least;
+            best = better ? i : best;
         }
         return best;
     }
@@ -351,7 +369,7 @@ class Serving {
         Request& r = requests_[index];
         r.at = At::decoding;
         r.joined_at = lane.steps;
-        const auto needed = static_cast<int64_t>(std::ceil((r.output - r.emitted) / lane.spec->tokens_per_step));
+        const int64_t needed = rounded_up((r.output - r.emitted) / lane.spec->tokens_per_step);
         lane.decoding.push_back({lane.steps + needed, index});
         std::push_heap(lane.decoding.begin(), lane.decoding.end(), std::greater<>());
         lane.context += r.target;

@@ -12,9 +12,10 @@ import pytest
 
 from core.errors import ConfigError
 from placement.candidates import Candidate, Fabric, Option, Space, candidates
-from placement.goodput import Goal, attains, draws
+from placement.goodput import Goal, attains, draws, goodput
 from placement.latency import Coefficients, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Role
+from placement.lengths import parse_lengths
 from placement.native import serve
 from placement.outcome import Targets
 from placement.packing import packed
@@ -73,6 +74,41 @@ def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
     assert found.ranked[0].score == best.score
     assert found.pruned > 0
     assert len(found.evaluated) + found.pruned == len(list(candidates(space())))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "burstiness", "changes", "goal"),
+    [
+        ("prompt=100,output=4,cv=0.3", 0.3, {"chunk_tokens": (300,)}, Goal(Targets(29.906, 18.9604))),
+        ("prompt=1000,output=4,cv=1.0", 0.3, {"chunk_tokens": (300, 512)}, Goal(Targets(315.694, 80.0))),
+        ("prompt=1000,output=20,cv=0.3", 1.0, {}, Goal(Targets(119.632, 19.3423), 0.5)),
+    ],
+)
+def test_where_a_target_is_at_the_edge_of_reach_it_finds_what_an_exhaustive_search_finds(
+    lengths: str, burstiness: float, changes: dict[str, Any], goal: Goal
+) -> None:
+    """Attainment comes and goes with the rate there."""
+    requests, few = parse_lengths(lengths, burstiness=burstiness), space(**changes)
+    found = best_of_kinds(search(few, requests, goal).evaluated)
+    assert found == best_of_kinds(exhaustive(few, requests, goal))
+
+
+def best_of_kinds(evaluated: list[Evaluated]) -> list[float]:
+    """Scores of the five best."""
+    best: dict[tuple[object, ...], float] = {}
+    for one in evaluated:
+        best[one.candidate.kinds] = max(best.get(one.candidate.kinds, 0.0), one.score if one.exact else 0.0)
+    return sorted(best.values())[-5:]
+
+
+def test_no_bound_is_below_what_a_layout_reaches_whose_prefill_keeps_bursts_from_its_decodes() -> None:
+    requests = parse_lengths("prompt=1000,output=150,cv=0.05", burstiness=0.3)
+    goal = Goal(Targets(5000.0, 20.5985), 0.99)
+    few = space(nodes={"default": (3,)}, options=(option(1), option(2)), chunk_tokens=(300, 512))
+    candidate = next(c for c in candidates(few) if c.name.startswith("1 prefill TP1 PP1 + 1 decode TP2 PP1"))
+    found = goodput(candidate.layout, requests.of_length(2000), goal, ceiling=20.0)
+    evaluated = {one.candidate.name: one for one in exhaustive(few, requests, goal)}
+    assert evaluated[candidate.name].goodput == found > 4.0
 
 
 def two_pools() -> Space:
