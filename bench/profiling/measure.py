@@ -57,7 +57,7 @@ class Options:
     @property
     def rounds(self) -> int:
         """Of servers whose workers compute beside each other."""
-        return 6 if self.quick else 10
+        return 10 if self.quick else 16
 
 
 def measure(options: Options, progress: Progress) -> Profile:

@@ -52,7 +52,7 @@ def measure_serving(
 
     with served(colocated=True, decode_replicas=1) as server:
         around = asked.around(server)
-    step_ms, gap_ms, contention = 0.0, 0.0, None
+    step_ms, gap_ms, beside = 0.0, 0.0, None
     if 2 * profile.setting.devices <= cores:
         with served(prefill_replicas=1, decode_replicas=1, handoff_min_tokens=0) as server:
             step_ms, gap_ms = asked.handed_over_ms(server, model.max_tokens)
@@ -60,7 +60,7 @@ def measure_serving(
     if others and together.lasts:
         with served(colocated=True, decode_replicas=1 + others) as server:
             server.warm_up(1 + others, _at_once([(longest, _OUTPUT)]))
-            contention = together.contention(server, others, rounds, progress)
+            beside = together.contention(server, others, rounds, progress)
     return Serving(
         overhead_ms=around.overhead_ms,
         prompt_token_ms=around.prompt_token_ms,
@@ -68,7 +68,8 @@ def measure_serving(
         sequence_ms=around.sequence_ms,
         handoff_step_ms=step_ms,
         handoff_gap_ms=gap_ms,
-        contention=contention,
+        contention=beside.contention if beside else None,
+        contention_quartiles=beside.quartiles if beside else None,
     )
 
 

@@ -2,17 +2,20 @@
 that of whoever reads the answers, takes its part of the cores that the workers compute on.
 
 Prompts that end with their first token, and long answers, are alone and beside others, by turns, as a machine is not as
-fast at all times. Medians over all rounds count: a machine may go from one speed to another for some seconds and back,
-whether others compute or not.
+fast at all times. Rounds are short and many. What they take beside others is compared with what they took alone in the
+same round, and every other round goes backwards: so a machine that becomes slower bit by bit makes as many comparisons
+worse as better. Of these the median counts: a machine may go from one speed to another for some seconds and back,
+whether others compute or not. Their quartiles say how sure that is.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,7 +27,7 @@ from placement.workload import Workload
 
 _SHORT = 16
 """Tokens of a prompt whose answer is long."""
-_TURNS = 4
+_TURNS = 2
 """In which prompts come, one after the other."""
 _LEAST_TURN_S = 1.4 * STATUS_PERIOD_S
 """After it the router knows again who has nothing to do."""
@@ -43,6 +46,13 @@ _SPARE = 1.2
 
 Load = tuple[int, int]
 """Answers at once, and prompts at once in each turn beside them."""
+
+
+class Found(NamedTuple):
+    """What the median round says, and the lower and the upper quartile of what rounds say."""
+
+    contention: Contention
+    quartiles: tuple[Contention, Contention]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,31 +80,38 @@ class Together:
         """Whether an answer goes on in as many turns as tell anything."""
         return self.answer_tokens * self.decode_ms / 1e3 >= (1 + _TURNS / 2) * self.turn_s
 
-    def contention(self, server: Asked, others: int, rounds: int, progress: Progress) -> Contention | None:
+    def contention(self, server: Asked, others: int, rounds: int, progress: Progress) -> Found | None:
         """What one of `others` adds, which compute beside a worker; None if answers are too short to tell. Raises
         Unavailable if a request fails."""
         if not self.lasts:
             return None
         progress.begin("measuring workers beside each other", rounds)
-        loads = {(0, 1), (1, 0), (0, 1 + others), (others, 1), (1, others), (1 + others, 0)}
-        prompt_ms: dict[Load, list[float]] = {load: [] for load in sorted(loads)}
-        token_ms: dict[Load, list[float]] = {load: [] for load in prompt_ms}
-        for done in range(1, 1 + rounds):
-            for load in prompt_ms:
-                answers, turns = self._asked(server, *load)
-                prompt_ms[load] += self.prompts_ms(turns)
-                token_ms[load] += self.tokens_ms(answers, turns if load[1] else None)
-            progress.update(done)
-        if not token_ms[1, others] or not prompt_ms[others, 1]:
+        # each beside others next to its like alone
+        loads = [*dict.fromkeys([(0, 1), (0, 1 + others), (others, 1), (1, others), (1 + others, 0), (1, 0)])]
+        ratios: list[list[float]] = [[] for _ in range(4)]
+        for done in range(rounds):
+            prompt_ms, token_ms = self._round(server, loads if done % 2 == 0 else loads[::-1])
+            pairs = [
+                *((prompt_ms, (0, 1 + others), (0, 1)), (prompt_ms, (others, 1), (0, 1))),
+                *((token_ms, (1, others), (1, 0)), (token_ms, (1 + others, 0), (1, 0))),
+            ]
+            for known, (took, beside, alone) in zip(ratios, pairs, strict=True):
+                known += [1.0 + (two / one - 1.0) / others for two in took[beside] for one in took[alone]]
+            progress.update(done + 1)
+        if not all(ratios):
             return None
+        low, middle, high = (_contention(*(float(np.quantile(one, at)) for one in ratios)) for at in (0.25, 0.5, 0.75))
+        return Found(middle, (low, high))
 
-        def added(found: dict[Load, list[float]], beside: Load, alone: Load) -> float:
-            return max(1.0, 1.0 + (statistics.median(found[beside]) / statistics.median(found[alone]) - 1.0) / others)
-
-        return Contention(
-            prompt=(added(prompt_ms, (0, 1 + others), (0, 1)), added(prompt_ms, (others, 1), (0, 1))),
-            decode=(added(token_ms, (1, others), (1, 0)), added(token_ms, (1 + others, 0), (1, 0))),
-        )
+    def _round(self, server: Asked, loads: Sequence[Load]) -> tuple[dict[Load, list[float]], dict[Load, list[float]]]:
+        """What prompts took under each load, and tokens: a figure each, or none."""
+        prompt_ms: dict[Load, list[float]] = {}
+        token_ms: dict[Load, list[float]] = {}
+        for load in loads:
+            answers, turns = self._asked(server, *load)
+            prompt_ms[load] = self.prompts_ms(turns)
+            token_ms[load] = self.tokens_ms(answers, turns if load[1] else None)
+        return prompt_ms, token_ms
 
     def _asked(self, server: Asked, answers: int, prompts: int) -> tuple[list[Timeline], list[list[Timeline]]]:
         """The answers, and the prompts of each turn that was over before an answer was."""
@@ -124,3 +141,9 @@ class Together:
         pairs = [pair for answer in answers for pair in pairwise(answer.chunks)]
         gaps = [two - one for one, two in pairs for began, ended in spans if began <= one and two <= ended]
         return [statistics.fmean(gaps) * 1e3] if gaps else []
+
+
+def _contention(*factors: float) -> Contention:
+    """Nobody is faster beside others."""
+    prompts, decodes, beside_prompts, beside_decodes = (max(1.0, factor) for factor in factors)
+    return Contention(prompt=(prompts, decodes), decode=(beside_prompts, beside_decodes))

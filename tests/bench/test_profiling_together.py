@@ -32,6 +32,8 @@ class Workers:
         self.loads: list[tuple[int, int]] = []
         self.slow: set[int] = set()
         """Loads during which the machine is half as fast, by their place."""
+        self.drift = 0.0
+        """What each load takes longer than the one before."""
 
     def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
         at = workload.arrivals_ms(rate) / 1e3
@@ -39,7 +41,8 @@ class Workers:
         turns = sorted({float(one) for one in at[answers:]})
         prompts = (len(workload) - answers) // max(1, len(turns))
         self.loads.append((answers, prompts))
-        more, times = self.contention.more, 1 + (len(self.loads) - 1 in self.slow)
+        number = len(self.loads) - 1
+        more, times = self.contention.more, (1 + (number in self.slow)) * (1.0 + self.drift * number)
         took = times * PROMPT_S * (1 + (prompts - 1) * more(1, 1) + answers * more(1, 0))
         beside = times * TOKEN_S * (1 + (answers - 1) * more(0, 0)), times * prompts * TOKEN_S * more(0, 1)
         found = []
@@ -60,8 +63,8 @@ def test_what_each_kind_of_work_costs_the_other_is_found(others: int) -> None:
     workers = Workers(Contention(prompt=(1.05, 1.12), decode=(1.08, 1.25)))
     found = TOGETHER.contention(workers, others, 2, Silent())
     assert found is not None
-    assert found.prompt == pytest.approx(workers.contention.prompt)
-    assert found.decode == pytest.approx(workers.contention.decode)
+    assert found.contention.prompt == pytest.approx(workers.contention.prompt)
+    assert found.contention.decode == pytest.approx(workers.contention.decode)
     alone_and_beside = {(0, 1), (1, 0), (0, 1 + others), (others, 1), (1, others), (1 + others, 0)}
     assert set(workers.loads) == alone_and_beside
     assert len(workers.loads) == 2 * len(alone_and_beside)  # by turns, in as many rounds
@@ -73,13 +76,38 @@ def test_a_machine_that_is_slow_for_a_while_slows_nobody_beside_others() -> None
     workers.slow = {0, 1, 2, 6}
     found = TOGETHER.contention(workers, 1, 5, Silent())
     assert found is not None
-    assert found.prompt == pytest.approx(workers.contention.prompt)
-    assert found.decode == pytest.approx(workers.contention.decode)
+    assert found.contention.prompt == pytest.approx(workers.contention.prompt)
+    assert found.contention.decode == pytest.approx(workers.contention.decode)
+
+
+def test_a_machine_that_becomes_slower_all_the_time_slows_nobody_beside_others() -> None:
+    """At the end it takes 1.8 times as long; in rounds of one order what comes later would seem to be slowed down."""
+    workers = Workers(Contention(prompt=(1.05, 1.12), decode=(1.08, 1.25)))
+    workers.drift = 0.01
+    found = TOGETHER.contention(workers, 1, 16, Silent())
+    assert found is not None
+    assert found.contention.prompt == pytest.approx(workers.contention.prompt, rel=0.003)
+    assert found.contention.decode == pytest.approx(workers.contention.decode, rel=0.003)
+    low, high = found.quartiles
+    for quartile, side in ((low, -1), (high, 1)):
+        assert 0.0 < side * (quartile.decode[1] - found.contention.decode[1]) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_a_machine_that_goes_from_one_speed_to_another_and_back_most_rounds_tell_the_truth(seed: int) -> None:
+    """A quarter of the time it is half as fast, some loads in a row."""
+    workers, rng = Workers(Contention(prompt=(1.05, 1.12), decode=(1.08, 1.25))), np.random.default_rng(seed)
+    workers.slow = {place + more for place in rng.choice(75, 3, replace=False).tolist() for more in range(7)}
+    found = TOGETHER.contention(workers, 1, 16, Silent())
+    assert found is not None
+    assert found.contention.prompt == pytest.approx(workers.contention.prompt)
+    assert found.contention.decode == pytest.approx(workers.contention.decode)
 
 
 def test_nobody_is_faster_beside_others() -> None:
     found = TOGETHER.contention(Workers(Contention(prompt=(0.9, 0.9), decode=(0.8, 0.9))), 1, 1, Silent())
-    assert found == Contention()
+    assert found is not None
+    assert found == (Contention(), (Contention(), Contention()))
 
 
 def test_answers_that_end_before_the_prompts_come_tell_nothing() -> None:
@@ -105,7 +133,7 @@ def test_prompts_that_came_when_no_answer_went_on_any_more_tell_nothing() -> Non
     assert max(one.end for turn in turns for one in turn) <= answers[0].end
     found = expected.contention(workers, 1, 1, Silent())
     assert found is not None
-    assert (found.prompt[1], found.decode[0]) == pytest.approx((1.2, 1.1))
+    assert (found.contention.prompt[1], found.contention.decode[0]) == pytest.approx((1.2, 1.1))
 
 
 class Served:

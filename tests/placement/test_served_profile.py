@@ -79,6 +79,20 @@ def test_what_workers_that_serve_cost_each_other_counts_for_more_than_what_their
     write_profile(measured, tmp_path / "stored.json")
     assert read_profile(tmp_path / "stored.json").contention == served
     assert {group.contention for layout in layouts(measured).values() for group in layout.groups} == {served}
+    assert "beside another's decodes prompts take 1.12 times as long, decodes 1.26" in measured.table()
+
+
+def test_how_far_rounds_were_apart_is_stored_and_told(tmp_path) -> None:
+    served, low, high = (Contention((1.03, 1.12 + off), (1.07, 1.26 + off)) for off in (0.0, -0.06, 0.08))
+    around = replace(AROUND, contention=served, contention_quartiles=(low, high))
+    beside = {"beside_prompts": points(STEP), "beside_decodes": points(STEP)}
+    measured = profile(**beside, setting=Setting(device="cpu", beside=1), serving=around)
+    write_profile(measured, tmp_path / "stored.json")
+    told = read_profile(tmp_path / "stored.json").table()
+    expected = (
+        "prompts take 1.12 (1.06 to 1.20 in half of the rounds) times as long, decodes 1.26 (1.20 to 1.34 in half of"
+    )
+    assert f"beside another's decodes {expected} the rounds)" in told
 
 
 def test_a_drafter_is_planned_with_as_it_was_profiled() -> None:
