@@ -25,11 +25,11 @@ _positive = click.FloatRange(min=0, min_open=True)
 @click.option("--start", help="Their roles, as prefill=1,decode=1 or both=2. Default: best for the first requests.")
 @click.option(
     "--forecast",
-    type=click.Choice(["constant", "holt-winters", "kalman", "arima"]),
+    type=click.Choice(["constant", "holt-winters", "kalman", "arima", "prophet"]),
     default="constant",
     show_default=True,
 )
-@click.option("--season", type=_positive, help="Seconds after which traffic repeats itself, for holt-winters.")
+@click.option("--season", type=_positive, help="Seconds after which traffic repeats itself: holt-winters, prophet.")
 @click.option("--warm-start", type=_path, help="An earlier trace, for the forecast to begin with.")
 @click.option("--rate", type=_positive, help="Requests/s, in the trace's rhythm. Default: the trace's.")
 @click.option("--interval", default=5.0, type=click.FloatRange(0.1, 3600), show_default=True, help="As for serve.")

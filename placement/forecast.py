@@ -1,7 +1,7 @@
 """What a number that is observed at even intervals will be some intervals from now.
 
-Four ways behind one protocol, of which arima.py has one. Trends of the others fade with distance (Gardner and McKenzie,
-1985): traffic does not grow forever.
+Five ways behind one protocol, of which arima.py and prophet_forecast.py have one each. Trends of the others fade with
+distance (Gardner and McKenzie, 1985): traffic does not grow forever.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from placement.arima import MEMORY, Arima
+from placement.prophet_forecast import Prophet, check_installed
 
 DAMPING = 0.9
 """What is left of a trend from one interval to the next."""
@@ -132,20 +133,24 @@ Maker = Callable[[], Forecast]
 
 _LEAST = 10
 _TRIED = (0.05, 0.2, 0.5, 0.8)
-NAMES = ("constant", "holt-winters", "kalman", "arima")
+NAMES = ("constant", "holt-winters", "kalman", "arima", "prophet")
+_SEASONAL = ("holt-winters", "prophet")
 
 
 def maker(name: str, season: int = 0, warm: Iterable[float] = ()) -> Maker:
     """Of forecasts by name, with the weights, or of arima the orders, that would have foreseen the series `warm` best
-    one interval ahead; those of the class if it has fewer than ten values. Raises ConfigError for an unknown name, or a
-    season for another than holt-winters."""
+    one interval ahead; those of the class if it has fewer than ten values. Raises ConfigError for an unknown name, a
+    season for one that knows none, and prophet where it is not installed."""
     if name not in NAMES:
         raise ConfigError(f"no forecast is called {name!r}; there are {', '.join(NAMES)}", param="forecast")
-    if season and name != "holt-winters":
-        raise ConfigError(f"the forecast {name} knows no season: take holt-winters", param="season")
+    if season and name not in _SEASONAL:
+        raise ConfigError(f"the forecast {name} knows no season: take {' or '.join(_SEASONAL)}", param="season")
     series = [*warm]
     if name == "constant":
         return Constant
+    if name == "prophet":
+        check_installed()
+        return partial(Prophet, season)
     if name == "arima":
         return _best(Arima, series[-MEMORY:], {"p": (1, 2), "d": (0, 1), "q": (0, 1)})
     if name == "kalman":

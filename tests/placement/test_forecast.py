@@ -11,6 +11,9 @@ from core.errors import ConfigError
 from placement.arima import Arima
 from placement.forecast import NAMES, Constant, Forecast, HoltWinters, Kalman, maker, squared_error
 
+HERE = [name for name in NAMES if name != "prophet"]
+"""Prophet takes a package of its own, and is tested by itself."""
+
 
 def after(forecast: Forecast, series: list[float]) -> Forecast:
     for value in series:
@@ -18,12 +21,12 @@ def after(forecast: Forecast, series: list[float]) -> Forecast:
     return forecast
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HERE)
 def test_nothing_is_foreseen_of_nothing(name: str) -> None:
     assert math.isnan(maker(name)().ahead(1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HERE)
 def test_what_does_not_change_goes_on(name: str) -> None:
     forecast = after(maker(name)(), [7.0] * 30)
     assert [forecast.ahead(steps) for steps in (1, 5, 50)] == pytest.approx([7.0] * 3)
@@ -90,7 +93,7 @@ def test_weights_are_those_that_would_have_foreseen_the_past_best() -> None:
 
 
 def test_a_step_is_followed_by_all() -> None:
-    for name in NAMES:
+    for name in HERE:
         assert after(maker(name)(), [1.0] * 20 + [4.0] * 20).ahead(1) == pytest.approx(4.0, rel=0.1)
 
 
@@ -151,9 +154,26 @@ def test_orders_of_arima_are_those_that_would_have_foreseen_the_past_best() -> N
 
 
 def test_what_there_is_not_is_refused_by_name() -> None:
-    with pytest.raises(
-        ConfigError, match="no forecast is called 'prophet'; there are constant, holt-winters, kalman, arima"
-    ):
-        maker("prophet")
-    with pytest.raises(ConfigError, match="the forecast kalman knows no season: take holt-winters"):
+    with pytest.raises(ConfigError, match="no forecast is called 'oracle'; there are constant, holt-winters, kal"):
+        maker("oracle")
+    with pytest.raises(ConfigError, match="the forecast kalman knows no season: take holt-winters or prophet"):
         maker("kalman", season=8)
+
+
+def test_prophet_is_refused_with_how_to_install_it_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("placement.prophet_forecast.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"needs the prophet package; pip install 'slipstream\[prophet\]'"):
+        maker("prophet")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of pandas
+def test_prophet_foresees_a_season_and_a_trend() -> None:
+    pytest.importorskip("prophet")
+    series = [20 + 0.05 * n + 6 * math.sin(2 * math.pi * n / 12) for n in range(96)]
+    found = after(maker("prophet", 12)(), series)
+    expected = [20 + 0.05 * n + 6 * math.sin(2 * math.pi * n / 12) for n in range(96, 102)]
+    assert [found.ahead(steps) for steps in range(1, 7)] == pytest.approx(expected, abs=1.0)
+    falling = after(maker("prophet")(), [float(max(0, 40 - n)) for n in range(40)])
+    assert falling.ahead(20) == 0.0
+    assert after(maker("prophet")(), [3.0, 4.0, 5.0]).ahead(2) == 4.0
+    assert math.isnan(maker("prophet")().ahead(1))
