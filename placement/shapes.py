@@ -162,7 +162,8 @@ def _why_not(shape: Shape, topology: Topology, kv_bytes: int) -> str | None:
         return None
     weights, room = model.weight_bytes / 1e9, _memory(shape, topology) / 1e9
     devices = setting.devices * shape.stages
-    return f"{weights:.3g} GB of weights leave no room for KV in the {room:.3g} GB that {devices} devices can give"
+    given = f"{room:.3g} GB that {devices} device{'s' * (devices > 1)} can give"
+    return f"{weights:.3g} GB of weights leave no room for KV in the {given}"
 
 
 def _nodes(topology: Topology, devices: int | None) -> dict[str, tuple[int, ...]]:

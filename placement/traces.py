@@ -98,6 +98,15 @@ def _format(suffix: str, text: str) -> tuple[_Reader, float]:
     return (_log, 1.0) if '"arrived_s"' in first else (_mooncake, 1000.0)
 
 
+def _azure_row(row: list[str]) -> _Row:
+    """Raises ValueError for what is no request."""
+    try:
+        at, prompt, output = row
+        return _Row(float(at), int(prompt), int(output))
+    except ValueError:
+        raise ValueError(f"{','.join(row)!r} is not a time in seconds and two counts of tokens") from None
+
+
 def _azure(path: Path, text: str) -> Iterator[tuple[int, _Row]]:
     rows = csv.reader(StringIO(text))
     try:
@@ -105,8 +114,7 @@ def _azure(path: Path, text: str) -> Iterator[tuple[int, _Row]]:
             raise ConfigError(f"{path}, line 1: expected the columns {','.join(AZURE_COLUMNS)}", param="trace")
         for row in rows:
             if row:
-                at, prompt, output = row
-                yield rows.line_num, _Row(float(at), int(prompt), int(output))
+                yield rows.line_num, _azure_row(row)
     except (ValueError, csv.Error) as error:
         raise _bad_line(path, rows.line_num, error) from error
 

@@ -122,8 +122,8 @@ def test_a_full_cache_forgets_the_ends_of_old_prompts_first() -> None:
     [
         ("t.csv", "", "line 1: expected the columns arrived_at"),
         ("t.csv", AZURE, "empty trace"),
-        ("t.csv", AZURE + "0,1,1\n1,x,1\n", "line 3"),
-        ("t.csv", AZURE + "0,1,1\n1,1\n", "line 3"),
+        ("t.csv", AZURE + "0,1,1\n1,x,1\n", "line 3: .1,x,1. is not a time in seconds and two counts"),
+        ("t.csv", AZURE + "0,1,1\n1,1\n", "line 3: .1,1. is not a time"),
         ("t.csv", AZURE + "0,1,1\n1," + 2**17 * "1" + "1,1\n", "line 3: field larger"),
         ("t.csv", AZURE + "0,1,1\n1,1,0\n", "line 3: 1 prompt and 0 output"),
         ("t.csv", AZURE + "5,1,1\n1,1,1\n", "line 3: arrives at 1, but"),
