@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.wire import DrafterCounters, SpeculationCounters
-from speculation.alarm import Watch
+from speculation.alarm import Record, Watch
 from speculation.rounds import Outcome, Timing
 from speculation.tree import DraftBatch
 
@@ -36,6 +38,8 @@ class Counters:
 
     by_drafter: dict[tuple[str, str], DrafterCounts] = field(default_factory=dict)
     """By name and version."""
+    records: defaultdict[str, Record] = field(default_factory=lambda: defaultdict(Record))
+    """By name."""
     switched_off: dict[str, str] = field(default_factory=dict)
     """Drafters that failed on this worker, and why."""
     draft_seconds: float = 0.0
@@ -43,11 +47,12 @@ class Counters:
     """Of steps in which somebody could have been drafted for."""
     verify_seconds: float = 0.0
 
-    def count(self, drafts: DraftBatch, outcome: Outcome, free: NDArray[np.bool_]) -> None:
-        """`free` [requests]: as for Watch."""
+    def count(self, drafts: DraftBatch, outcome: Outcome, free: NDArray[np.bool_], requests: Sequence[int]) -> None:
+        """`free` and `requests` [requests]: as for Watch."""
         counts = self.by_drafter.get((drafts.drafter, drafts.version))
         if counts is None:
-            watch = Watch(f"drafter {drafts.drafter} {drafts.version}".rstrip())
+            name = f"drafter {drafts.drafter} {drafts.version}".rstrip()
+            watch = Watch(name, self.records[drafts.drafter])
             counts = self.by_drafter[drafts.drafter, drafts.version] = DrafterCounts(watch)
         counts.drafts += drafts.num_requests
         counts.draft_tokens += drafts.num_nodes
@@ -56,7 +61,7 @@ class Counters:
         np.maximum.at(deepest, drafts.request_of, drafts.depths)
         counts.reached += _at_least(deepest)
         counts.accepted += _at_least(outcome.num_accepted)
-        counts.watch.count(outcome.num_accepted > 0, free)
+        counts.watch.count(outcome.num_accepted > 0, free, requests)
 
     def time(self, timing: Timing) -> None:
         self.draft_seconds += timing.draft_seconds

@@ -114,8 +114,7 @@ class Crew:
 
     def _switch_off(self, name: str, reason: str, error: Exception | None = None) -> None:
         if self._drafters.pop(name, None) is not None:
-            self._switched_off[name] = reason
-            logger.error("drafter %s is switched off on this worker: %s", name, reason, exc_info=error)
+            switch_off(name, reason, self._switched_off, error)
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -212,6 +211,12 @@ class Crew:
 
         if (error := self.call(name, unpack)) is not None:
             logger.warning("drafter %s starts without what it was handed over: %s", name, error.message)
+
+
+def switch_off(name: str, reason: str, switched_off: dict[str, str], error: Exception | None = None) -> None:
+    """Write it down there and say it."""
+    switched_off[name] = reason
+    logger.error("drafter %s is switched off on this worker: %s", name, reason, exc_info=error)
 
 
 def _packed(drafter: Drafter, key: int) -> DraftState:

@@ -306,7 +306,8 @@ class InBatch:
     def _count(self, part: Part, outcome: Outcome, round_: Round) -> None:
         asked = round_.budgets.tokens[part.candidates]
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
-        self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_))
+        keys = [round_.requests[place].key for place in part.candidates]
+        self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_), keys)
 
     def _readers(self, output: StepOutput, *, plain: bool) -> list[str]:
         """Drafters that want to see rows that nobody drafted for; of plain steps, those that need not see every row do

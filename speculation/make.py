@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 from core.errors import SlipstreamError
@@ -12,6 +11,7 @@ from engine.runner import ModelRunner
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import Limits
 from speculation.controllers.registry import make_controller
+from speculation.crew import switch_off
 from speculation.drafters.base import Surroundings
 from speculation.drafters.registry import find_drafter, make_drafter
 from speculation.in_batch import InBatch
@@ -19,8 +19,6 @@ from speculation.in_prefill import InPrefill
 from speculation.protocols import Drafter
 from speculation.rules.registry import find_rule
 from speculation.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 def make_speculator(
@@ -67,8 +65,7 @@ def _drafters(
         except SlipstreamError as error:
             if failed is None:
                 raise
-            failed[name] = error.message
-            logger.error("drafter %s is switched off on this worker: %s", name, error.message)
+            switch_off(name, error.message, failed)
     return made
 
 

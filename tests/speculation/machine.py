@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from engine.warm_up import RowTime
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import plain_step
+from speculation.counters import Counters
 from speculation.laws import DraftLaw
 from speculation.protocols import Controller
 from speculation.rounds import Load, Outcome, Tally, Timing
@@ -94,8 +95,10 @@ def simulate(
     room: int = 16,
     seed: int = 0,
     wishes: Sequence[str] = (),
+    counters: Counters | None = None,
 ) -> Run:
-    """Steps of a batch of these classes, which may change with the step. `wishes`: as Load has them."""
+    """Steps of a batch of these classes, which may change with the step. `wishes`: as Load has them. A request has 40
+    steps."""
     hardware, rng, run = hardware or Hardware(), np.random.default_rng(seed), Run()
     stats = Acceptance(max_budget)
     before, rest, rested = list[str](), 0, 0
@@ -117,6 +120,8 @@ def simulate(
             else:
                 drafts = drafts.prune(controller.trim(replace(drafts, confidence=None), budgets, some).lengths)
             outcome = _verify(drafts, rng)
+            if counters is not None:
+                _count(counters, drafts, outcome, some + step // 40 * len(now))
             stats.observe(drafts, outcome, budgets.tokens[some], [now[r] for r in some])
             drafted[some], emitted[some] = drafts.lengths, outcome.num_accepted + 1
             draft_seconds += drafters[name].fixed + drafters[name].per_token * proposed
@@ -158,6 +163,15 @@ def _confidence(drafts: DraftBatch) -> NDArray[np.float32]:
 def _verify(drafts: DraftBatch, rng: np.random.Generator) -> Outcome:
     accepted = drafts.path_products(rng.random(drafts.num_nodes) < _confidence(drafts)) > 0
     return Outcome.of(drafts, accepted, np.zeros(drafts.num_requests, np.int64))
+
+
+def _count(counters: Counters, drafts: DraftBatch, outcome: Outcome, requests: NDArray[np.int64]) -> None:
+    """As a worker does: it knows of requests without a draft no more by then."""
+    kept = np.flatnonzero(drafts.lengths)
+    if len(kept):
+        drafts = drafts.select(kept)
+        outcome = Outcome.of(drafts, outcome.accepted, np.zeros(len(kept), np.int64))
+        counters.count(drafts, outcome, np.ones(len(kept), np.bool_), requests[kept].tolist())
 
 
 def best_budget(hardware: Hardware, drafter: SimulatedDrafter, batch: int, max_budget: int) -> tuple[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from core.types import Grammar, GrammarKind, SamplingParams, SpeculationWish
+from core.types import SamplingParams, SpeculationWish
 from engine.batching import build_batch
 from engine.drafts import Candidate
 from engine.runner import ModelRunner
 from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.step import StepBatch, StepOutput
-from engine.structured.grammars import Grammars
 from speculation.acceptance import Acceptance
 from speculation.controllers.base import BaseController, Limits, plain_step
 from speculation.controllers.registry import make_controller
@@ -36,7 +34,6 @@ from speculation.tree import DraftBatch, offsets_of
 from tests.engine import test_reproducible as reproducible
 from tests.engine.driver import TINY, tokens
 from tests.engine.late import LateRunner, Output, check_same, engine_over
-from tests.engine.structured import world as structured
 
 ENGINES = {
     "step_tokens": st.integers(10, 80),
@@ -427,25 +424,6 @@ def test_or_when_other_requests_are_decoded_or_a_prompt_beside_them() -> None:
             candidates = [Candidate(chunk.sequence, BUDGET) for chunk in chunks if chunk.decodes]
             assert speculator.propose(candidates, 5 if prompt in chunks else 0) is None
     assert controller.asked == [1, 2, 1, 1]
-
-
-def test_grammars_are_followed_and_bend_no_text(tmp_path: Path) -> None:
-    world = structured.World(structured.save_tokenizer(tmp_path))
-    grammar = Grammar(GrammarKind.REGEX, "(ab|cd){3,9}x")
-    requests = [world.request(f"r{i}", grammar if i % 2 else None, max_tokens=30, seed=i) for i in range(6)]
-    found: list[list[list[int]]] = []
-    drafter = Prompter(vocab=world.vocab_size)
-    for speculator in (None, in_batch(drafter, vocab=world.vocab_size)):
-        grammars = Grammars(tmp_path, world.vocab_size)
-        with engine_over(LateRunner(world.runner, 1), grammars=grammars, speculator=speculator) as harness:
-            texts = harness.outputs([EngineSequence(request) for request in requests])
-        found.append([output.token_ids for output in texts])
-        for request, output in zip(requests, texts, strict=True):
-            drafter.outputs[tuple(request.prompt_token_ids)] = output.token_ids
-            if request.sampling.grammar is not None:
-                assert re.fullmatch(grammar.text, world.text(output))
-    assert found[0] == found[1]
-    assert any(len(round_.outcome.path) > 1 for round_ in drafter.seen)
 
 
 class Broken(Prompter):
