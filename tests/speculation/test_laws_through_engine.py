@@ -4,6 +4,7 @@ that compares laws: over several tokens, and so over several rounds."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 import speculation.rules.chain
-from core.types import Request, SamplingParams
 from engine.runner import ModelRunner
-from engine.sampler import sampling_law
-from engine.sequence import Sequence
-from engine.step import SamplingRow
 from speculation.dice import KeyedDice
-from speculation.make import make_speculator
 from speculation.rounds import Outcome, TargetRows
-from speculation.settings import Settings
 from speculation.tree import DraftBatch
 from tests.chi_square import p_value
-from tests.engine.late import LateRunner, engine_over
+from tests.speculation.drawn_texts import VOCAB, drawn, joint_law
 
-VOCAB, KEPT, LENGTH = 12, 3, 3
-REQUESTS = 1200
+KEPT, LENGTH = 3, 3
+REQUESTS = 800
 P_VALUE = 1e-9
 """Seeds are fixed: the tests pass or fail always."""
-PROMPT = [3, 5, 7, 5]
 PARAMS = {"temperature": 1.5, "top_k": KEPT, "repetition_penalty": 1.4, "presence_penalty": 0.6, "logit_bias": {4: 1.5}}
 Logits = Callable[[Path, list[int]], torch.Tensor]
 
@@ -48,48 +42,11 @@ def target(folders: list[Path]) -> ModelRunner:
 @pytest.fixture(scope="module")
 def law(folders: list[Path], reference: Logits) -> NDArray[np.float64]:
     """[VOCAB] * LENGTH"""
-    joint = np.zeros((VOCAB,) * LENGTH)
-
-    def follow(text: list[int], probability: float) -> None:
-        if len(text) == LENGTH:
-            joint[tuple(text)] = probability
-            return
-        row = SamplingRow(SamplingParams(max_tokens=LENGTH, **PARAMS), len(text), PROMPT, text)
-        logits = reference(folders[0], [*PROMPT, *text])[-1:]
-        chances = sampling_law(logits.float(), [row])[0].double().numpy()
-        for token in np.flatnonzero(chances):
-            follow([*text, int(token)], probability * chances[token])
-
-    follow([], 1.0)
-    return joint / joint.sum()
+    return joint_law(partial(reference, folders[0]), LENGTH, PARAMS)
 
 
 def texts(target: ModelRunner, draft: Path, rule: str) -> tuple[NDArray[np.int64], int]:
-    """How often each came, [VOCAB] * LENGTH, and how many draft tokens were accepted."""
-    chosen = Settings(
-        drafters=("draft_model",),
-        rule=rule,
-        max_budget=4,
-        max_memory_bytes=64 << 20,
-        controller="fixed",
-        weights={"draft_model": draft},
-    )
-    speculator = make_speculator(chosen, target, 8)
-    requests = [
-        Request(
-            request_id=str(seed),
-            prompt_token_ids=PROMPT,
-            sampling=SamplingParams(max_tokens=LENGTH, seed=seed, **PARAMS),
-            deadline=0,
-        )
-        for seed in range(REQUESTS)
-    ]
-    with engine_over(LateRunner(target, 1), speculator=speculator) as harness:
-        found = harness.outputs([Sequence(request) for request in requests])
-    assert not speculator.counters.switched_off
-    counts = np.zeros((VOCAB,) * LENGTH, np.int64)
-    np.add.at(counts, tuple(np.array([output.token_ids for output in found]).T), 1)
-    return counts, sum(of.accepted_tokens for of in speculator.counters.by_drafter.values())
+    return drawn(target, draft, rule, LENGTH, PARAMS, REQUESTS)
 
 
 @pytest.mark.parametrize("rule", ["sampled", "chain", "tree", "k_seq"])

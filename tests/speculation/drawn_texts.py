@@ -1,0 +1,84 @@
+"""Short texts that an engine draws with drafts from a draft model, and the law that they are to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.types import Request, SamplingParams
+from engine.runner import ModelRunner
+from engine.sampler import sampling_law
+from engine.sequence import Sequence as EngineSequence
+from engine.step import SamplingRow
+from engine.structured.grammars import Grammars
+from speculation.make import make_speculator
+from speculation.settings import Settings
+from tests.engine.late import LateRunner, engine_over
+
+VOCAB = 12
+BUDGET = 8
+"""Enough that a tree has siblings. Requests go on for as long, so that there is room for it."""
+PROMPT = [3, 5, 7, 5]
+Logits = Callable[[list[int]], torch.Tensor]
+"""[tokens, VOCAB] of a text."""
+Allowed = Callable[[Sequence[int]], Sequence[int]]
+"""The tokens that may follow an output."""
+
+
+def joint_law(logits: Logits, length: int, params: dict[str, Any], allowed: Allowed | None = None) -> NDArray[Any]:
+    """[VOCAB] * length: by the logits, `params` of SamplingParams and what a grammar allows."""
+    joint = np.zeros((VOCAB,) * length)
+
+    def follow(text: list[int], probability: float) -> None:
+        if len(text) == length:
+            joint[tuple(text)] = probability
+            return
+        mask = None if allowed is None else np.array([sum(1 << token for token in allowed(text))], np.uint32)
+        row = SamplingRow(SamplingParams(max_tokens=length, **params), len(text), PROMPT, text, allowed=mask)
+        chances = sampling_law(logits([*PROMPT, *text])[-1:].float(), [row])[0].double().numpy()
+        for token in np.flatnonzero(chances):
+            follow([*text, int(token)], probability * chances[token])
+
+    follow([], 1.0)
+    return joint / joint.sum()
+
+
+def drawn(
+    target: ModelRunner,
+    draft: Path,
+    rule: str,
+    length: int,
+    params: dict[str, Any],
+    count: int,
+    grammars: Grammars | None = None,
+) -> tuple[NDArray[np.int64], int]:
+    """Of `count` requests, how often each text came, [VOCAB] * length, and how many draft tokens were accepted."""
+    chosen = Settings(
+        drafters=("draft_model",),
+        rule=rule,
+        max_budget=BUDGET,
+        max_memory_bytes=64 << 20,
+        controller="fixed",
+        weights={"draft_model": draft},
+    )
+    speculator = make_speculator(chosen, target, 8)
+    requests = [
+        Request(
+            request_id=str(seed),
+            prompt_token_ids=PROMPT,
+            sampling=SamplingParams(max_tokens=length + BUDGET, seed=seed, **params),
+            deadline=0,
+        )
+        for seed in range(count)
+    ]
+    with engine_over(LateRunner(target, 1), grammars=grammars, speculator=speculator) as harness:
+        found = harness.outputs([EngineSequence(request) for request in requests])
+    assert not speculator.counters.switched_off
+    counts = np.zeros((VOCAB,) * length, np.int64)
+    np.add.at(counts, tuple(np.array([output.token_ids[:length] for output in found]).T), 1)
+    return counts, sum(of.accepted_tokens for of in speculator.counters.by_drafter.values())
