@@ -10,6 +10,7 @@ import msgspec
 
 from cluster.cli_plan import parse_sizes
 from core.files import write_text
+from placement.forecast_names import NAMES
 
 _path = click.Path(path_type=Path)
 _positive = click.FloatRange(min=0, min_open=True)
@@ -23,12 +24,7 @@ _positive = click.FloatRange(min=0, min_open=True)
 @click.option("--workers", type=click.IntRange(1, 128), required=True, help="At the start.")
 @click.option("--max-workers", type=click.IntRange(1, 128), help="That may be started. Default: their number stays.")
 @click.option("--start", help="Their roles, as prefill=1,decode=1 or both=2. Default: best for the first requests.")
-@click.option(
-    "--forecast",
-    type=click.Choice(["constant", "holt-winters", "kalman", "arima", "prophet"]),
-    default="constant",
-    show_default=True,
-)
+@click.option("--forecast", type=click.Choice(NAMES), default="constant", show_default=True)
 @click.option("--season", type=_positive, help="Seconds after which traffic repeats itself: holt-winters, prophet.")
 @click.option("--warm-start", type=_path, help="An earlier trace, for the forecast to begin with.")
 @click.option("--rate", type=_positive, help="Requests/s, in the trace's rhythm. Default: the trace's.")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from placement.arima import MEMORY, Arima
+from placement.forecast_names import NAMES
 from placement.prophet_forecast import Prophet, check_installed
 
 DAMPING = 0.9
@@ -133,7 +134,6 @@ Maker = Callable[[], Forecast]
 
 _LEAST = 10
 _TRIED = (0.05, 0.2, 0.5, 0.8)
-NAMES = ("constant", "holt-winters", "kalman", "arima", "prophet")
 _SEASONAL = ("holt-winters", "prophet")
 
 

@@ -92,8 +92,10 @@ class Together:
         for done in range(rounds):
             prompt_ms, token_ms = self._round(server, loads if done % 2 == 0 else loads[::-1])
             pairs = [
-                *((prompt_ms, (0, 1 + others), (0, 1)), (prompt_ms, (others, 1), (0, 1))),
-                *((token_ms, (1, others), (1, 0)), (token_ms, (1 + others, 0), (1, 0))),
+                (prompt_ms, (0, 1 + others), (0, 1)),
+                (prompt_ms, (others, 1), (0, 1)),
+                (token_ms, (1, others), (1, 0)),
+                (token_ms, (1 + others, 0), (1, 0)),
             ]
             for known, (took, beside, alone) in zip(ratios, pairs, strict=True):
                 known += [1.0 + (two / one - 1.0) / others for two in took[beside] for one in took[alone]]

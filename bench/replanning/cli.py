@@ -11,7 +11,7 @@ import msgspec
 from bench.flags import BadFlag, check_plot
 from core.errors import ConfigError
 from core.files import write_text
-from placement.forecast import NAMES
+from placement.forecast_names import NAMES
 
 _path = click.Path(path_type=Path)
 _seconds = click.FloatRange(min=1)

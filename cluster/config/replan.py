@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from cluster.config.section import Section
 from cluster.notation import AbsolutePath, StepSizes
 from core.errors import ConfigError
+from placement.forecast_names import ForecastName
 
 if TYPE_CHECKING:
     from placement.outcome import Targets
@@ -22,9 +23,7 @@ class ReplanSection(Section):
     slo: str | None = Field(None, description="Targets in ms for it, as ttft=200,tpot=50 or with e2e=9000")
     share: float = Field(0.9, gt=0, lt=1, description="Of the requests, that are to meet all targets")
     profile: AbsolutePath | None = Field(None, description="What slipstream profile measured of such a worker")
-    forecast: Literal["constant", "holt-winters", "kalman", "arima", "prophet"] = Field(
-        "constant", description="How the traffic to come is foreseen"
-    )
+    forecast: ForecastName = Field("constant", description="How the traffic to come is foreseen")
     warm_start: AbsolutePath | None = Field(
         None, description="A trace, such as an earlier traffic log, with which the forecast begins"
     )

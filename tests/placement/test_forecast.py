@@ -9,7 +9,8 @@ import pytest
 
 from core.errors import ConfigError
 from placement.arima import Arima
-from placement.forecast import NAMES, Constant, Forecast, HoltWinters, Kalman, maker, squared_error
+from placement.forecast import Constant, Forecast, HoltWinters, Kalman, maker, squared_error
+from placement.forecast_names import NAMES
 
 HERE = [name for name in NAMES if name != "prophet"]
 """Prophet takes a package of its own, and is tested by itself."""

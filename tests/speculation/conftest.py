@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from engine.runner import ModelRunner
 from speculation.heads.distil import Result
 from tests.engine.conftest import make_checkpoint, one_thread, reference
+from tests.speculation.drawn_texts import VOCAB, Pair
 from tests.speculation.heads.trained import KINDS, distilled, save_target
 
 __all__ = ["make_checkpoint", "one_thread", "reference"]
@@ -31,3 +33,10 @@ def results(target: ModelRunner, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="session")
 def folders(results: dict[str, tuple[Path, Result]]) -> dict[str, Path]:
     return {kind: folder for kind, (folder, _) in results.items()}
+
+
+@pytest.fixture(scope="session")
+def pair(make_checkpoint: Callable[..., Path]) -> Pair:
+    folder, draft = (make_checkpoint(vocab_size=VOCAB, seed=seed) for seed in (1, 2))
+    target = ModelRunner.load(folder, dtype="float32", device="cpu", num_blocks=64, block_size=8)
+    return Pair(target, folder, draft)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,14 @@ Allowed = Callable[[Sequence[int]], Sequence[int]]
 """The tokens that may follow an output."""
 
 
+class Pair(NamedTuple):
+    """A target, in its folder too, and the folder of a draft model that has not much in common with it."""
+
+    target: ModelRunner
+    folder: Path
+    draft: Path
+
+
 def joint_law(logits: Logits, length: int, params: dict[str, Any], allowed: Allowed | None = None) -> NDArray[Any]:
     """[VOCAB] * length: by the logits, `params` of SamplingParams and what a grammar allows."""
     joint = np.zeros((VOCAB,) * length)
@@ -49,13 +57,7 @@ def joint_law(logits: Logits, length: int, params: dict[str, Any], allowed: Allo
 
 
 def drawn(
-    target: ModelRunner,
-    draft: Path,
-    rule: str,
-    length: int,
-    params: dict[str, Any],
-    count: int,
-    grammars: Grammars | None = None,
+    pair: Pair, rule: str, length: int, params: dict[str, Any], count: int, grammars: Grammars | None = None
 ) -> tuple[NDArray[np.int64], int]:
     """Of `count` requests, how often each text came, [VOCAB] * length, and how many draft tokens were accepted."""
     chosen = Settings(
@@ -64,9 +66,9 @@ def drawn(
         max_budget=BUDGET,
         max_memory_bytes=64 << 20,
         controller="fixed",
-        weights={"draft_model": draft},
+        weights={"draft_model": pair.draft},
     )
-    speculator = make_speculator(chosen, target, 8)
+    speculator = make_speculator(chosen, pair.target, 8)
     requests = [
         Request(
             request_id=str(seed),
@@ -76,7 +78,7 @@ def drawn(
         )
         for seed in range(count)
     ]
-    with engine_over(LateRunner(target, 1), grammars=grammars, speculator=speculator) as harness:
+    with engine_over(LateRunner(pair.target, 1), grammars=grammars, speculator=speculator) as harness:
         found = harness.outputs([EngineSequence(request) for request in requests])
     assert not speculator.counters.switched_off
     counts = np.zeros((VOCAB,) * length, np.int64)

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import speculation.in_batch
 from core.types import Grammar, GrammarKind
-from engine.runner import ModelRunner
 from engine.sampler import sampling_law
 from engine.step import SamplingRow
 from engine.structured.constraint import Constraint
@@ -26,11 +25,12 @@ from speculation.grammars import Masks, follow_grammars
 from speculation.laws import DraftLaw
 from speculation.tree import DraftBatch
 from tests.chi_square import p_value
-from tests.speculation.drawn_texts import VOCAB, drawn, joint_law
+from tests.speculation.drawn_texts import VOCAB, Pair, drawn, joint_law
 
 LETTERS = "abcdefghijkl"
 FOLLOWING = {"a": "bcdfhl", "b": "acdegk", "c": "aehijk", "d": "abefhi", "f": "bdgil", "g": "abcjkl"}
-"""A text is of pairs: one of these letters, and one of those that may follow it."""
+"""A text is of pairs: one of these letters, and one of those that may follow it. The draft knows nothing
+of it, so most of what it draws is ruled out."""
 GRAMMAR = Grammar(GrammarKind.REGEX, "({}){{3,9}}".format("|".join(f"{a}[{b}]" for a, b in FOLLOWING.items())))
 LENGTH, REQUESTS = 3, 1100
 """The first token is the prompt's; the others, which are looked at, come from one round or two."""
@@ -45,17 +45,6 @@ def allowed(text: Sequence[int]) -> list[int]:
     return [LETTERS.index(letter) for letter in (FOLLOWING[last] if last else FOLLOWING)]
 
 
-@pytest.fixture(scope="module")
-def folders(make_checkpoint: Callable[..., Path]) -> list[Path]:
-    """Of a target and a draft. The draft knows of no grammar, so most of what it draws is ruled out."""
-    return [make_checkpoint(vocab_size=VOCAB, seed=seed) for seed in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def target(folders: list[Path]) -> ModelRunner:
-    return ModelRunner.load(folders[0], dtype="float32", device="cpu", num_blocks=64, block_size=8)
-
-
 @pytest.fixture
 def grammars(tmp_path: Path) -> Grammars:
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(LETTERS)}, []))
@@ -66,16 +55,14 @@ def grammars(tmp_path: Path) -> Grammars:
 
 
 @pytest.fixture(scope="module")
-def law(folders: list[Path], reference: Logits) -> NDArray[np.float64]:
+def law(pair: Pair, reference: Logits) -> NDArray[np.float64]:
     """[VOCAB] * LENGTH"""
-    return joint_law(partial(reference, folders[0]), LENGTH, PARAMS, allowed)
+    return joint_law(partial(reference, pair.folder), LENGTH, PARAMS, allowed)
 
 
 @pytest.mark.parametrize("rule", ["sampled", "chain", "tree", "k_seq"])
-def test_drawn_texts_follow_the_law(
-    target: ModelRunner, folders: list[Path], law: NDArray[np.float64], grammars: Grammars, rule: str
-) -> None:
-    counts, accepted = drawn(target, folders[1], rule, LENGTH, PARAMS, REQUESTS, grammars)
+def test_drawn_texts_follow_the_law(pair: Pair, law: NDArray[np.float64], grammars: Grammars, rule: str) -> None:
+    counts, accepted = drawn(pair, rule, LENGTH, PARAMS, REQUESTS, grammars)
     assert accepted > REQUESTS // 20
     assert p_value(counts.sum(0).ravel(), law.sum(0).ravel()) > P_VALUE
 
@@ -103,8 +90,7 @@ def mask_laws(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
     ids=["laws are not normalised", "what was drawn is pruned", "what was drawn independently is pruned"],
 )
 def test_what_may_go_wrong_is_found(
-    target: ModelRunner,
-    folders: list[Path],
+    pair: Pair,
     law: NDArray[np.float64],
     grammars: Grammars,
     rule: str,
@@ -113,7 +99,7 @@ def test_what_may_go_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(speculation.in_batch, name, wrong)
-    counts, _ = drawn(target, folders[1], rule, LENGTH, PARAMS, REQUESTS, grammars)
+    counts, _ = drawn(pair, rule, LENGTH, PARAMS, REQUESTS, grammars)
     assert p_value(counts.sum(0).ravel(), law.sum(0).ravel()) < P_VALUE
 
 

@@ -13,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 import speculation.rules.chain
-from engine.runner import ModelRunner
 from speculation.dice import KeyedDice
 from speculation.rounds import Outcome, TargetRows
 from speculation.tree import DraftBatch
 from tests.chi_square import p_value
-from tests.speculation.drawn_texts import VOCAB, drawn, joint_law
+from tests.speculation.drawn_texts import Pair, drawn, joint_law
 
 KEPT, LENGTH = 3, 3
 REQUESTS = 800
@@ -29,31 +28,18 @@ Logits = Callable[[Path, list[int]], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def folders(make_checkpoint: Callable[..., Path]) -> list[Path]:
-    """Of a target and a draft, which have not much in common."""
-    return [make_checkpoint(vocab_size=VOCAB, seed=seed) for seed in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def target(folders: list[Path]) -> ModelRunner:
-    return ModelRunner.load(folders[0], dtype="float32", device="cpu", num_blocks=64, block_size=8)
-
-
-@pytest.fixture(scope="module")
-def law(folders: list[Path], reference: Logits) -> NDArray[np.float64]:
+def law(pair: Pair, reference: Logits) -> NDArray[np.float64]:
     """[VOCAB] * LENGTH"""
-    return joint_law(partial(reference, folders[0]), LENGTH, PARAMS)
+    return joint_law(partial(reference, pair.folder), LENGTH, PARAMS)
 
 
-def texts(target: ModelRunner, draft: Path, rule: str) -> tuple[NDArray[np.int64], int]:
-    return drawn(target, draft, rule, LENGTH, PARAMS, REQUESTS)
+def texts(pair: Pair, rule: str) -> tuple[NDArray[np.int64], int]:
+    return drawn(pair, rule, LENGTH, PARAMS, REQUESTS)
 
 
 @pytest.mark.parametrize("rule", ["sampled", "chain", "tree", "k_seq"])
-def test_drawn_texts_follow_the_law(
-    target: ModelRunner, folders: list[Path], law: NDArray[np.float64], rule: str
-) -> None:
-    counts, accepted = texts(target, folders[1], rule)
+def test_drawn_texts_follow_the_law(pair: Pair, law: NDArray[np.float64], rule: str) -> None:
+    counts, accepted = texts(pair, rule)
     assert accepted > REQUESTS // 10
     assert p_value(counts.ravel(), law.ravel()) > P_VALUE
 
@@ -70,10 +56,10 @@ def accept_first(drafts: DraftBatch, rows: TargetRows, dice: KeyedDice) -> Outco
 
 
 def test_a_rule_that_accepts_too_much_is_found(
-    target: ModelRunner, folders: list[Path], law: NDArray[np.float64], monkeypatch: pytest.MonkeyPatch
+    pair: Pair, law: NDArray[np.float64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculation.rules.chain, "verify", accept_first)
-    counts, _ = texts(target, folders[1], "chain")
+    counts, _ = texts(pair, "chain")
     assert p_value(counts.ravel(), law.ravel()) < P_VALUE
 
 
