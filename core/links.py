@@ -5,8 +5,8 @@ closes the socket at once, a cut network is noticed by keep-alive within KEEPALI
 what is in flight; `send` never blocks, its queue is bounded by what one side owes the other.
 
 How a link ends. Either end may `close`: what it sent before still arrives, then the other end's iteration ends. On the
-accepting side the handler's return closes the link; when the link ends first, the handler's iteration ends and it has
-HANDLER_GRACE_S to return before it is cancelled.
+accepting side the handler's return closes the link, and the other end has HANDLER_GRACE_S to take what is on its way;
+when the link ends first, the handler's iteration ends and it has HANDLER_GRACE_S to return before it is cancelled.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ _OPTIONS = [
 ]
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """How gRPC reports that the other end died, was stopped or can't be reached any more."""
+_LAST = b""
+"""Follows the last message of a handler that has returned; no message is empty."""
 
 
 class Link(Generic[In, Out]):
@@ -134,6 +136,8 @@ class LinkServer:
                     yield message
                 if failure := await asyncio.shield(handler):
                     await context.abort(grpc.StatusCode.INTERNAL, failure)
+                yield _LAST
+                await asyncio.sleep(HANDLER_GRACE_S)  # who has read that ends the call, and this with it
             finally:
                 await _finish(handler)
 
@@ -199,6 +203,16 @@ async def _finish(handler: asyncio.Task[str | None]) -> None:
     handler.cancel()
 
 
+async def _until_last(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> AsyncIterator[bytes]:
+    """What the handler at the other end sends. The call is ended here, so that the server knows that all has come: it
+    knows its own status to be on its way only, and gRPC drops what is on its way from a server that stops."""
+    async for raw in call:
+        if raw == _LAST:
+            call.cancel()
+            return
+        yield raw
+
+
 class LinkClient:
     """Opens links to one address. Owns the channel."""
 
@@ -215,7 +229,7 @@ class LinkClient:
             raise Unavailable(f"no answer from {self.address} within {timeout_s:g} s") from error
         link: Link[In, Out] = Link(self.address, incoming)
         method = self._channel.stream_stream(f"/slipstream.{name}/Open")
-        link.attach(method(link.outgoing()))
+        link.attach(_until_last(method(link.outgoing())))
         return link
 
     async def close(self) -> None:

@@ -215,6 +215,26 @@ async def test_a_farewell_waits_for_what_was_sent_and_not_for_who_does_not_read(
     await client.close()
 
 
+async def test_a_farewell_lasts_until_the_last_message_has_been_taken() -> None:
+    async def tell(link: Link[Ping, Note]) -> None:
+        link.send(Note("first"))
+        link.send(Note("last"))
+
+    server = LinkServer()
+    server.add_service("Echo", Ping, tell)
+    client = LinkClient(await server.start("127.0.0.1"))
+    link: Link[Note, Ping] = await client.open("Echo", Note, Ping)
+    messages = aiter(link)
+    assert await anext(messages) == Note("first")
+    farewell = asyncio.create_task(server.farewell("Echo", TIMEOUT_S))
+    await asyncio.wait({farewell}, timeout=0.2)
+    assert not farewell.done(), "the last one is on its way, and a server that stops now may drop it"
+    assert [message async for message in messages] == [Note("last")]
+    await asyncio.wait_for(farewell, 1.0)
+    await server.stop()
+    await client.close()
+
+
 async def test_a_handler_that_ignores_the_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.links.HANDLER_GRACE_S", 0.05)
     started, cancelled = asyncio.Event(), asyncio.Event()
