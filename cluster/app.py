@@ -50,8 +50,6 @@ HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s"
 SHUTDOWN_SLACK_S = 5.0
 LEAVE_TIMEOUT_S = 0.5
 """Serve's handles wait for a deployment that is gone, so when everything ends this is what its end takes."""
-ON_HEAD = {"node:__internal_head__": 0.001}
-"""Of a resource that Ray gives the head node only."""
 
 
 class Controller:
@@ -185,7 +183,7 @@ class Gateway:
         )
         _trace(config, "slipstream-gateway", f"gateway-{os.getpid()}")
         self._backend = backend
-        self._front = Front(config, await asyncio.to_thread(at_hand, config, folder), backend)
+        self._front = Front(config, await asyncio.to_thread(at_hand, config, folder), backend, _host(config))
         await self._front.start()
 
     async def __call__(self, _request: Request) -> JSONResponse:
@@ -237,10 +235,11 @@ def _host(config: SlipstreamConfig) -> str:
 
 
 def build(
-    config: SlipstreamConfig, folder: str, shares: Sequence[Share], *, gateway_on_head: bool = False
+    config: SlipstreamConfig, folder: str, shares: Sequence[Share], *, gateway_on: dict[str, Any]
 ) -> serve.Application:
     """The application for a model that is in `folder`, or is fetched by nodes that don't have it. `shares` is what each
-    worker gets, by group."""
+    worker gets, by group; `gateway_on` the options of an actor that name the gateway's node (cluster.ray_nodes): left
+    to Serve it would be on any, and nobody would know where to find its port."""
     config = on_device(config, "cuda" if shares[0].gpus else "cpu")
     groups = groups_of(config)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -263,7 +262,7 @@ def build(
         Gateway,
         name="gateway",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0} | ({"resources": ON_HEAD} if gateway_on_head else {}),
+        ray_actor_options={"num_cpus": 0, **gateway_on},
         **drained,
     )
     return gateway.bind(config, folder, controller, *workers)

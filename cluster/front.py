@@ -21,6 +21,8 @@ from speculation.rules.registry import DEFAULT_RULE
 
 ACQUAINTANCE_S = 3.0
 """Workers answer within a second, unless they are still to be started."""
+ALL_ADDRESSES = ("", "0.0.0.0", "::")  # noqa: S104
+"""Hosts to listen on that are none to call."""
 
 
 def offer(config: SlipstreamConfig) -> SpeculationOffer | None:
@@ -33,10 +35,14 @@ def offer(config: SlipstreamConfig) -> SpeculationOffer | None:
 
 
 class Front:
-    """`await start()` listens; `await stop()` drains and closes everything."""
+    """`await start()` listens; `await stop()` drains and closes everything. `node`: an address of this machine, for the
+    URL of a gateway that listens on all of them."""
 
-    def __init__(self, config: SlipstreamConfig, folder: Path, backend: ClusterBackend) -> None:
+    def __init__(
+        self, config: SlipstreamConfig, folder: Path, backend: ClusterBackend, node: str = "127.0.0.1"
+    ) -> None:
         self._backend = backend
+        self._node = node
         self._drain_timeout_s = config.gateway.drain_timeout_s
         name = config.served_name
         longest = max_model_len(ModelConfig.from_folder(folder), config.engine)
@@ -65,6 +71,7 @@ class Front:
         await self._backend.wait_alive(ACQUAINTANCE_S)
         host, port = await self._server.start()
         self._listening = True
+        host = self._node if host in ALL_ADDRESSES else host
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def ready(self) -> tuple[bool, str]:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cluster.config.loading import on_device
 from cluster.config.tree import SlipstreamConfig
 from cluster.groups import groups_of
 from cluster.machine import has_gpu, usable_cores
-from cluster.ray_nodes import check_there, nodes_of
+from cluster.ray_nodes import CLIENT, check_there, nodes_of, on_node
 from cluster.resources import Share, share_on
 from cluster.session import session_folder
 from cluster.signals import Stop, Stopped, stop_signals
@@ -57,11 +57,16 @@ def _serve(config: SlipstreamConfig, stop: Stop, console: Console) -> None:
         check_there(config.cluster.ray_address)
     elif not has_gpu():
         config = on_device(config, "cpu")
-    with hold_port(config.gateway.host, config.gateway.port) as port:
-        if not config.cluster.ray_address:  # the gateway runs here, and so does the one that replaces it
-            gateway = config.gateway.model_copy(update={"port": port})
-            config = config.model_copy(update={"gateway": gateway})
+    with _hold_port(config) as port:
+        config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"port": port})})
         _serve_held(config, stop, checklist, console, say)
+
+
+def _hold_port(config: SlipstreamConfig) -> AbstractContextManager[int]:
+    """The gateway runs here, and so does the one that replaces it; that of a client of Ray's on the head node."""
+    if (config.cluster.ray_address or "").startswith(CLIENT):
+        return nullcontext(config.gateway.port)
+    return hold_port(config.gateway.host, config.gateway.port)
 
 
 def _serve_held(
@@ -180,6 +185,7 @@ def _application(
 ) -> Iterator[Any]:
     """Deploys; yields the handle of the gateway. From a cluster that is not ours the application is deleted in any
     case; one of our own takes it along, and is given time to end in order if it was ready."""
+    import ray
     from ray import serve as ray_serve
 
     from cluster.app import APP_NAME, build
@@ -194,7 +200,8 @@ def _application(
                 f"the Ray cluster at {config.cluster.ray_address} runs an application {APP_NAME} already; stop that "
                 "one first, or use another cluster"
             )
-        application = build(config, str(folder), shares)
+        here = ray.get_runtime_context().get_node_id()  # for a client: the head node
+        application = build(config, str(folder), shares, gateway_on=on_node(here))
     ended = False
     try:
         target = ray_serve.RunTarget(

@@ -13,6 +13,16 @@ _CONNECT_S = 5.0
 _ACCELERATOR = "accelerator_type:"
 """Ray has a resource of this name and the device's on nodes with devices that it knows."""
 
+CLIENT = "ray://"
+"""Before the address of a cluster on none of whose nodes we are."""
+ON_HEAD: dict[str, Any] = {"resources": {"node:__internal_head__": 0.001}}
+"""Options of an actor: on the head node, which alone has that resource."""
+
+
+def on_node(node_id: str) -> dict[str, Any]:
+    """Options of an actor: on this node and no other."""
+    return {"label_selector": {"ray.io/node-id": node_id}}
+
 
 @dataclass(frozen=True, slots=True)
 class RayNode:
@@ -32,7 +42,7 @@ class RayNode:
 
 def check_there(address: str) -> None:
     """Raises ConfigError where nobody listens at HOST:PORT: Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if not (host and port.isdecimal()):
         return
     try:

@@ -18,7 +18,7 @@ from cluster.checks import check_kv_transport
 from cluster.config.loading import overlaid
 from cluster.config.tree import SlipstreamConfig
 from cluster.groups import groups_of
-from cluster.ray_nodes import nodes_of
+from cluster.ray_nodes import ON_HEAD, nodes_of
 from cluster.resources import Share, share_on
 from core.errors import ConfigError
 
@@ -37,7 +37,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     config = overlaid(args, {"ray_address": "auto"})
     check_kv_transport(config)
     folder = resolve(config.model, revision=config.revision, progress=Silent(), check_config=ModelConfig.from_dict)
-    return build(config, str(folder), _shares(config), gateway_on_head=True)
+    return build(config, str(folder), _shares(config), gateway_on=ON_HEAD)
 
 
 def _shares(config: SlipstreamConfig) -> list[Share]:

@@ -14,8 +14,10 @@ from transformers import LlamaForCausalLM
 from cluster import front
 from cluster.client import ClusterBackend, ListMembers
 from cluster.config.loading import load
-from cluster.front import Front
+from cluster.config.tree import SlipstreamConfig
+from cluster.front import ALL_ADDRESSES, Front
 from cluster.local import local_cluster
+from cluster.membership import Member
 from cluster.routes import Routes
 from tests.e2e.conftest import save_tokenizer
 
@@ -26,9 +28,11 @@ CONFIG = load(None, {"dtype": "float32", "kv_cache_memory": "4MiB", "port": 0, "
 
 
 @asynccontextmanager
-async def gateway(folder: Path, list_members: ListMembers) -> AsyncIterator[Front]:
+async def gateway(
+    folder: Path, list_members: ListMembers, config: SlipstreamConfig = CONFIG, **given: str
+) -> AsyncIterator[Front]:
     save_tokenizer(folder)
-    started = Front(CONFIG, folder, ClusterBackend(list_members, routes=Routes.of(CONFIG)))
+    started = Front(config, folder, ClusterBackend(list_members, routes=Routes.of(config)), **given)
     await started.start()
     try:
         yield started
@@ -52,9 +56,21 @@ async def test_a_gateway_that_joins_a_cluster_listens_when_it_knows_a_worker(
 async def test_without_workers_a_gateway_listens_all_the_same_and_says_so(
     tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def nobody() -> list[object]:
-        return []
-
     monkeypatch.setattr(front, "ACQUAINTANCE_S", 0.1)
     async with asyncio.timeout(TIMEOUT_S), gateway(tiny[1], nobody) as alone:
         assert await health(alone.url) == 503
+
+
+async def nobody() -> list[Member]:
+    return []
+
+
+async def test_a_gateway_on_all_addresses_gives_one_that_can_be_called(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "ACQUAINTANCE_S", 0.1)
+    for host in ALL_ADDRESSES:
+        everywhere = CONFIG.model_copy(update={"gateway": CONFIG.gateway.model_copy(update={"host": host})})
+        async with gateway(tiny[1], nobody, everywhere, node="127.0.0.1") as listening:
+            assert listening.url.startswith("http://127.0.0.1:")
+            assert await health(listening.url) == 503

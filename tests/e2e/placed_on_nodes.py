@@ -1,5 +1,5 @@
 """Deploys workers on a Ray cluster of several nodes, all on this machine, and prints as JSON where they are: the names
-of the nodes of placement groups, the roles of workers by node, and the topology with measured links.
+of the nodes of placement groups and of the gateway, the roles of workers by node, and the topology with measured links.
 
     python -m tests.e2e.placed_on_nodes FOLDER
 """
@@ -18,7 +18,7 @@ from ray.util import placement_group_table
 
 from cluster.app import APP_NAME, build
 from cluster.config.loading import load
-from cluster.ray_nodes import nodes_of
+from cluster.ray_nodes import nodes_of, on_node
 from cluster.ray_topology import between, inside, topology_of
 from cluster.resources import share_on
 from placement.topology import to_yaml
@@ -39,6 +39,12 @@ SETTINGS = {
 START_S = 120.0
 
 
+def actors() -> list[tuple[str, str]]:
+    """Name and node of each. Ray's public list of them needs its dashboard."""
+    listed = ray._private.state.actors().values()
+    return [(actor["Name"], actor["Address"]["NodeID"]) for actor in listed if actor["State"] == "ALIVE"]
+
+
 def main(folder: str) -> None:
     cluster = Cluster()
     for name, pool in (("c", "slow"), ("a", "fast"), ("b", "fast")):  # the first is the head
@@ -54,8 +60,9 @@ def main(folder: str) -> None:
     serve.start(proxy_location="Disabled")
     config = load(None, SETTINGS | {"model": folder})
     shares = share_on(config, nodes_of(ray.nodes()))
-    serve.run(build(config, folder, shares), name=APP_NAME, route_prefix=None)
     names = {node.node_id: node.labels["name"] for node in nodes_of(ray.nodes())}
+    (b,) = (node for node, name in names.items() if name == "b")
+    serve.run(build(config, folder, shares, gateway_on=on_node(b)), name=APP_NAME, route_prefix=None)
     controller = serve.get_deployment_handle("controller", APP_NAME)
     deadline = time.monotonic() + START_S
     while len(members := controller.members.remote().result()) < config.cluster.num_workers:
@@ -64,6 +71,7 @@ def main(folder: str) -> None:
     groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
     found = {
         "groups": sorted(names[place] for group in groups for place in group["bundles_to_node_id"].values()),
+        "gateway": [names[place] for name, place in actors() if "#gateway#" in name],
         "strategies": sorted({group["strategy"] for group in groups}),
         "roles": sorted([names[member.node], member.role.value] for member in members),
         "topology": to_yaml(topology_of(nodes_of(ray.nodes()), inside, between)),

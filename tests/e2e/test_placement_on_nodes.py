@@ -21,6 +21,7 @@ def test_pairs_share_a_node_of_those_that_may_be_used(folder: Path, tmp_path: Pa
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert found["groups"] == ["a", "a", "b", "b"], "never on c, whose label is another"
     assert found["strategies"] == ["STRICT_PACK"]
+    assert found["gateway"] == ["b"], "the node that was named, one of three"
     (tmp_path / "topology.yaml").write_text(found["topology"])
     measured = read_topology(tmp_path / "topology.yaml")
     assert measured.pools == {"cpu": 12}
