@@ -23,7 +23,7 @@ from bench.hosts.namespaces import Host
 from bench.hosts.relay import Condition, Wire, missing, two_hosts
 from tests.chaos.load import Load, Tally, cases
 from tests.chaos.network import CONDITIONS, CUT, cut_now_and_then
-from tests.chaos.served import MODEL, Gateway, save_sensitive_llama, until
+from tests.chaos.served import MODEL, Gateway, save_sensitive_llama, shm_in_use, shm_names, until
 
 RAY_PORT, PORT = 6399, 8123
 START_S, QUIET_S, END_S = 240.0, 60.0, 60.0
@@ -114,11 +114,13 @@ def main() -> int:
     given = parser.parse_args()
     if reason := missing():
         parser.error(reason)
+    names = shm_names()
     with tempfile.TemporaryDirectory(prefix="sl-", ignore_cleanup_errors=True) as name, two_hosts(given.seed) as made:
         one, other, wire = made
         save_sensitive_llama(Path(name))
         with cluster((one, other), Path(name)) as url, one.entered():
             faults = asyncio.run(judge(wire, url, given.seconds, given.clients, given.timeout, given.seed))
+    faults["leftover shared memory"] = sorted(shm_names() - names - shm_in_use())
     for fault, found in faults.items():
         print(f"{len(found):>5}  {fault}")
         for text in found[:5]:
