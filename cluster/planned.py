@@ -120,7 +120,10 @@ def planned_tree(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}", param="plan") from error
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path} is no plan: {error}; make one with slipstream plan --json", param="plan") from error
+        raise ConfigError(
+            f"{path} is no plan: {error}; make one with slipstream plan --json; what --out wrote is for serve --config",
+            param="plan",
+        ) from error
     if tree is None:
         raise ConfigError(f"{path}: none of the plan's layouts can be served; its warnings say why", param="plan")
     return tree
