@@ -1,7 +1,8 @@
 """The fast loop of replanning: which targets are missed now, and which role has room to help.
 
 It moves one worker, or the size of steps by one, on what is measured; the simulator may only object. So it helps where
-the profile is wrong.
+the profile is wrong. Where the role that has room has no worker to spare, all come to do both, if the simulator finds
+that better: nothing was measured of that.
 """
 
 from __future__ import annotations
@@ -38,13 +39,17 @@ class Look:
             return None  # nothing is missed, or all is
         if self.now.both:
             return self._resized(late, slow)
+        helping = Role.PREFILL if late is None else Role.DECODE
+        if self.now.of(helping) <= self.settings.least_workers:
+            why = f"{late or slow}; of those that {helping.value} none can be spared"
+            return Arrangement(0, 0, self.now.workers, self.now.chunk_tokens), why
         if late is not None:
             room = self._tokens_ms(self.load.of(Role.DECODE), self.now.decode - 1)
-            able = self.now.decode > self.settings.least_workers and room <= self.settings.goal.targets.tpot_ms
+            able = room <= self.settings.goal.targets.tpot_ms
             to = replace(self.now, prefill=self.now.prefill + 1, decode=self.now.decode - 1)
             return (to, f"{late}; with one worker fewer a token takes {shown(room)} ms") if able else None
         room = self._wait_ms(self.load.of(Role.PREFILL), self.now.prefill - 1)
-        able = self.now.prefill > self.settings.least_workers and room <= self.settings.goal.targets.ttft_ms
+        able = room <= self.settings.goal.targets.ttft_ms
         to = replace(self.now, prefill=self.now.prefill - 1, decode=self.now.decode + 1)
         return (to, f"{slow}; with one worker fewer prompts wait {shown(room)} ms") if able else None
 

@@ -170,7 +170,7 @@ class Replanner:
             return None
         outlook = Outlook(self.settings, self.predictor, recent, load.waiting_requests)
         before, after = outlook.attainment(self.arrangement), outlook.attainment(to)
-        if after < before:
+        if after < before + (self.settings.margin if to.both > self.arrangement.both else 0.0):
             return None
         change = outlook.change(self.arrangement, to, load, before, after)
         return None if self._goes_back(change, now_s) else replace(change, by="reactive", why=f"{why}; {change.why}")

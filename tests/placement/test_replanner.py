@@ -308,9 +308,12 @@ def test_settings_that_cannot_be_are_refused_by_name(field: str, value: object) 
 # --- the fast loop ---------------------------------------------------------------------------------------------------
 
 
-def step(start: Arrangement, busy: dict[Role, RoleLoad], like=None, looks: int = 2, **options: object) -> Change | None:
+def step(
+    start: Arrangement, busy: dict[Role, RoleLoad], like=None, looks: int = 2, predictor=None, **options: object
+) -> Change | None:
     """What the fast loop does by itself after some looks; the slow one is not asked."""
-    replanner = Replanner(settings(predictive_s=1e6, chunk_tokens=(256, 512, 1024), **options), Counted(), start)
+    told = settings(predictive_s=1e6, chunk_tokens=(256, 512, 1024), **options)
+    replanner = Replanner(told, predictor or Counted(), start)
     replanner.decide(0.0, Load(roles={}, in_flight=0))
     roles = {role: replace(busy.get(role, RoleLoad()), workers=start.of(role)) for role in Role}
     replanner._predictive_s = 1e6
@@ -377,6 +380,47 @@ def test_what_was_missed_counts_whatever_the_queues_say(like, to: Arrangement) -
 )
 def test_nothing_is_moved(start: Arrangement, busy: dict[Role, RoleLoad], like) -> None:
     assert step(start, busy, like) is None
+
+
+class Pooled(Counted):
+    """Workers that do both put their time where it is needed."""
+
+    def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
+        if not arrangement.both:
+            return super().attainment(arrangement, workload, rate)
+        seconds = workload.prompt_tokens.mean() / 1000 + workload.output_tokens.mean() / 100
+        return float(min(1.0, arrangement.both / (rate * seconds)))
+
+
+SPLIT = Arrangement(1, 1, 0, 512)
+
+
+@pytest.mark.parametrize(
+    ("busy", "like", "why"),
+    [
+        (
+            CROWDED,
+            served(output=28),
+            "a token takes 160 ms with 16 sequences; of those that prefill none can be spared",
+        ),
+        (
+            {Role.PREFILL: WAITING[Role.PREFILL]},
+            served(prompt=280, output=1),
+            "prompts wait 9000 ms for 9000 tokens before them; of those that decode none can be spared",
+        ),
+    ],
+    ids=["sequences crowd", "prompts wait"],
+)
+def test_where_none_can_be_spared_all_come_to_do_both(busy: dict[Role, RoleLoad], like, why: str) -> None:
+    change = step(SPLIT, busy, like, predictor=Pooled())
+    assert change is not None
+    assert (change.to, change.by) == (Arrangement(0, 0, 2, 512), "reactive")
+    assert change.why.startswith(why)
+
+
+def test_what_is_gained_by_doing_both_has_to_be_foretold() -> None:
+    """The same load, to workers of which one that does both is half of either."""
+    assert step(SPLIT, CROWDED, served(output=28)) is None
 
 
 def test_one_look_is_not_enough() -> None:
