@@ -28,7 +28,7 @@ from tests.chaos.served import MODEL, Gateway, save_sensitive_llama, shm_in_use,
 RAY_PORT, PORT = 6399, 8123
 START_S, QUIET_S, END_S = 240.0, 60.0, 60.0
 _RAY = ("--num-cpus", "1", "--object-store-memory", "80000000", "--disable-usage-stats")
-_SERVE = ("--host", "0.0.0.0", "--port", str(PORT), "--served-model-name", MODEL, "--dtype", "float32")
+_SERVE = ("--served-model-name", MODEL, "--dtype", "float32")
 _SMALL = ("--kv-cache-memory", "1MiB", "--cpus-per-worker", "1", "--handoff-min-tokens", "0", "--kv-transport", "tcp")
 
 
@@ -48,18 +48,23 @@ def ray_node(host: Host, log: Path, *flags: str) -> None:
         raise RuntimeError(f"Ray does not start on {host.address}: {log.read_text()[-2000:]}")
 
 
-@contextmanager
-def cluster(hosts: tuple[Host, Host], folder: Path) -> Iterator[str]:
-    """The URL of its gateway, for who is on the first host."""
+def ray_over(hosts: tuple[Host, Host], folder: Path) -> str:
+    """The address of a Ray cluster that both hosts are nodes of, with one core each."""
     one, other = hosts
     address = f"{one.address}:{RAY_PORT}"
     head = ("--head", "--port", str(RAY_PORT), "--include-dashboard=false", "--temp-dir", str(folder / "ray"))
     ray_node(one, folder / "head.log", *head)
     ray_node(other, folder / "node.log", "--address", address)
-    log = folder / "serve.log"
-    server = start(one, log, "cluster", "serve", str(folder), "--ray-address", address, *_SERVE, *_SMALL)
+    return address
+
+
+@contextmanager
+def served(host: Host, log: Path, address: str, *what: str) -> Iterator[str]:
+    """`slipstream serve` with these arguments, on this host. The URL of its gateway, for who is there too."""
+    listening = ("--host", "0.0.0.0", "--port", str(PORT))
+    server = start(host, log, "cluster", "serve", *what, "--ray-address", address, *listening)
     try:
-        yield f"http://{one.address}:{PORT}"
+        yield f"http://{host.address}:{PORT}"
     except BaseException:
         print(log.read_text()[-2000:])
         raise
@@ -117,8 +122,10 @@ def main() -> int:
     names = shm_names()
     with tempfile.TemporaryDirectory(prefix="sl-", ignore_cleanup_errors=True) as name, two_hosts(given.seed) as made:
         one, other, wire = made
-        save_sensitive_llama(Path(name))
-        with cluster((one, other), Path(name)) as url, one.entered():
+        folder = Path(name)
+        save_sensitive_llama(folder)
+        address = ray_over((one, other), folder)
+        with served(one, folder / "serve.log", address, name, *_SERVE, *_SMALL) as url, one.entered():
             faults = asyncio.run(judge(wire, url, given.seconds, given.clients, given.timeout, given.seed))
     faults["leftover shared memory"] = sorted(shm_names() - names - shm_in_use())
     for fault, found in faults.items():
