@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from sides import pool_of_noise
+from tcp_ends import LAYOUT, Taken
 
+from kv_transfer.pieces import rows_of
 from kv_transfer.transports import tcp_io
 
 
@@ -11,3 +14,9 @@ from kv_transfer.transports import tcp_io
 def tcp_on_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """TCP sends from the pool, although the runs of these tests are short."""
     monkeypatch.setattr(tcp_io, "MIN_VECTOR_BYTES", 1)
+
+
+@pytest.fixture
+def taken() -> Taken:
+    """A transfer to be, between pools of noise."""
+    return Taken(rows_of(pool_of_noise(LAYOUT, seed=1)), rows_of(pool_of_noise(LAYOUT, seed=2)))
