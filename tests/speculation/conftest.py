@@ -40,3 +40,9 @@ def pair(make_checkpoint: Callable[..., Path]) -> Pair:
     folder, draft = (make_checkpoint(vocab_size=VOCAB, seed=seed) for seed in (1, 2))
     target = ModelRunner.load(folder, dtype="float32", device="cpu", num_blocks=64, block_size=8)
     return Pair(target, folder, draft)
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint: Callable[..., Path]) -> ModelRunner:
+    """The plain tiny model."""
+    return ModelRunner.load(make_checkpoint(), dtype="float32", device="cpu", num_blocks=64, block_size=8)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -55,11 +52,6 @@ def drafting_by(name: str) -> InBatch:
         vocab_size=TINY["vocab_size"],
         max_budget=BUDGET,
     )
-
-
-@pytest.fixture(scope="module")
-def model(make_checkpoint: Callable[..., Path]) -> ModelRunner:
-    return ModelRunner.load(make_checkpoint(), dtype="float32", device="cpu", num_blocks=64, block_size=8)
 
 
 @EACH

@@ -20,7 +20,7 @@ from speculation.laws import DraftLaw
 from speculation.tree import ROOT, DraftBatch
 from tests.engine.late import LateRunner, engine_over
 from tests.engine.structured import world as structured
-from tests.speculation.test_in_batch import Prompter, in_batch
+from tests.speculation.prompting import Prompter, in_batch
 
 WRONG = 9
 

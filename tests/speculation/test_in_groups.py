@@ -13,7 +13,7 @@ from speculation.rounds import Needs
 from tests.engine import test_reproducible as reproducible
 from tests.engine.driver import TINY
 from tests.engine.late import LateRunner, check_same, engine_over
-from tests.speculation.test_in_batch import Prompter, in_batch
+from tests.speculation.prompting import Prompter, in_batch
 
 SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2}
 NUM_BLOCKS = 30

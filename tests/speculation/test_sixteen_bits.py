@@ -18,7 +18,7 @@ from speculation.tree import DraftBatch
 from tests.engine import test_reproducible as reproducible
 from tests.engine.driver import tokens
 from tests.engine.late import LateRunner
-from tests.speculation.test_in_batch import Prompter, in_batch, outputs
+from tests.speculation.prompting import Prompter, in_batch, outputs
 
 EPSILON = 2**-4
 """Between the logarithms of what the model gives both tokens."""

@@ -8,8 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -77,11 +76,6 @@ class Sleeper(Copier):
 
     def finish(self, key: int) -> None:
         self._call("finish")
-
-
-@pytest.fixture(scope="module")
-def model(make_checkpoint: Callable[..., Path]) -> ModelRunner:
-    return ModelRunner.load(make_checkpoint(), dtype="float32", device="cpu", num_blocks=64, block_size=8)
 
 
 def in_batch(*drafters: BaseDrafter, patience_s: float) -> InBatch:
