@@ -115,11 +115,12 @@ class Harness:
         step_tokens: int,
         grammars: Grammars | None,
         speculator: Speculator | None = None,
+        num_seqs: int = 8,
     ) -> None:
         self.reports: queue.Queue[Report] = queue.Queue()
         self.blocks = BlockManager(num_blocks, 8)
         config = SchedulerConfig(
-            max_num_seqs=8,
+            max_num_seqs=num_seqs,
             max_num_batched_tokens=step_tokens,
             max_model_len=256,
             max_steps_in_flight=runner.max_steps_in_flight,
@@ -151,6 +152,21 @@ class Harness:
                 output.finish = update.finish
         return list(found.values())
 
+    def beginnings(self, sequences: list[Sequence], length: int) -> list[list[int]]:
+        """So many tokens of each, which is aborted when it has them."""
+        found: dict[str, list[int]] = {sequence.request_id: [] for sequence in sequences}
+        for sequence in sequences:
+            self.engine.add(sequence)
+        short = set(found)
+        while short:
+            for update in self.reports.get(timeout=WAIT_S).updates:
+                name = update.sequence.request_id
+                found[name] += update.token_ids
+                if name in short and len(found[name]) >= length:
+                    self.engine.abort(name)
+                    short.discard(name)
+        return [token_ids[:length] for token_ids in found.values()]
+
 
 @contextmanager
 def engine_over(
@@ -160,8 +176,9 @@ def engine_over(
     step_tokens: int = 64,
     grammars: Grammars | None = None,
     speculator: Speculator | None = None,
+    num_seqs: int = 8,
 ) -> Iterator[Harness]:
-    harness = Harness(runner, num_blocks, step_tokens, grammars, speculator)
+    harness = Harness(runner, num_blocks, step_tokens, grammars, speculator, num_seqs)
     harness.engine.start()
     try:
         yield harness

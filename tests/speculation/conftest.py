@@ -10,7 +10,7 @@ import pytest
 from engine.runner import ModelRunner
 from speculation.heads.distil import Result
 from tests.engine.conftest import make_checkpoint, one_thread, reference
-from tests.speculation.drawn_texts import VOCAB, Pair
+from tests.speculation.drawn_texts import NUM_BLOCKS, VOCAB, Pair
 from tests.speculation.heads.trained import KINDS, distilled, save_target
 
 __all__ = ["make_checkpoint", "one_thread", "reference"]
@@ -38,7 +38,7 @@ def folders(results: dict[str, tuple[Path, Result]]) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def pair(make_checkpoint: Callable[..., Path]) -> Pair:
     folder, draft = (make_checkpoint(vocab_size=VOCAB, seed=seed) for seed in (1, 2))
-    target = ModelRunner.load(folder, dtype="float32", device="cpu", num_blocks=64, block_size=8)
+    target = ModelRunner.load(folder, dtype="float32", device="cpu", num_blocks=NUM_BLOCKS, block_size=8)
     return Pair(target, folder, draft)
 
 

@@ -22,8 +22,13 @@ from tests.engine.late import LateRunner, engine_over
 
 VOCAB = 12
 BUDGET = 8
-"""Enough that a tree has siblings. Requests go on for as long, so that there is room for it."""
+"""Enough that a tree has siblings. Requests may go on for as long, so that there is room for it."""
 PROMPT = [3, 5, 7, 5]
+AT_ONCE = 48
+"""Requests in a step. What a text is hangs on its seed and on what is drafted for it only, so more are sooner done; but
+all that begin in a step have to be drafted for in the next, so no more than the draft model catches up with then."""
+NUM_BLOCKS = 4 * AT_ONCE
+"""Of 8 tokens: a prompt, an output and drafts have 23 at the most."""
 Logits = Callable[[list[int]], torch.Tensor]
 """[tokens, VOCAB] of a text."""
 Allowed = Callable[[Sequence[int]], Sequence[int]]
@@ -68,7 +73,7 @@ def drawn(
         controller="fixed",
         weights={"draft_model": pair.draft},
     )
-    speculator = make_speculator(chosen, pair.target, 8)
+    speculator = make_speculator(chosen, pair.target, AT_ONCE)
     requests = [
         Request(
             request_id=str(seed),
@@ -78,9 +83,10 @@ def drawn(
         )
         for seed in range(count)
     ]
-    with engine_over(LateRunner(pair.target, 1), grammars=grammars, speculator=speculator) as harness:
-        found = harness.outputs([EngineSequence(request) for request in requests])
+    room = {"num_blocks": NUM_BLOCKS, "step_tokens": AT_ONCE * (1 + BUDGET), "num_seqs": AT_ONCE}
+    with engine_over(LateRunner(pair.target, 1), **room, grammars=grammars, speculator=speculator) as harness:
+        found = harness.beginnings([EngineSequence(request) for request in requests], length)
     assert not speculator.counters.switched_off
     counts = np.zeros((VOCAB,) * length, np.int64)
-    np.add.at(counts, tuple(np.array([output.token_ids[:length] for output in found]).T), 1)
+    np.add.at(counts, tuple(np.array(found).T), 1)
     return counts, sum(of.accepted_tokens for of in speculator.counters.by_drafter.values())
