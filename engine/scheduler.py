@@ -22,8 +22,6 @@ of one is in the next or, with more in flight, in one of the next few.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -37,42 +35,13 @@ from engine.drafts import Candidate, Draft, Verdict, moves_of
 from engine.schedule import Chunk, Opened, Schedule, SchedulerConfig, SequenceUpdate, check_fits, finish_after
 from engine.sequence import Sequence, Status
 from engine.step import UNDRAWABLE
+from engine.waiting import Ordered, awaits_prefix
 
-MIN_AWAITED_TOKENS = 128
-"""Fewer are computed sooner than somebody else's hand-off ends."""
 _UNDRAWABLE = Finish.from_error(
     Undrawable("no token can be drawn: the model's scores for this request are not numbers or all forbidden")
 )
 
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig", "SequenceUpdate"]
-
-
-class _Ordered:
-    """Sequences by (priority, arrival)."""
-
-    def __init__(self) -> None:
-        self._items: list[Sequence] = []
-
-    @staticmethod
-    def key(sequence: Sequence) -> tuple[int, int]:
-        return sequence.request.priority, sequence.arrival
-
-    def add(self, sequence: Sequence) -> None:
-        insort(self._items, sequence, key=self.key)
-
-    def remove(self, sequence: Sequence) -> None:
-        index = bisect_left(self._items, self.key(sequence), key=self.key)
-        assert self._items[index] is sequence, f"{sequence.request_id} is not in this queue"
-        del self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._items)
-
-    def __reversed__(self) -> Iterator[Sequence]:
-        return reversed(self._items)
 
 
 class Scheduler:
@@ -87,8 +56,8 @@ class Scheduler:
         self.blocks = blocks
         self.num_preemptions = 0
         self._live: dict[str, Sequence] = {}
-        self._waiting = _Ordered()
-        self._running = _Ordered()
+        self._waiting = Ordered()
+        self._running = Ordered()
         self._queued_tokens = 0  # of the waiting sequences, less those whose KV will arrive
         self._reserved: dict[str, Sequence] = {}
         self._handed_over_is_shared = True  # whether the prefix cache took the KV of the last hand-off
@@ -357,25 +326,8 @@ class Scheduler:
         return chain((s for s in self._running if s.num_pending_tokens > 1), self._reserved.values())
 
     def _awaits_prefix(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
-        """Whether one of the others brings the next block that this one could share, and half of what it lacks: else it
-        would wait for a step, or for all of a hand-off, to save little. It waits until it has that half, or the other
-        one is among them no more. A reservation may wait for those that have blocks only: while it waits, it holds
-        blocks where it was computed."""
-        others = [other for other in others if self._handed_over_is_shared or not other.awaits_kv]
-        awaited, last = sequence.awaited_block
-        if awaited in others and awaited.num_cacheable_blocks <= last:
-            return True  # what was found then: nothing need be looked up in every step
-        index = self.blocks.first_missing(sequence) if others else None
-        if index is None:
-            return False
-        lacking = len(sequence.token_ids) - index * self.blocks.block_size
-        for other in others:
-            enough = max(lacking / 2, MIN_AWAITED_TOKENS if other.awaits_kv else 1)
-            last = index + math.ceil(enough / self.blocks.block_size) - 1
-            if self.blocks.brings(other, sequence, index, last):
-                sequence.awaited_block = other, last
-                return True
-        return False
+        shared = [other for other in others if self._handed_over_is_shared or not other.awaits_kv]
+        return awaits_prefix(sequence, shared, self.blocks)
 
     def _headroom(self) -> int:
         """Blocks to leave free: one for each running sequence that will decode, so that what is admitted is not
@@ -465,7 +417,7 @@ class Scheduler:
             list(token_ids[:taken]),
             index,
             logprobs=None if logprobs is None else list(logprobs[:taken]),
-            prompt_logprobs=_take_prompt_logprobs(sequence),
+            prompt_logprobs=sequence.take_prompt_logprobs(),
             finish=finish,
             num_cached_tokens=sequence.num_cached_tokens if index == 0 else 0,
         )
@@ -477,7 +429,7 @@ class Scheduler:
             sequence,
             [],
             0,
-            prompt_logprobs=_take_prompt_logprobs(sequence),
+            prompt_logprobs=sequence.take_prompt_logprobs(),
             finish=Finish(reason=FinishReason.LENGTH),
             num_cached_tokens=sequence.num_cached_tokens,
         )
@@ -497,8 +449,3 @@ class Scheduler:
         sequence.status = Status.FINISHED
         if not sequence.in_flight:
             self.blocks.free(sequence)
-
-
-def _take_prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:
-    parts, sequence.prompt_logprobs = sequence.prompt_logprobs, []
-    return PromptLogprobs.joined(parts) if parts else None

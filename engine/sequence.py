@@ -111,3 +111,8 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens whose KV is still to be computed; 1 when decoding."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    def take_prompt_logprobs(self) -> PromptLogprobs | None:
+        """All that there are so far, from now on the caller's."""
+        parts, self.prompt_logprobs = self.prompt_logprobs, []
+        return PromptLogprobs.joined(parts) if parts else None
