@@ -12,13 +12,15 @@ serve: $(DEMO)
 	$(BIN)/slipstream serve demo $(ARGS)
 
 # Three at a time, which keep two cores busy: many a test waits for a process that it has started. In their order, where
-# files of few and long tests don't come last. Tests that start clusters or kill processes have the machine to themselves.
+# files of few and long tests don't come last. Tests that start clusters or kill processes come after these, two at a
+# time. Hundreds of processes are started, which would compile what they import, so none is to leave out the cache.
 ALONE  := tests/e2e tests/chaos
 
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(DEMO)
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

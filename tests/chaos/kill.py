@@ -31,6 +31,8 @@ from tests.chaos.served import KINDS, Cluster, save_sensitive_llama, shm_in_use,
 LEASE_S = 10.0
 QUIET_S = 30.0
 """How long blocks and mappings may take to go once nobody asks for anything: leases, heartbeats, and a slow machine."""
+PASSING_S = 2.0
+"""For how long a name may be between being made and being used, or being used no more and being gone."""
 
 
 Say = Callable[[str], None]
@@ -112,8 +114,20 @@ async def torment(folder: Path, plan: Plan, flags: tuple[str, ...] = (), say: Sa
     finally:
         load.close()
         left = await cluster.stop()
-    verdict.leftovers += [f"process {line}" for line in left] + sorted(shm_names() - names - shm_in_use())
+    verdict.leftovers += [f"process {line}" for line in left] + await _names_left(names)
     return verdict
+
+
+async def _names_left(before: set[str]) -> list[str]:
+    """New ones in /dev/shm that nobody uses, and that stay: those of others come and go."""
+    found: list[str] = []
+
+    async def none() -> bool:
+        found[:] = sorted(shm_names() - before - shm_in_use())
+        return not found
+
+    await until(none, PASSING_S)
+    return found
 
 
 async def _calm(load: Load, plan: Plan) -> Tally:
