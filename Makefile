@@ -11,9 +11,10 @@ ARGS   ?=
 serve: $(DEMO)
 	$(BIN)/slipstream serve demo $(ARGS)
 
-# Three at a time, which keep two cores busy: many a test waits for a process that it has started. In their order, where
-# files of few and long tests don't come last. Tests that start clusters or kill processes come after these, two at a
-# time. Hundreds of processes are started, which would compile what they import, so none is to leave out the cache.
+# Three at a time, which keep two cores busy: many a test waits for a process that it has started. In the order of
+# tests/conftest.py, not that of xdist, where files of few and long tests come last. Tests that start clusters or kill
+# processes come after these, two at a time. Hundreds of processes are started, which would compile what they import, so
+# none is to leave out the cache.
 ALONE  := tests/e2e tests/chaos
 
 test: export PYTHONDONTWRITEBYTECODE :=
