@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from core.errors import ConfigError
 from placement.arranged import Simulated
 from placement.arrangement import Arrangement
 from placement.native import serve
 from placement.predictive import Outlook
+from placement.refusals import reached
 from placement.replan_settings import ReplanSettings
 from placement.slo import shown
 from placement.traffic import Expected
@@ -65,11 +64,11 @@ def _check_reachable(found: list[Arrangement], settings: ReplanSettings, predict
     if best.attainment(targets) >= share:
         return
     wanted = " and ".join(f"{metric}={targets.of(metric):g} ms" for metric in targets.metrics)
-    reached = " and ".join(
-        f"{metric.upper()} {shown(np.percentile(best.of(metric), 90))} ms" for metric in targets.metrics
+    reachable = " and ".join(
+        f"{metric.upper()} {shown(reached(best, metric, settings.goal))} ms" for metric in targets.metrics
     )
     raise ConfigError(
         f"{wanted} are out of reach for {share:.0%} of the first {len(first)} requests: without load "
-        f"{best.attainment(targets):.0%} attain them, and 9 in 10 have {reached}",
+        f"{best.attainment(targets):.0%} attain them, and {share:.0%} have {reachable}",
         param="slo",
     )

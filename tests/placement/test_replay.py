@@ -12,6 +12,7 @@ from core.errors import ConfigError
 from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
 from placement.goodput import Goal
+from placement.latency import Coefficients, StepLatency
 from placement.layout import Layout, Link, Role
 from placement.load import RoleLoad
 from placement.native import serve
@@ -190,6 +191,17 @@ def test_targets_out_of_reach_are_refused_with_what_is_reachable() -> None:
     settings = ReplanSettings(goal=Goal(Targets(1.0, 1.0)), chunk_tokens=(512,))
     with pytest.raises(ConfigError, match=r"out of reach for 90% of the first 200 requests: .* 0% attain them"):
         start_of(None, 2, settings, strict, shifting(), 17.0)
+
+
+def test_what_is_reachable_is_told_for_the_share_that_is_asked_for() -> None:
+    """A worker that has each prompt to itself takes 1 ms for each of its tokens, and prompts have 10 to 200."""
+    step = StepLatency(*[Coefficients(0.0, 1.0, 0.0)] * 3, large_rows=10**6)
+    worker = Simulated(group(Role.BOTH, latency=step), Targets(1.0, 1.0), 4096)
+    asked = workload([10 * (1 + n) for n in range(20)], [2] * 20, [1000.0] * 20)
+    for share, ttft in ((0.5, "TTFT 100 ms"), (0.9, "TTFT 180 ms")):
+        settings = ReplanSettings(goal=Goal(Targets(1.0, 1.0), share), chunk_tokens=(512,))
+        with pytest.raises(ConfigError, match=rf"attain them, and {share:.0%} have {ttft} and TPOT"):
+            start_of(None, 2, settings, worker, asked, 1.0)
 
 
 def test_the_past_is_counted_in_whole_periods() -> None:
