@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,11 @@ class Outcome:
     ttft_ms: Times  # [requests]
     tpot_ms: Times  # [requests]
     e2e_ms: Times  # [requests]
+
+    @staticmethod
+    def joined(parts: Sequence[Outcome]) -> Outcome:
+        """Of the requests of all parts, one part after the other."""
+        return Outcome(*(np.concatenate([part.of(metric) for part in parts]) for metric in METRICS))
 
     def of(self, metric: str) -> Times:
         """# [requests]"""

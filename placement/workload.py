@@ -46,6 +46,11 @@ class Workload:
         """The first `requests` requests, over and over if there are fewer."""
         return self.chosen(np.arange(requests) % len(self))
 
+    def parts(self, count: int) -> list[Workload]:
+        """The same requests in so many runs, as long as each other within a request. Raises ConfigError if there are
+        fewer requests."""
+        return [self.chosen(rows) for rows in np.array_split(np.arange(len(self)), count)]
+
     def scaled(self, prompt: float, output: float) -> Workload:
         """With lengths so many times as long, though none longer than the longest here."""
         columns = {

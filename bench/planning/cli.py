@@ -21,13 +21,22 @@ _ELSEWHERE = ("kind", "topology_file", "ray_address", "out", "plot", "as_json")
 @click.option("--rates", help="Requests/s, as 0.5,1,2. Default: 30, 60 and 85 % of the best layout's goodput.")
 @click.option("--requests", default=60, type=click.IntRange(2), show_default=True, help="Of each run.")
 @click.option(
+    "--rounds", default=3, type=click.IntRange(1), show_default=True, help="In which these come, rates by turns."
+)
+@click.option(
     "--dataset",
     type=click.Path(path_type=Path),
     help="Questions in which prompts end. Default: random tokens; with --speculation a few questions of our own.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def plan(
-    names: tuple[str, ...], rates: str | None, requests: int, dataset: Path | None, as_json: bool, **flags: Any
+    names: tuple[str, ...],
+    rates: str | None,
+    requests: int,
+    rounds: int,
+    dataset: Path | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Serve layouts of a plan on this machine, and set what they do beside what is predicted."""
     try:
@@ -36,7 +45,7 @@ def plan(
         from engine.checkpoints.bars import Bars
 
         with Bars() as progress:
-            found = compare(names, rates, requests, dataset, progress, **flags)
+            found = compare(names, rates, requests, rounds, dataset, progress, **flags)
     except ConfigError as error:
         raise BadFlag(error.message) from error
     except Unavailable as error:

@@ -39,9 +39,9 @@ class Seen(msgspec.Struct):
 
 class Run(msgspec.Struct):
     """A layout at a rate. `errors`: (predicted - measured) / measured by `ttft_p50` and so on; of `attainment`, the
-    difference. `others_cores`: what processes of others took of this machine meanwhile. `before` and `after`: how many
-    times as long as predicted requests took that came one at a time, right before the run and right after it;
-    `at_pace`: what is predicted of steps that take as much longer, and `errors_at_pace` of that."""
+    difference. `others_cores`: what processes of others took of this machine meanwhile, in the worst of its rounds.
+    `paces`, of each round: how many times as long as predicted requests took that came one at a time, right before it
+    and right after it; `at_pace`: what is predicted of steps that take as much longer, and `errors_at_pace` of that."""
 
     layout: str
     rate_rps: float
@@ -49,35 +49,38 @@ class Run(msgspec.Struct):
     measured: Seen
     errors: dict[str, float]
     others_cores: float
-    before: Pace
-    after: Pace
+    paces: list[Pace]
     at_pace: Seen
     errors_at_pace: dict[str, float]
 
     @property
     def pace(self) -> Pace:
-        return self.before.between(self.after)
+        return Pace.mean(self.paces)
 
     @staticmethod
-    def of(
-        layout: str,
-        rate: float,
-        outcomes: Outcomes,
-        targets: Targets,
-        others_cores: float,
-        paces: tuple[Pace, Pace],
-    ) -> Run:
+    def of(layout: str, rate: float, rounds: Sequence[Round], targets: Targets) -> Run:
+        """Requests count alike, whatever their round."""
+        outcomes = (Outcome.joined(parts) for parts in zip(*(one.outcomes for one in rounds), strict=True))
         predicted, at_pace, measured = (Seen.of(outcome, targets) for outcome in outcomes)
         errors, errors_at_pace = (measured.errors_of(seen) for seen in (predicted, at_pace))
-        return Run(layout, rate, predicted, measured, errors, others_cores, *paces, at_pace, errors_at_pace)
+        others, paces = max(one.others_cores for one in rounds), [one.pace for one in rounds]
+        return Run(layout, rate, predicted, measured, errors, others, paces, at_pace, errors_at_pace)
 
 
 class Outcomes(NamedTuple):
-    """Of one run."""
+    """Of the same requests."""
 
     predicted: Outcome
     at_pace: Outcome
     measured: Outcome
+
+
+class Round(NamedTuple):
+    """A part of a run's requests."""
+
+    outcomes: Outcomes
+    pace: Pace
+    others_cores: float
 
 
 TOLERANCES = {"ttft_p50": 0.1, "ttft_p90": 0.15, "tpot_p50": 0.1, "tpot_p90": 0.15, "attainment": 0.05}
@@ -85,8 +88,8 @@ TOLERANCES = {"ttft_p50": 0.1, "ttft_p90": 0.15, "tpot_p50": 0.1, "tpot_p90": 0.
 
 
 class Comparison(msgspec.Struct):
-    """`best_predicted` and `best_measured` have the most goodput at the highest rate. What is within TOLERANCES, of
-    `figures`: `true` as it was profiled, and `true_at_pace` with steps as long as requests alone had them then."""
+    """`best_predicted` and `best_measured` have the most goodput at the highest rate. Of so many `runs`, by figure,
+    what is within TOLERANCES: `true` as profiled, `true_at_pace` with steps as long as requests alone had them then."""
 
     model: str
     ttft_ms: float
@@ -96,9 +99,8 @@ class Comparison(msgspec.Struct):
     runs: list[Run]
     best_predicted: str
     best_measured: str
-    true: int
-    true_at_pace: int
-    figures: int
+    true: dict[str, int]
+    true_at_pace: dict[str, int]
     e2e_ms: float | None = None
     percentiles: dict[str, float] = {}
 
@@ -114,16 +116,15 @@ class Comparison(msgspec.Struct):
             runs=[*runs],
             best_predicted=max(last, key=lambda run: _merit(run.predicted)).layout,
             best_measured=max(last, key=lambda run: _merit(run.measured)).layout,
-            true=sum(_true(run.errors) for run in runs),
-            true_at_pace=sum(_true(run.errors_at_pace) for run in runs),
-            figures=len(runs) * len(TOLERANCES),
+            true=_true([run.errors for run in runs]),
+            true_at_pace=_true([run.errors_at_pace for run in runs]),
             e2e_ms=targets.e2e_ms if "e2e" in targets.metrics else None,
             percentiles=targets.percentiles,
         )
 
 
-def _true(errors: dict[str, float]) -> int:
-    return sum(abs(errors[name]) <= most for name, most in TOLERANCES.items())
+def _true(errors: Sequence[dict[str, float]]) -> dict[str, int]:
+    return {name: sum(abs(each[name]) <= most for each in errors) for name, most in TOLERANCES.items()}
 
 
 def _merit(seen: Seen) -> tuple[float, float]:

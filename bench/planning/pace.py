@@ -5,6 +5,7 @@ within seconds, and not all of its processes are as fast."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,9 +31,10 @@ class Pace(NamedTuple):
     prompts: float = 1.0
     decodes: float = 1.0
 
-    def between(self, later: Pace) -> Pace:
-        """Of the time from this to a later one."""
-        return Pace(*(math.sqrt(one * other) for one, other in zip(self, later, strict=True)))
+    @staticmethod
+    def mean(paces: Sequence[Pace]) -> Pace:
+        """The geometric one."""
+        return Pace(*(math.prod(each) ** (1 / len(paces)) for each in zip(*paces, strict=True)))
 
     def of(self, layout: Layout) -> Layout:
         """With steps that take as much longer."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bench.planning.comparison import TOLERANCES, Comparison, Run, Seen
 
+_UNITS = {"attainment": "points"}
+
 
 def table(found: Comparison) -> str:
     """Of a run predicted / measured and the error, as profiled and at the machine's pace of that time."""
@@ -18,10 +20,19 @@ def table(found: Comparison) -> str:
     most = max(run.others_cores for run in found.runs)
     rows += ["", f"other processes took {most:.2f} cores at the most"]
     rows += ["", f"best predicted: {found.best_predicted}", f"best measured: {found.best_measured}{off}"]
-    limits = "p50 within 10 %, p90 within 15 %, attainment within 5 points"
-    rows.append(f"{found.true} of {found.figures} figures are true as profiled: {limits}")
-    rows.append(f"{found.true_at_pace} of {found.figures} are if steps take as much longer as for requests alone then")
+    rows += [_verdict(found, found.true, "as profiled")]
+    rows += [_verdict(found, found.true_at_pace, "if steps take as much longer as for requests alone then")]
     return "\n".join(rows)
+
+
+def _verdict(found: Comparison, true: dict[str, int], told: str) -> str:
+    """By figure, with what it may be off by."""
+    runs = len(found.runs)
+    each = (
+        f"{name.replace('_', ' ')} {count} (within {100 * TOLERANCES[name]:g} {_UNITS.get(name, '%')})"
+        for name, count in true.items()
+    )
+    return f"{sum(true.values())} of {runs * len(true)} figures are true {told}; of {runs} runs {', '.join(each)}"
 
 
 def _met(run: Run) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.planning.choice import choose, rates_of
-from bench.planning.comparison import Comparison, Outcomes, Run
+from bench.planning.comparison import Comparison, Outcomes, Round, Run
 from bench.planning.load import Server, serving
 from bench.planning.others import Others
 from bench.planning.pace import Pace, pace_of
@@ -34,14 +34,16 @@ def compare(
     names: Sequence[str],
     rates: str | None,
     requests: int,
+    rounds: int,
     dataset: Path | None,
     progress: Progress,
     *,
     model: str,
     **flags: Any,
 ) -> Comparison:
-    """`flags` are those of `slipstream plan`. Where there may be drafts, prompts end in questions (of `dataset`), as
-    those did that the drafter was profiled with. Raises ConfigError, or Unavailable if a request fails."""
+    """`flags` are those of `slipstream plan`. The requests of a run come in `rounds` parts. Where there may be drafts,
+    prompts end in questions (of `dataset`), as those did that the drafter was profiled with. Raises ConfigError, or
+    Unavailable if a request fails."""
     found = searched(model=model, kind=None, topology_file=None, ray_address=None, **flags)
     for warning in found.made.plan.warnings:
         progress.note(f"warning: {warning}")
@@ -57,7 +59,9 @@ def compare(
     questions: list[list[int]] = []
     if dataset is not None or found.drafter is not None:
         questions = question_ids(folder, dataset, _QUESTIONS * requests, int(workload.output_tokens.max()))
-    runs = [run for one in chosen for run in _runs(one, at, workload, found, folder, questions, progress)]
+    if rounds > requests:
+        raise ConfigError(f"--rounds {rounds}: more than the {requests} of --requests", param="rounds")
+    runs = [run for one in chosen for run in _runs(one, at, workload, rounds, found, folder, questions, progress)]
     return Comparison.of(model, found.goal.targets, requests, found.made.candidates[0].name, runs)
 
 
@@ -65,29 +69,34 @@ def _runs(
     candidate: Candidate,
     rates: Sequence[float],
     workload: Workload,
+    rounds: int,
     found: Searched,
     folder: Path,
     questions: Sequence[list[int]],
     progress: Progress,
 ) -> list[Run]:
+    """The workload in `rounds` parts, each at each rate, by turns, every other one backwards: so the rates share what
+    speeds the machine has."""
     progress.begin(f"{candidate.name}: starting")
-    progress.note(heading())
     tree = config_of(candidate, found.shapes, found.limits, found.topology, found.drafter)
     setting = found.shapes[candidate.decode.name].profile.setting
-    runs = []
+    done: dict[float, list[Round]] = {rate: [] for rate in rates}
     with serving(tree, folder, setting, questions) as server:
         server.warm_up(candidate.stages, workload)
         now = partial(pace_of, server, candidate.layout, workload)
         before = now()
-        for rate in rates:
-            progress.begin(f"{candidate.name}: {len(workload)} requests at {rate:.3g}/s")
-            others, measured, paces = _undisturbed(server, now, before, workload, rate, progress)
-            then = paces[0].between(paces[1]).of(candidate.layout)
-            predicted, paced_too = (serve(layout, workload, rate).outcome for layout in (candidate.layout, then))
-            outcomes = Outcomes(predicted, paced_too, measured)
-            runs.append(Run.of(candidate.name, rate, outcomes, found.goal.targets, others, paces))
-            progress.note("\n".join(lines(runs[-1])))
-            before = paces[1]
+        for number, part in enumerate(workload.parts(rounds)):
+            for rate in rates if number % 2 == 0 else rates[::-1]:
+                told = f"{candidate.name}: {len(part)} requests at {rate:.3g}/s"
+                progress.begin(told + (f", round {1 + number} of {rounds}" if rounds > 1 else ""))
+                others, measured, (before, after) = _undisturbed(server, now, before, part, rate, progress)
+                pace = Pace.mean([before, after])
+                layouts = candidate.layout, pace.of(candidate.layout)
+                predicted, paced_too = (serve(layout, part, rate).outcome for layout in layouts)
+                done[rate].append(Round(Outcomes(predicted, paced_too, measured), pace, others))
+                before = after
+    runs = [Run.of(candidate.name, rate, of_rate, found.goal.targets) for rate, of_rate in done.items()]
+    progress.note("\n".join([heading(), *(line for run in runs for line in lines(run))]))
     return runs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from bench.planning.choice import rates_of
-from bench.planning.comparison import Comparison, Outcomes, Run
+from bench.planning.comparison import Comparison, Outcomes, Round, Run
 from bench.planning.load import Server, outcome_of, serving
 from bench.planning.others import Others
 from bench.planning.pace import Pace, beside, pace_of
@@ -49,8 +48,27 @@ def outcome(ttft: list[float], tpot: list[float]) -> Outcome:
 
 
 def run(layout: str, rate: float, predicted: Outcome, measured: Outcome, others: float = 0.0) -> Run:
-    paces = Pace(1.0, 1.2), Pace(1.21, 1.2)
-    return Run.of(layout, rate, Outcomes(predicted, measured, measured), TARGETS, others, paces)
+    rounds = [
+        Round(Outcomes(predicted, measured, measured), pace, others) for pace in (Pace(1.0, 1.2), Pace(1.21, 1.2))
+    ]
+    return Run.of(layout, rate, rounds, TARGETS)
+
+
+def test_a_run_is_of_the_requests_of_all_its_rounds() -> None:
+    """Percentiles of all, not means of each round's."""
+    soon, late = outcome([10.0, 20.0, 30.0], [1.0] * 3), outcome([500.0], [30.0])
+    rounds = [Round(Outcomes(soon, soon, soon), Pace(), 0.1), Round(Outcomes(soon, late, late), Pace(), 0.3)]
+    found = Run.of("a", 1.0, rounds, TARGETS)
+    assert found.measured.ttft_ms["p50"] == 25.0
+    assert (found.predicted.attainment, found.measured.attainment, found.at_pace.attainment) == (1.0, 0.75, 0.75)
+    assert found.others_cores == 0.3
+
+
+def test_a_workload_is_cut_in_parts_that_have_all_of_it() -> None:
+    asked = workload([1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [0.1, 0.2, 0.3, 0.4, 0.5])
+    found = asked.parts(2)
+    assert [part.prompt_tokens.tolist() for part in found] == [[1, 2, 3], [4, 5]]
+    assert [part.gaps.tolist() for part in found] == [[0.1, 0.2, 0.3], [0.4, 0.5]]
 
 
 def test_errors_are_relative_to_what_was_measured_and_attainment_is_in_points() -> None:
@@ -85,8 +103,8 @@ def test_requests_that_tell_the_pace_come_one_at_a_time() -> None:
     assert pace_of(slower, layout, asked) == pytest.approx((1.1, 1.05), rel=0.01)  # type: ignore[arg-type]
 
 
-def test_the_pace_of_a_run_is_between_that_before_and_that_after() -> None:
-    assert Pace(1.0, 1.0).between(Pace(1.21, 1.44)) == pytest.approx((1.1, 1.2))
+def test_the_pace_of_a_round_is_between_that_before_and_that_after() -> None:
+    assert Pace.mean([Pace(1.0, 1.0), Pace(1.21, 1.44)]) == pytest.approx((1.1, 1.2))
 
 
 def test_the_best_is_the_one_with_most_within_the_targets_at_the_highest_rate() -> None:
@@ -102,14 +120,19 @@ def test_the_table_marks_figures_that_are_not_true_and_counts_those_that_are() -
     found = Comparison.of(
         "m", TARGETS, 1, "a", [run("a", 1.5, outcome([50.0], [10.0]), outcome([52.0], [14.0]), others=0.4)]
     )
-    assert (found.true, found.figures) == (3, 5)
+    assert found.true == {"ttft_p50": 1, "ttft_p90": 1, "tpot_p50": 0, "tpot_p90": 0, "attainment": 1}
     text = table(found)
     assert text.count("!") == 2
     assert "-3.8%" in text
     assert "other processes took 0.40 cores" in text
     assert "alone then, first tokens took 1.10 times as long, further ones 1.20:" in text
-    assert "\n3 of 5 figures are true as profiled" in text
-    assert "\n5 of 5 are if steps take as much longer as for requests alone then" in text
+    assert (
+        "\n3 of 5 figures are true as profiled; of 1 runs ttft p50 1 (within 10 %), ttft p90 1 (within 15 %), " in text
+    )
+    assert (
+        "attainment 1 (within 5 points)\n5 of 5 figures are true if steps take as much longer as for requests alone"
+        in text
+    )
 
 
 @pytest.mark.parametrize("rates", ["a", "1,,2", "0,1", "1,inf"])
@@ -207,7 +230,7 @@ def planned(model: Path, folder: Path, *flags: str, **changes: object):
 
 def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_path) -> None:
     flags = ["--layout", "1 x cpu TP1, chunks of 512", "--rates", "20", "--requests", "5", "--json"]
-    result = planned(model, tmp_path, *flags)
+    result = planned(model, tmp_path, *flags, "--rounds", "2")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     (told,) = found["runs"]
@@ -215,7 +238,8 @@ def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_p
     assert found["best_measured"] == told["layout"]
     assert told["measured"]["ttft_ms"]["p50"] > 0
     assert told["predicted"]["ttft_ms"]["p50"] > 14
-    paces = [math.sqrt(before * after) for before, after in zip(told["before"], told["after"], strict=True)]
+    assert len(told["paces"]) == 2
+    paces = [pace for each in told["paces"] for pace in each]
     at_pace = told["at_pace"]["ttft_ms"]["p50"] / told["predicted"]["ttft_ms"]["p50"]
     assert min(1.0, *paces) - 1e-9 <= at_pace <= max(1.0, *paces) + 1e-9
 
@@ -244,8 +268,7 @@ def test_targets_one_by_one_are_told_where_they_have_percentiles() -> None:
     targets = Targets(100.0, 20.0, 450.0, shares=(("ttft", 0.75),))
     predicted = Outcome(np.array([90.0, 110.0]), np.array([10.0, 10.0]), np.array([400.0, 500.0]))
     measured = Outcome(np.array([90.0, 90.0]), np.array([10.0, 30.0]), np.array([400.0, 500.0]))
-    paces = Pace(1.0, 1.0), Pace(1.0, 1.0)
-    found = Run.of("a", 1.5, Outcomes(predicted, predicted, measured), targets, 0.0, paces)
+    found = Run.of("a", 1.5, [Round(Outcomes(predicted, predicted, measured), Pace(), 0.0)], targets)
     assert (found.predicted.attainment, found.measured.attainment) == (0.5, 0.5)
     compared = Comparison.of("m", targets, 2, "a", [found])
     assert (compared.e2e_ms, compared.percentiles) == (450.0, {"ttft": 75.0})
@@ -271,6 +294,12 @@ def test_a_layout_with_drafts_is_run_with_the_questions_of_a_file(model, tmp_pat
     (told,) = json.loads(result.stdout)["runs"]
     assert told["layout"] == "1 x cpu TP1 with drafts, chunks of 512"
     assert told["measured"]["tpot_ms"]["p50"] > 0.0
+
+
+def test_rounds_have_a_request_each_at_the_least(model, tmp_path) -> None:
+    result = planned(model, tmp_path, "--requests", "3", "--rounds", "4")
+    assert result.exit_code == 2
+    assert "--rounds 4: more than the 3 of --requests" in result.stderr
 
 
 def test_a_layout_that_is_not_in_the_plan_is_refused_with_those_that_are(model, tmp_path) -> None:
