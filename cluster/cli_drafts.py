@@ -269,7 +269,10 @@ def _open(
     if len(fit) < len(ids):
         click.echo(f"{len(ids) - len(fit)} of {len(ids)} prompts are too long for the model, and left out", err=True)
     if not fit:
-        raise ConfigError("--prompts: there is none that fits the model's context")
+        raise ConfigError(
+            f"--prompts: there is none that fits the model's context of {served.max_model_len} tokens with "
+            f"--max-tokens {max_tokens} after it; lower that"
+        )
     num_blocks = room_for(fit, max_tokens, BATCH, _BLOCK_SIZE)
     return served, ModelRunner.load(folder, threads=threads, block_size=_BLOCK_SIZE, num_blocks=num_blocks), fit
 

@@ -77,7 +77,7 @@ class LoraModule(BaseModel):
     """The model that the API lists it under; None is the served one."""
 
 
-def _modules(value: object) -> object:
+def _modules(value: object, each: str = "adapter", example: str = "sql=adapters/sql") -> object:
     """A list of modules, as flags have it, as the mapping that it stands for. Raises ValueError."""
     if isinstance(value, dict):
         return {name: {"path": item} if isinstance(item, str) else item for name, item in value.items()}
@@ -85,14 +85,14 @@ def _modules(value: object) -> object:
         return value
     found: dict[str, Any] = {}
     for item in value:
-        name, module = _module(item)
+        name, module = _module(item, example)
         if name in found:
-            raise ValueError(f"{name} is there twice; give each adapter a name of its own")
+            raise ValueError(f"{name} is there twice; give each {each} once")
         found[name] = module
     return found
 
 
-def _module(item: object) -> tuple[str, dict[str, Any]]:
+def _module(item: object, example: str) -> tuple[str, dict[str, Any]]:
     """name=path, or vLLM's object with name, path and base_model_name, which a flag has as JSON."""
     if isinstance(item, str) and item.lstrip().startswith("{"):
         try:
@@ -109,7 +109,7 @@ def _module(item: object) -> tuple[str, dict[str, Any]]:
         return name, rest
     name, equals, path = item.partition("=") if isinstance(item, str) else ("", "", "")
     if not (name and equals and path):
-        raise ValueError(f"{item!r} is not name=path; write such as sql=adapters/sql")
+        raise ValueError(f"{item!r} is not name=path; write such as {example}")
     return name, {"path": path}
 
 
@@ -145,7 +145,7 @@ def _names(value: object) -> object:
 
 def _folders(value: object) -> object:
     """name=path items, as flags have them, as the mapping that they stand for; paths absolute. Raises ValueError."""
-    modules = _modules(value)
+    modules = _modules(value, "drafter", "draft_model=drafts/small")
     if not isinstance(modules, dict) or not all(isinstance(m, dict) and m.keys() == {"path"} for m in modules.values()):
         raise ValueError(f"{value!r} is not names with a path each; write such as small=drafts/small")
     return {name: str(_expanded(str(module["path"])).absolute()) for name, module in modules.items()}

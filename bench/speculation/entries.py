@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
+from cluster.config.engine import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.notation import parse_bytes
 from core.errors import ConfigError
+from core.types import Role
 from speculation.drafters.registry import DRAFTERS, DrafterKind
 from speculation.settings import Settings
 
@@ -40,6 +42,11 @@ def parse_entries(
     unknown name or what can't go together."""
     if drafters is None:
         drafters = ",".join(k.name for k in DRAFTERS.values() if not k.takes_weights and k is not USELESS)
+    if budget is not None and budget >= (rows := EngineSection().batched_tokens(Role.BOTH)):
+        raise ConfigError(
+            f"--budget: {budget} is above what a step has room for: {rows} tokens, the question's own among them; "
+            f"lower it to {rows - 1} at most"
+        )
     folders, max_bytes = _folders(weights), _bytes(memory)
     found = [
         _entry(tuple(names.split("+")), rule, controller, budget, folders, max_bytes)

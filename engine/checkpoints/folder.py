@@ -14,6 +14,7 @@ CheckConfig = Callable[[dict[str, Any]], object]
 
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+AS_MODEL = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 _LFS = b"version https://git-lfs"
 
 
@@ -31,9 +32,9 @@ def validate(folder: Path, check_config: CheckConfig | None = None) -> Path:
     return folder
 
 
-def check_shards(folder: Path) -> None:
-    """Raises ModelError unless the weights are there, whole, and no pickles."""
-    for shard in shards(folder):
+def check_shards(folder: Path, convert: str = AS_MODEL) -> None:
+    """Raises ModelError unless the weights are there, whole, and no pickles. `convert` as for `shards`."""
+    for shard in shards(folder, convert):
         _check_shard(shard)
 
 
@@ -54,12 +55,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def shards(folder: Path) -> list[Path]:
-    """The weight files: those the index names, else every safetensors file of the folder."""
+def shards(folder: Path, convert: str = AS_MODEL) -> list[Path]:
+    """The weight files: those the index names, else every safetensors file of the folder. `convert`: what makes such
+    ones of pickles."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         found = sorted(folder.glob("*.safetensors"))
-        return found or _refuse_without_weights(folder)
+        return found or _refuse_without_weights(folder, convert)
     weights = read_config(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise ModelError(f"{index} has no weight_map: fetch the model again")
@@ -72,11 +74,11 @@ def shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _refuse_without_weights(folder: Path) -> list[Path]:
+def _refuse_without_weights(folder: Path, convert: str) -> list[Path]:
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise ModelError(
             f"{folder} has pickled weights (.bin) only, and loading a pickle can run code: convert them where you "
-            "trust them, with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"trust them, with {convert}"
         )
     if next(folder.glob("*.gguf"), None):
         raise ModelError(f"{folder} has no safetensors weights: name the .gguf file in it instead")

@@ -82,7 +82,14 @@ class DraftModel(BaseDrafter):
         return replace(drafts, offsets=offsets_of(counts), version=self.version)
 
     def warm_up(self) -> None:
-        """Drafts for somebody who is not there, so that nobody waits for what is made on first use."""
+        """Drafts for somebody who is not there, so that nobody waits for what is made on first use. Raises ModelError
+        if the model has nothing to say, as one with spoilt weights."""
+        nobody = DraftRequest(-1, [0] * BLOCK_SIZE, 1, 0, 0.0, remember=False)
+        held = self._cache.hold(nobody, 1, {nobody.key})
+        _, logits = catch_up(self._runner, self._cache, [held], CATCH_UP_TOKENS)
+        self.finish(nobody.key)
+        if logits is None or bool(logits.isnan().any()):
+            raise ModelError(f"{self.surroundings.weights}: its logits are no numbers: fetch the draft model again")
         for temperature in (0.0, 1.0):
             nobody = DraftRequest(-1, [0] * BLOCK_SIZE, 1, 0, temperature, remember=False)
             self.propose([nobody], np.full(1, min(self.max_budget, WIDTH)), 0.0)

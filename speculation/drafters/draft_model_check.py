@@ -101,4 +101,4 @@ def room_for(folder: Path, config: ModelConfig, dtype: str, max_memory_bytes: in
 
 
 def _mib(count: float) -> str:
-    return f"{math.ceil(count / 2**20)} MiB"
+    return f"{math.ceil(10 * count / 2**20) / 10} MiB"

@@ -14,6 +14,7 @@ from speculation.heads.config import HeadConfig, read_head_config
 from speculation.heads.tensors import IN_TARGET, TO_TARGET, named, optional, shapes
 
 AGAIN = "make the head again, for this model"
+_AS_HEAD = "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
 _WHOLE = {TO_TARGET: ("I64", "I32"), IN_TARGET: ("BOOL",)}
 
 
@@ -42,7 +43,7 @@ def check_fits(config: HeadConfig, folder: Path, hidden_size: int, vocab_size: i
 
 def check_stored(config: HeadConfig, folder: Path) -> None:
     """Names, shapes and types, as the headers of the files have them."""
-    check_shards(folder)
+    check_shards(folder, _AS_HEAD)
     stored = {named(name): tensor for name, tensor in stored_tensors(folder).items()}
     wanted, other = shapes(config), optional(config)
     if config.draft_vocab_size < config.vocab_size:

@@ -48,7 +48,8 @@ def settings(**given: Any) -> Settings:
         ({"speculation_memory": "1K"}, "--speculation-memory, which drafters share, must be 64KiB at least"),
         ({"speculation_weights": ("copier=drafts",)}, "weights copier: this drafter takes none"),
         ({"speculation_weights": ("small_model=drafts",)}, "weights small_model: the drafters are copier"),
-        ({"speculation_weights": ("drafts",)}, "is not name=path"),
+        ({"speculation_weights": ("drafts",)}, "'drafts' is not name=path; write such as draft_model=drafts/small"),
+        ({"speculation_weights": ("copier=a", "copier=b")}, "copier is there twice; give each drafter once"),
         (
             {"speculation": "small_model", "speculation_weights": ("small_model=no/such/folder",)},
             "no/such/folder is not a folder",

@@ -11,6 +11,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 
 from core.errors import ConfigError, ModelError
 from speculation.drafters.draft_model_check import check
@@ -105,13 +106,22 @@ def test_too_little_memory_is_refused_with_what_it_takes(target: Path, folder: P
         lambda: check(folder, target, 100_000, "float32"),
         lambda: made(folder, vocab_size=128, max_memory_bytes=100_000),
     ):
-        with pytest.raises(ConfigError, match=r"has 1 MiB of memory, .* take \d+ MiB; raise --speculation-memory"):
+        with pytest.raises(
+            ConfigError, match=r"has 0\.1 MiB of memory, .* take 0\.[2-9] MiB; raise --speculation-memory"
+        ):
             refuse()
 
 
 def test_a_worker_refuses_another_vocabulary_too(folder: Path) -> None:
     with pytest.raises(ModelError, match="vocab_size is 128"):
         made(folder, vocab_size=97)
+
+
+def test_a_worker_refuses_weights_that_are_no_numbers(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.full_like(tensors[name], torch.nan)}))
+    with pytest.raises(ModelError, match=f"{folder}: its logits are no numbers"):
+        made(folder, vocab_size=128)
 
 
 def test_settings_have_it_checked(target: Path, folder: Path) -> None:
