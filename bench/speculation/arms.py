@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from cluster.config.engine import EngineSection
 from core.errors import SlipstreamError
-from core.types import FinishReason, Request, Role, SamplingParams, TokenLogprobs
+from core.types import FinishReason, PromptLogprobs, Request, Role, SamplingParams, TokenLogprobs
 from engine.block_manager import BlockManager
 from engine.drafts import Draft, Speculator, Verdict
 from engine.engine import Engine, Report
@@ -31,6 +31,7 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     first_s: float = 0.0
     """When the first token came."""
     seconds: float = 0.0
@@ -131,6 +132,7 @@ class Arm:
             answer.seconds = now
             answer.token_ids += update.token_ids
             answer.logprobs += update.logprobs or []
+            answer.prompt_logprobs = answer.prompt_logprobs or update.prompt_logprobs
             if update.finish is not None:
                 self._num_open -= 1
                 if update.finish.reason is FinishReason.ERROR:

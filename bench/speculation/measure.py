@@ -1,8 +1,8 @@
 """Pairs the answers: each batch of questions is put to an engine that speculates and to one that doesn't, which take
 their steps by turns.
 
-A greedy answer must be the same from both. Where it is not, the model's two best logits before the first other token
-must lie within MARGINS of each other: there rounding decides, which differs with the number of rows of a step.
+A greedy answer must be the same from both. Where it is not, the tokens that the two say first must both lie within
+`margin` of the model's best (rounding.py): there rounding decides, which differs with the rows of a step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from bench.exactness import MARGIN
 from bench.prompts import num_equal
 from bench.setting import setting_of
 from bench.speculation.arms import Answer, Arm, Watched, answer_by_turns, blocks_of
 from bench.speculation.goals import goals
 from bench.speculation.questions import Question, read_questions
 from bench.speculation.report import Drafts, Pair, Seconds, by_task
+from bench.speculation.rounding import margin_of
 from core.errors import ConfigError
 from core.types import SamplingParams
 from engine.runner import ModelRunner
@@ -32,8 +32,8 @@ from gateway.tokenizer import ServedModel
 from speculation.make import make_speculator
 from speculation.settings import Settings
 
-MARGINS = {"float32": MARGIN, "bfloat16": 2**-2, "float16": 2**-5}
-"""Of the short types: two steps between the numbers from 16 to 32, where the best logits of many models lie."""
+COMPARED = 16
+"""Tokens among which those that two answers say are looked for, where they part."""
 BLOCK_SIZE = 16
 _WARM_UP_TOKENS = 16
 """Of a made-up question that is asked before the others, and of its answer."""
@@ -75,21 +75,27 @@ def measure(folder: Path, options: Options, on_result: Callable[[dict[str, Any]]
     )
     try:
         runner.warm_up(max(entry.max_budget for entry in options.entries))
+        margin = margin_of(runner, questions)
         results = []
         for batch, entry in product(options.batches, options.entries):
-            results.append(_run(runner, entry, batch, questions, _sampling(options, model)))
+            results.append(_run(runner, entry, batch, questions, _sampling(options, model), margin))
             on_result(results[-1])
-        return {**setting_of(runner), **_asked(options), "margin": MARGINS[runner.layout.dtype], "results": results}
+        return {**setting_of(runner), **_asked(options), "margin": margin, "results": results}
     finally:
         runner.shutdown()
         runner.pool.close()
 
 
 def _run(
-    runner: ModelRunner, entry: Settings, batch: int, questions: Sequence[Question], sampling: SamplingParams
+    runner: ModelRunner,
+    entry: Settings,
+    batch: int,
+    questions: Sequence[Question],
+    sampling: SamplingParams,
+    margin: float,
 ) -> dict[str, Any]:
     """Batches are full ones: questions that are left over are not asked."""
-    with closing(Trial(runner, entry, batch)) as trial:
+    with closing(Trial(runner, entry, batch, margin)) as trial:
         trial.warm_up(batch)
         for first in range(0, len(questions) - batch + 1, batch):
             trial.ask(questions[first : first + batch], [replace(sampling, seed=first + i) for i in range(batch)])
@@ -134,10 +140,11 @@ def _num_blocks(questions: Sequence[Question], options: Options) -> int:
 class Trial:
     """An engine that speculates, and one that doesn't."""
 
-    def __init__(self, runner: ModelRunner, entry: Settings, batch: int) -> None:
+    def __init__(self, runner: ModelRunner, entry: Settings, batch: int, margin: float) -> None:
+        """`margin`: see rounding.py."""
         self.pairs: list[Pair] = []
         self.divergences: list[dict[str, Any]] = []
-        self._margin = MARGINS[runner.layout.dtype]
+        self._margin = margin
         self._vocab_size = runner.config.vocab_size
         self._num_asked = 0
         self._speculator = make_speculator(entry, runner, batch)
@@ -182,14 +189,18 @@ class Trial:
         return Seconds(counters.step_seconds, counters.draft_seconds, counters.verify_seconds)
 
     def _divergence(self, question: Question, plain: Answer, drafted: Answer) -> dict[str, Any]:
-        common = plain.token_ids[: num_equal(plain.token_ids, drafted.token_ids)]
-        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2)
+        """An answer that ends where the other goes on has nothing to say there, and no rounding explains it."""
+        place = num_equal(plain.token_ids, drafted.token_ids)
+        common = plain.token_ids[:place]
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=min(COMPARED, self._vocab_size))
         (answer,) = self._plain.answer([[*question.token_ids, *common]], [params])
-        (_, best), (_, second) = answer.logprobs[0].top
-        margin = best - second
+        likely = dict(answer.logprobs[0].top)
+        said = [token for one in (plain, drafted) for token in one.token_ids[place : place + 1]]
+        margin = max(likely.values()) - min(likely.get(token, min(likely.values())) for token in said)
+        known = len(said) == 2 and likely.keys() >= set(said)
         return {
             "question_id": question.question_id,
-            "position": len(common),
+            "position": place,
             "margin": margin,
-            "excused": margin < self._margin,
+            "excused": known and margin < self._margin,
         }

@@ -122,7 +122,7 @@ def _troubles(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"{where}: {len(found)} of {result['all']['questions']} answers are others than without, "
             f"{sum(not one['excused'] for one in found)} of them not by rounding; question {first['question_id']} from "
-            f"token {first['position']} on, where the two best logits are {first['margin']:.2g} apart"
+            f"token {first['position']} on, where what was said is {first['margin']:.2g} from the best"
         )
     return lines
 
