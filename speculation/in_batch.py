@@ -212,15 +212,8 @@ class InBatch:
     def _propose(
         self, name: str, rule: Rule, places: NDArray[np.int64], round_: Round, candidates: Sequence[Candidate]
     ) -> Part | None:
-        drafter, budgets = self._crew[name], round_.budgets
-        requests = [round_.requests[place] for place in places]
-
-        def propose() -> DraftBatch:
-            drafts = drafter.propose(requests, budgets.candidates[places], budgets.floor)
-            drafts.validate(self._vocab_size)
-            return drafts
-
-        drafts = self._crew.call(name, propose)
+        budgets = round_.budgets
+        drafts = self._ask(name, round_, places, budgets.candidates[places], budgets.floor)
         if drafts is None:
             return None
         drafts = self._controller.trim(drafts, budgets, places).prune(round_.load.limits[places])
@@ -246,6 +239,19 @@ class InBatch:
             round_.outcomes.append(outcome)
             for index, place in enumerate(part.candidates):
                 verdicts[step.sample_of(place)] = _verdict(part.drafts, outcome, index, step.logprobs_of(place))
+    def _ask(
+        self, name: str, round_: Round, places: NDArray[np.int64], budgets: NDArray[np.int64], floor: float
+    ) -> DraftBatch | None:
+        """What the drafter proposes for these requests of the step, or None and no such drafter any more."""
+        drafter, requests = self._crew[name], [round_.requests[place] for place in places]
+
+        def propose() -> DraftBatch:
+            drafts = drafter.propose(requests, budgets, floor)
+            drafts.validate(self._vocab_size, len(requests), drafter.law)
+            return drafts
+
+        return self._crew.call(name, propose)
+
         round_.verify_seconds += time.perf_counter() - started
         return verdicts
 

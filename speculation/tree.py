@@ -54,8 +54,13 @@ class DraftBatch:
         parents = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths) - 1
         return DraftBatch(tokens, parents, offsets, law, drafter, version)
 
-    def validate(self, vocab_size: int) -> None:
-        """Raises InternalError, naming drafter and field, unless this is as the class says."""
+    def validate(self, vocab_size: int, requests: int | None = None, law: DraftLaw | None = None) -> None:
+        """Raises InternalError, naming drafter and field, unless this is as the class says and, where given, for so
+        many requests and of this law."""
+        if requests is not None and self.num_requests != requests:
+            raise self._malformed(f"offsets: of {self.num_requests} requests, where {requests} are to be drafted for")
+        if law is not None and self.law is not law:
+            raise self._malformed(f"law: {self.law}, where the drafter's is {law}")
         nodes, offsets = len(self.tokens), self.offsets
         if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != nodes or (np.diff(offsets) < 0).any():
             raise self._malformed(f"offsets don't cover {nodes} nodes in order")

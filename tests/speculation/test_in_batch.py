@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from speculation.acceptance import Acceptance
 from speculation.controllers.base import Limits
 from speculation.controllers.registry import make_controller
 from speculation.in_batch import InBatch
+from speculation.laws import DraftLaw
+from speculation.qlaw import QLaw
 from speculation.rounds import DraftRequest
 from speculation.rules.registry import RULES
 from speculation.tree import DraftBatch
@@ -101,7 +105,37 @@ class Lying(Prompter):
         return DraftBatch.of_chains([[VOCAB + 1] for _ in requests], self.law, self.name)
 
 
-@pytest.mark.parametrize(("drafter", "reason"), [(Broken(), "no more ideas"), (Lying(), "not in a vocabulary")])
+class Forgetful(Prompter):
+    """Of whom it was asked about."""
+
+    def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        return DraftBatch.of_chains([[3]] * (len(requests) + 1), self.law, self.name)
+
+
+class Drawing(Prompter):
+    """By a law of which its rule may know nothing."""
+
+    def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        drafts = DraftBatch.of_chains([[3] for _ in requests], DraftLaw.IID, self.name)
+        rows = np.arange(len(requests))
+        return replace(drafts, q=QLaw(rows, torch.full((len(rows), VOCAB), 1 / VOCAB)))
+
+
+class Silent(Prompter):
+    def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
+        return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "reason"),
+    [
+        (Broken(), "no more ideas"),
+        (Lying(), "not in a vocabulary"),
+        (Forgetful(), "of 2 requests, where 1 are to be drafted for"),
+        (Drawing(), "law: iid, where the drafter's is point_mass"),
+        (Silent(), "'NoneType' object has no attribute"),
+    ],
+)
 def test_a_drafter_that_fails_is_switched_off_and_requests_go_on(
     model: ModelRunner, drafter: Prompter, reason: str
 ) -> None:
