@@ -1,6 +1,7 @@
 """Series of speculation, out of what workers count: vLLM's over all drafters of a worker, ours by drafter and version.
 
-The acceptance length is 1 + accepted tokens / drafts, the acceptance at a position accepted / drafts there.
+The acceptance length is 1 + accepted tokens / drafts, the acceptance at a position accepted / drafts there, alpha the
+sum of the summary of that name over its count.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
 from core.wire import DrafterCounters, SpeculationCounters
 
@@ -62,6 +63,14 @@ def speculation_counters(workers: Sequence[Speculating], labels: Sequence[str]) 
         for own, drafter in _by_drafter(workers):
             each.add_metric([*own, drafter.drafter, drafter.version], series.value(drafter))
         yield each
+    alpha = SummaryMetricFamily(
+        "slipstream:drafter_alpha",
+        "sum min(p, q) of the laws of target and drafter, where drafts were judged.",
+        labels=(*labels, "drafter", "version"),
+    )
+    for own, drafter in _by_drafter(workers):
+        alpha.add_metric([*own, drafter.drafter, drafter.version], drafter.alpha_positions, drafter.alpha_sum)
+    yield alpha
     for total_name, own_name, text, counts in _PER_POSITION:
         yield _over_all(workers, labels, total_name, text, counts)
         yield _of_each(workers, labels, own_name, text, counts)

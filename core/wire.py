@@ -83,6 +83,9 @@ class DrafterCounters(Struct, frozen=True, kw_only=True):
     drafts: int
     draft_tokens: int
     accepted_tokens: int
+    alpha_sum: float
+    """Of sum min(p, q), over the positions at which drafts were judged and it is known."""
+    alpha_positions: int
     drafts_per_position: list[int]
     """Drafts that had a token at each depth, the first being what follows the last token of the output."""
     accepted_per_position: list[int]

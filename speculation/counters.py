@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from core.wire import DrafterCounters, SpeculationCounters
 from speculation.alarm import Record, Watch
+from speculation.overlap import Overlap
 from speculation.rounds import Outcome, Timing
 from speculation.tree import DraftBatch
 
@@ -26,6 +27,9 @@ class DrafterCounts:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    alpha_sum: float = 0.0
+    alpha_positions: int = 0
+    """As Overlap."""
     reached: NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_POSITIONS, np.int64))
     """[depth - 1] drafts that had a node there."""
     accepted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_POSITIONS, np.int64))
@@ -47,21 +51,34 @@ class Counters:
     """Of steps in which somebody could have been drafted for."""
     verify_seconds: float = 0.0
 
-    def count(self, drafts: DraftBatch, outcome: Outcome, free: NDArray[np.bool_], requests: Sequence[int]) -> None:
-        """`free` and `requests` [requests]: as for Watch."""
-        counts = self.by_drafter.get((drafts.drafter, drafts.version))
-        if counts is None:
-            name = f"drafter {drafts.drafter} {drafts.version}".rstrip()
-            watch = Watch(name, self.records[drafts.drafter])
-            counts = self.by_drafter[drafts.drafter, drafts.version] = DrafterCounts(watch)
+    def count(
+        self,
+        drafts: DraftBatch,
+        outcome: Outcome,
+        shared: Overlap,
+        free: NDArray[np.bool_],
+        requests: Sequence[int],
+    ) -> None:
+        """`free` and `requests` [requests]: as for Watch; they draw freely if they are neither greedy nor bound to a
+        grammar: of others every draft may be right."""
+        counts = self._of(drafts)
         counts.drafts += drafts.num_requests
         counts.draft_tokens += drafts.num_nodes
         counts.accepted_tokens += len(outcome.path)
+        counts.alpha_sum += shared.total
+        counts.alpha_positions += shared.positions
         deepest = np.zeros(drafts.num_requests, np.int64)
         np.maximum.at(deepest, drafts.request_of, drafts.depths)
         counts.reached += _at_least(deepest)
         counts.accepted += _at_least(outcome.num_accepted)
         counts.watch.count(outcome.num_accepted > 0, free, requests)
+
+    def _of(self, drafts: DraftBatch) -> DrafterCounts:
+        key = drafts.drafter, drafts.version
+        if key not in self.by_drafter:
+            name = " ".join(filter(None, ("drafter", *key)))
+            self.by_drafter[key] = DrafterCounts(Watch(name, self.records[drafts.drafter]))
+        return self.by_drafter[key]
 
     def time(self, timing: Timing) -> None:
         self.draft_seconds += timing.draft_seconds
@@ -78,6 +95,8 @@ class Counters:
                     drafts=counts.drafts,
                     draft_tokens=counts.draft_tokens,
                     accepted_tokens=counts.accepted_tokens,
+                    alpha_sum=counts.alpha_sum,
+                    alpha_positions=counts.alpha_positions,
                     drafts_per_position=np.trim_zeros(counts.reached, "b").tolist(),
                     accepted_per_position=np.trim_zeros(counts.accepted, "b").tolist(),
                     alarm=counts.watch.alarm.value,

@@ -32,6 +32,7 @@ from speculation.counters import Counters
 from speculation.crew import PATIENCE_S, Crew
 from speculation.dice import KeyedDice
 from speculation.grammars import follow_grammars
+from speculation.overlap import Overlap, overlap
 from speculation.protocols import Controller, Drafter
 from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Outcome, Tally, TargetRows, Timing
 from speculation.rules.registry import DEFAULT_RULE, RULES, Rule
@@ -70,6 +71,7 @@ class Round:
     """Whether no other step was under way then."""
     parts: list[Part] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
@@ -223,22 +225,6 @@ class InBatch:
             drafts, places, masks = drafts.select(kept), places[kept], [masks[index] for index in kept]
         return Part(name, rule, places, drafts, masks)
 
-    # --- after it --------------------------------------------------------------------------------------------------
-
-    def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:
-        started = time.perf_counter()
-        step = Step(schedule, batch, output)
-        verdicts: list[int | Verdict] = output.token_ids[step.first_rows].tolist()
-        round_ = self._rounds[0]
-        assert round_ is not None, "there are drafts in the step"
-        for part in round_.parts:
-            rows = step.logit_rows_of(part.candidates)
-            outcome = part.rule.verify(
-                part.drafts, self._target_rows(part, round_, rows, batch, output), _dice(part, round_)
-            )
-            round_.outcomes.append(outcome)
-            for index, place in enumerate(part.candidates):
-                verdicts[step.sample_of(place)] = _verdict(part.drafts, outcome, index, step.logprobs_of(place))
     def _ask(
         self, name: str, round_: Round, places: NDArray[np.int64], budgets: NDArray[np.int64], floor: float
     ) -> DraftBatch | None:
@@ -252,6 +238,23 @@ class InBatch:
 
         return self._crew.call(name, propose)
 
+    # --- after it --------------------------------------------------------------------------------------------------
+
+    def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:
+        started = time.perf_counter()
+        step = Step(schedule, batch, output)
+        verdicts: list[int | Verdict] = output.token_ids[step.first_rows].tolist()
+        round_ = self._rounds[0]
+        assert round_ is not None, "there are drafts in the step"
+        for part in round_.parts:
+            rows = step.logit_rows_of(part.candidates)
+            warm = _warm(part, round_)
+            target = self._target_rows(part, warm, rows, batch, output)
+            outcome = part.rule.verify(part.drafts, target, _dice(part, round_))
+            round_.outcomes.append(outcome)
+            round_.overlaps.append(overlap(part.drafts, target, outcome, ~warm))
+            for index, place in enumerate(part.candidates):
+                verdicts[step.sample_of(place)] = _verdict(part.drafts, outcome, index, step.logprobs_of(place))
         round_.verify_seconds += time.perf_counter() - started
         return verdicts
 
@@ -263,8 +266,8 @@ class InBatch:
         drafted = False
         if round_ is not None:
             drafted = bool(round_.parts)
-            for part, outcome in zip(round_.parts, round_.outcomes, strict=True):
-                self._count(part, outcome, round_)
+            for part, outcome, shared in zip(round_.parts, round_.outcomes, round_.overlaps, strict=True):
+                self._count(part, outcome, shared, round_)
         plain = num_decodes == len(schedule.chunks) and not drafted
         if learners := list(self._crew) if drafted else self._readers(output, plain=plain):
             step = Step(schedule, batch, output)
@@ -294,13 +297,12 @@ class InBatch:
         self._crew.unpack(sequence, states)
 
     def _target_rows(
-        self, part: Part, round_: Round, rows: NDArray[np.int64], batch: StepBatch, output: StepOutput
+        self, part: Part, warm: NDArray[np.bool_], rows: NDArray[np.int64], batch: StepBatch, output: StepOutput
     ) -> TargetRows:
         tokens = output.token_ids[rows]
         if not part.rule.reads_laws or output.logits is None:
             return TargetRows(tokens)
         drafts = part.drafts
-        warm = np.array([round_.requests[place].temperature >= GREEDY_TEMPERATURE for place in part.candidates])
         if not warm.any():
             return TargetRows(tokens)
         lengths = drafts.lengths + 1
@@ -309,11 +311,12 @@ class InBatch:
         wanted = [row for row in (batch.sampling[index] for index in chosen) if isinstance(row, SamplingRow)]
         return TargetRows(tokens, sampling_law(output.logits[chosen], wanted), starts)
 
-    def _count(self, part: Part, outcome: Outcome, round_: Round) -> None:
+    def _count(self, part: Part, outcome: Outcome, shared: Overlap, round_: Round) -> None:
         asked = round_.budgets.tokens[part.candidates]
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
         keys = [round_.requests[place].key for place in part.candidates]
-        self.counters.count(part.drafts, outcome, self._drawn_freely(part, round_), keys)
+        free = _warm(part, round_) & np.array([mask is None for mask in part.masks])
+        self.counters.count(part.drafts, outcome, shared, free, keys)
 
     def _readers(self, output: StepOutput, *, plain: bool) -> list[str]:
         """Drafters that want to see rows that nobody drafted for; of plain steps, those that need not see every row do
@@ -370,12 +373,6 @@ class InBatch:
             lessons.append(absorbing)
         return lessons
 
-    @staticmethod
-    def _drawn_freely(part: Part, round_: Round) -> NDArray[np.bool_]:
-        """[requests] that are neither greedy nor bound to a grammar: of others every draft may be right."""
-        warm = [round_.requests[place].temperature >= GREEDY_TEMPERATURE for place in part.candidates]
-        return np.array([hot and mask is None for hot, mask in zip(warm, part.masks, strict=True)], np.bool_)
-
     def _record(self, round_: Round, step_seconds: float) -> None:
         """What the engine does around the step counts with it, where no other step was computed meanwhile: there is
         more of it where drafts are attached and judged."""
@@ -408,6 +405,11 @@ def _tell(lessons: Sequence[Callable[[], None]]) -> None:
 def _draft_of(part: Part, index: int) -> Draft:
     drafts, own = part.drafts, slice(part.drafts.offsets[index], part.drafts.offsets[index + 1])
     return Draft(drafts.tokens[own], drafts.parents[own], drafts.depths[own], part.masks[index])
+
+
+def _warm(part: Part, round_: Round) -> NDArray[np.bool_]:
+    """[requests] that are not greedy."""
+    return np.array([round_.requests[place].temperature >= GREEDY_TEMPERATURE for place in part.candidates], np.bool_)
 
 
 def _dice(part: Part, round_: Round) -> KeyedDice:

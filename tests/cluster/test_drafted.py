@@ -18,6 +18,8 @@ def worker(name: str, generated: int, drafted: int, accepted: int, role: Role = 
         drafts=drafted,
         draft_tokens=drafted,
         accepted_tokens=accepted,
+        alpha_sum=0.0,
+        alpha_positions=0,
         drafts_per_position=[],
         accepted_per_position=[],
     )

@@ -135,6 +135,8 @@ async def test_greedy_output_is_that_of_transformers_and_drafts_are_counted_wher
     assert copier.draft_tokens == sum(answer.drafted for answer in answers)
     assert copier.accepted_tokens == sum(answer.accepted for answer in answers)
     assert copier.accepted_tokens == sum(copier.accepted_per_position)
+    assert 0 < copier.alpha_sum <= copier.accepted_tokens
+    assert copier.alpha_sum < copier.alpha_positions
     assert decode.draft_seconds > 0 < decode.verify_seconds
     assert steps["both-0" if "colocated" in layout else "decode-0"] > 0
 

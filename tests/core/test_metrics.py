@@ -147,6 +147,8 @@ def drafter(name: str, version: str = "", alarm: str = "", *, times: int = 1) ->
         drafts=10 * times,
         draft_tokens=25 * times,
         accepted_tokens=8 * times,
+        alpha_sum=6.5 * times,
+        alpha_positions=13 * times,
         drafts_per_position=[10 * times, 9 * times, 6 * times],
         accepted_per_position=[6 * times, 2 * times],
         alarm=alarm,
@@ -175,6 +177,8 @@ def test_drafts_are_counted_over_all_drafters_and_by_drafter_and_version(registr
         head = own | {"drafter": "head", "version": version}
         assert registry.get_sample_value("slipstream:drafter_drafts_total", head) == drafts
         assert registry.get_sample_value("slipstream:drafter_acceptance_alarm", head) == alarm
+        alpha = [registry.get_sample_value(f"slipstream:drafter_alpha_{of}", head) for of in ("sum", "count")]
+        assert alpha == [0.65 * drafts, 1.3 * drafts]
         for name, counts in (("drafts", (10, 9, 6)), ("accepted_tokens", (6, 2))):
             found = [
                 registry.get_sample_value(f"slipstream:drafter_{name}_per_pos_total", head | {"position": str(place)})

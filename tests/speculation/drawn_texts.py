@@ -16,6 +16,7 @@ from engine.sampler import sampling_law
 from engine.sequence import Sequence as EngineSequence
 from engine.step import SamplingRow
 from engine.structured.grammars import Grammars
+from speculation.counters import DrafterCounts
 from speculation.make import make_speculator
 from speculation.settings import Settings
 from tests.engine.late import LateRunner, engine_over
@@ -63,8 +64,8 @@ def joint_law(logits: Logits, length: int, params: dict[str, Any], allowed: Allo
 
 def drawn(
     pair: Pair, rule: str, length: int, params: dict[str, Any], count: int, grammars: Grammars | None = None
-) -> tuple[NDArray[np.int64], int]:
-    """Of `count` requests, how often each text came, [VOCAB] * length, and how many draft tokens were accepted."""
+) -> tuple[NDArray[np.int64], DrafterCounts]:
+    """Of `count` requests, how often each text came, [VOCAB] * length, and what was counted of their drafts."""
     chosen = Settings(
         drafters=("draft_model",),
         rule=rule,
@@ -89,4 +90,5 @@ def drawn(
     assert not speculator.counters.switched_off
     counts = np.zeros((VOCAB,) * length, np.int64)
     np.add.at(counts, tuple(np.array(found).T), 1)
-    return counts, sum(of.accepted_tokens for of in speculator.counters.by_drafter.values())
+    [of_drafts] = speculator.counters.by_drafter.values()
+    return counts, of_drafts

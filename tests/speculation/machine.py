@@ -13,6 +13,7 @@ from speculation.acceptance import Acceptance
 from speculation.controllers.base import plain_step
 from speculation.counters import Counters
 from speculation.laws import DraftLaw
+from speculation.overlap import Overlap
 from speculation.protocols import Controller
 from speculation.rounds import Load, Outcome, Tally, Timing
 from speculation.tree import DraftBatch, offsets_of
@@ -171,7 +172,7 @@ def _count(counters: Counters, drafts: DraftBatch, outcome: Outcome, requests: N
     if len(kept):
         drafts = drafts.select(kept)
         outcome = Outcome.of(drafts, outcome.accepted, np.zeros(len(kept), np.int64))
-        counters.count(drafts, outcome, np.ones(len(kept), np.bool_), requests[kept].tolist())
+        counters.count(drafts, outcome, Overlap(0.0, 0), np.ones(len(kept), np.bool_), requests[kept].tolist())
 
 
 def best_budget(hardware: Hardware, drafter: SimulatedDrafter, batch: int, max_budget: int) -> tuple[int, float]:

@@ -14,9 +14,12 @@ from speculation.controllers.base import Limits
 from speculation.controllers.registry import make_controller
 from speculation.counters import Counters
 from speculation.laws import DraftLaw
+from speculation.overlap import Overlap
 from speculation.rounds import Outcome
 from speculation.tree import DraftBatch
 from tests.speculation.machine import Hardware, SimulatedDrafter, simulate
+
+NOTHING = Overlap(0.0, 0)
 
 AT_FIRST = Record().most_misses
 """Where nothing is known of a drafter."""
@@ -74,7 +77,7 @@ def test_what_is_counted_of_a_drafter_raises_its_alarm() -> None:
     rejected = Outcome.of(drafts, np.zeros(8, np.bool_), np.zeros(4, np.int64))
     for step in range(-(-AT_FIRST // 4)):
         assert all(not one.alarm for one in counters.snapshot().drafters), step
-        counters.count(drafts, rejected, np.ones(4, np.bool_), range(step, step + 4))
+        counters.count(drafts, rejected, NOTHING, np.ones(4, np.bool_), range(step, step + 4))
     assert [(one.drafter, one.alarm) for one in counters.snapshot().drafters] == [("wrong", "low")]
 
 
@@ -83,13 +86,13 @@ def test_the_better_a_drafter_was_the_sooner_it_is_missed() -> None:
     counters, drafts = Counters(), DraftBatch.of_chains([[5]] * 4, DraftLaw.POINT_MASS, "x", "1")
     for step in range(50):
         accepted = Outcome.of(drafts, np.arange(4) % 2 == 0, np.zeros(4, np.int64))
-        counters.count(drafts, accepted, np.ones(4, np.bool_), range(step, step + 4))
+        counters.count(drafts, accepted, NOTHING, np.ones(4, np.bool_), range(step, step + 4))
     most = counters.records["x"].most_misses
     assert most < AT_FIRST / 2
     newer, alarm = replace(drafts, version="2"), [""]
     rejected = Outcome.of(newer, np.zeros(4, np.bool_), np.zeros(4, np.int64))
     while not alarm[-1]:
-        counters.count(newer, rejected, np.ones(4, np.bool_), range(len(alarm), len(alarm) + 4))
+        counters.count(newer, rejected, NOTHING, np.ones(4, np.bool_), range(len(alarm), len(alarm) + 4))
         alarm.append(counters.by_drafter["x", "2"].watch.alarm.value)
     assert (alarm[-1], counters.by_drafter["x", "1"].watch.alarm) == ("low", Alarm.NONE)
     assert most <= 4 * (len(alarm) - 1) < most + 4

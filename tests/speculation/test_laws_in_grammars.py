@@ -62,8 +62,8 @@ def law(pair: Pair, reference: Logits) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("rule", ["sampled", "chain", "tree", "k_seq"])
 def test_drawn_texts_follow_the_law(pair: Pair, law: NDArray[np.float64], grammars: Grammars, rule: str) -> None:
-    counts, accepted = drawn(pair, rule, LENGTH, PARAMS, REQUESTS, grammars)
-    assert accepted > REQUESTS // 20
+    counts, of_drafts = drawn(pair, rule, LENGTH, PARAMS, REQUESTS, grammars)
+    assert of_drafts.accepted_tokens > REQUESTS // 20
     assert p_value(counts.sum(0).ravel(), law.sum(0).ravel()) > P_VALUE
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import speculation.rules.chain
+from speculation.counters import DrafterCounts
 from speculation.dice import KeyedDice
 from speculation.rounds import Outcome, TargetRows
 from speculation.tree import DraftBatch
@@ -33,14 +34,17 @@ def law(pair: Pair, reference: Logits) -> NDArray[np.float64]:
     return joint_law(partial(reference, pair.folder), LENGTH, PARAMS)
 
 
-def texts(pair: Pair, rule: str) -> tuple[NDArray[np.int64], int]:
+def texts(pair: Pair, rule: str) -> tuple[NDArray[np.int64], DrafterCounts]:
     return drawn(pair, rule, LENGTH, PARAMS, REQUESTS)
 
 
 @pytest.mark.parametrize("rule", ["sampled", "chain", "tree", "k_seq"])
 def test_drawn_texts_follow_the_law(pair: Pair, law: NDArray[np.float64], rule: str) -> None:
-    counts, accepted = texts(pair, rule)
-    assert accepted > REQUESTS // 10
+    counts, of_drafts = texts(pair, rule)
+    assert of_drafts.accepted_tokens > REQUESTS // 10
+    if rule == "chain":
+        alpha, positions = of_drafts.alpha_sum / of_drafts.alpha_positions, of_drafts.alpha_positions
+        assert abs(of_drafts.accepted_tokens / positions - alpha) < 5 * (alpha * (1 - alpha) / positions) ** 0.5
     assert p_value(counts.ravel(), law.ravel()) > P_VALUE
 
 
