@@ -2,7 +2,8 @@
 perhaps not being verified.
 
 A controller has few drafts of a useless drafter verified, a dozen in a thousand steps, so it is not waited for a share:
-it is enough that none of so many is accepted that one that works would not come to that once in 1 / CHANCE times.
+it is enough that none of so many is accepted that one that works would not come to that once in 1 / CHANCE times. While
+that is in doubt, drafts that are not verified tell as well (sounding.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ FLOOR, KEPT = 0.05, 0.25
 BELIEVED, REMEMBERED = 64, 4096
 """Drafts that make a record, and after which what was before counts half."""
 CHANCE = 1e-6
+DOUBT = 8
+"""Drafts in a row of which none is accepted, after which more is to be known."""
 OF_ONE = 16
 """Drafts of one request that count, where none is accepted in a row: its text may be an odd one."""
 
@@ -74,6 +77,10 @@ class Watch:
     @property
     def alarm(self) -> Alarm:
         return Alarm.LOW if self._low else Alarm.HIGH if self._high else Alarm.NONE
+
+    @property
+    def doubts(self) -> bool:
+        return self._low or self._misses >= DOUBT
 
     def count(self, accepted: NDArray[np.bool_], free: NDArray[np.bool_], requests: Sequence[int]) -> None:
         """Some drafts [drafts]: whether any of it was accepted, and whether its request draws freely; and which request

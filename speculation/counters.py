@@ -73,6 +73,16 @@ class Counters:
         counts.accepted += _at_least(outcome.num_accepted)
         counts.watch.count(outcome.num_accepted > 0, free, requests)
 
+    def doubts(self, drafter: str) -> bool:
+        """Whether one of its versions may be of no use."""
+        return any(counts.watch.doubts for (name, _), counts in self.by_drafter.items() if name == drafter)
+
+    def sounded(self, drafts: DraftBatch, right: NDArray[np.bool_], requests: Sequence[int]) -> None:
+        """Drafts for `requests`, some of those of `drafts`, that were not verified: whether a first token of each was
+        `right` [requests]. They say how good the drafter is, and nothing of whether drafts are verified."""
+        if len(right):
+            self._of(drafts).watch.count(right, np.zeros(len(right), np.bool_), requests)
+
     def _of(self, drafts: DraftBatch) -> DrafterCounts:
         key = drafts.drafter, drafts.version
         if key not in self.by_drafter:

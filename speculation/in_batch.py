@@ -37,6 +37,7 @@ from speculation.protocols import Controller, Drafter
 from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Outcome, Tally, TargetRows, Timing
 from speculation.rules.registry import DEFAULT_RULE, RULES, Rule
 from speculation.seen import Step, observed
+from speculation.sounding import NO_TOKEN, TOKENS, Sounding, soundable
 from speculation.tree import DraftBatch, ranges
 from speculation.wishes import Wishes
 
@@ -72,6 +73,7 @@ class Round:
     parts: list[Part] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     overlaps: list[Overlap] = field(default_factory=list)
+    soundings: list[Sounding] = field(default_factory=list)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
@@ -204,7 +206,19 @@ class InBatch:
                 round_.parts.append(part)
                 for index, place in enumerate(part.candidates):
                     drafts[place] = _draft_of(part, index)
+        for name in {name for name, _ in groups}:
+            self._sound(name, round_, candidates)
         return drafts if round_.parts else None
+
+    def _sound(self, name: str, round_: Round, candidates: Sequence[Candidate]) -> None:
+        """Also ask who may be of no use about requests of the step that nobody tries."""
+        if name not in self._crew or not self.counters.doubts(name):
+            return
+        budgets = round_.budgets
+        places = soundable(self._crew[name].needs, round_.load, budgets.candidates, candidates)
+        places = np.array([place for place in places if budgets.drafters[place] == name], np.int64)
+        if len(places) and (drafts := self._ask(name, round_, places, np.full(len(places), TOKENS), 0.0)) is not None:
+            round_.soundings.append(Sounding(places, drafts))
 
     def _rule_for(self, drafter: str, candidate: Candidate) -> Rule:
         """Logprobs are those of the engine's own rows, so whoever wants them is verified by its tokens."""
@@ -268,6 +282,8 @@ class InBatch:
             drafted = bool(round_.parts)
             for part, outcome, shared in zip(round_.parts, round_.outcomes, round_.overlaps, strict=True):
                 self._count(part, outcome, shared, round_)
+            for sounding in round_.soundings:
+                self._count_sounding(sounding, round_)
         plain = num_decodes == len(schedule.chunks) and not drafted
         if learners := list(self._crew) if drafted else self._readers(output, plain=plain):
             step = Step(schedule, batch, output)
@@ -317,6 +333,16 @@ class InBatch:
         keys = [round_.requests[place].key for place in part.candidates]
         free = _warm(part, round_) & np.array([mask is None for mask in part.masks])
         self.counters.count(part.drafts, outcome, shared, free, keys)
+
+    def _count_sounding(self, sounding: Sounding, round_: Round) -> None:
+        """Of requests that have got a token."""
+        requests = [round_.requests[place] for place in sounding.places]
+        firsts = (round_.load.context_tokens[sounding.places] + 1).tolist()
+        said = [request.token_ids[first : first + 1] for request, first in zip(requests, firsts, strict=True)]
+        emitted = np.array([tokens[0] if tokens else NO_TOKEN for tokens in said], np.int64)
+        kept = np.flatnonzero((emitted != NO_TOKEN) & (sounding.drafts.lengths > 0))
+        keys = [requests[index].key for index in kept]
+        self.counters.sounded(sounding.drafts, sounding.right(emitted)[kept], keys)
 
     def _readers(self, output: StepOutput, *, plain: bool) -> list[str]:
         """Drafters that want to see rows that nobody drafted for; of plain steps, those that need not see every row do

@@ -97,9 +97,10 @@ def simulate(
     seed: int = 0,
     wishes: Sequence[str] = (),
     counters: Counters | None = None,
+    sounds: bool = False,
 ) -> Run:
     """Steps of a batch of these classes, which may change with the step. `wishes`: as Load has them. A request has 40
-    steps."""
+    steps. `sounds`: whether the worker asks about those that are not tried, too."""
     hardware, rng, run = hardware or Hardware(), np.random.default_rng(seed), Run()
     stats = Acceptance(max_budget)
     before, rest, rested = list[str](), 0, 0
@@ -123,6 +124,10 @@ def simulate(
             outcome = _verify(drafts, rng)
             if counters is not None:
                 _count(counters, drafts, outcome, some + step // 40 * len(now))
+                if sounds and counters.doubts(name):
+                    others = np.flatnonzero(budgets.tokens == 0)
+                    right = rng.random(len(others)) < [drafters[name].accepts(now[r]) for r in others]
+                    counters.sounded(drafts, right, (others + step // 40 * len(now)).tolist())
             stats.observe(drafts, outcome, budgets.tokens[some], [now[r] for r in some])
             drafted[some], emitted[some] = drafts.lengths, outcome.num_accepted + 1
             draft_seconds += drafters[name].fixed + drafters[name].per_token * proposed

@@ -122,6 +122,29 @@ def test_a_drafter_that_the_controller_gives_up_is_found_by_the_few_drafts_that_
     assert verified[-1] - verified[0] < (2 * AT_FIRST / 3 if breaks else AT_FIRST)
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(16, 3000), (32, 2000)])
+def test_where_others_are_asked_about_as_well_it_is_found_in_a_fraction_of_the_steps(batch: int, steps: int) -> None:
+    """Without that it takes 10,000 at 16."""
+    alarms = []
+    for sounds in (False, True):
+        counters = Counters()
+        controller = make_controller("goodput", Limits(16, ("x",), Hardware().row_times((2, 5, 9, 17) * 3, 200)))
+        drafters = {"x": SimulatedDrafter(0.0)}
+        simulate(controller, drafters, ["any"] * batch, steps, counters=counters, sounds=sounds)
+        alarms.append(counters.by_drafter["x", ""].watch.alarm)
+    assert alarms == [Alarm.NONE, Alarm.LOW]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
+def test_a_drafter_that_is_only_not_worth_it_raises_none(alpha: float) -> None:
+    for seed in range(3):
+        counters = Counters()
+        controller = make_controller("goodput", Limits(16, ("x",), Hardware().row_times((2, 5, 9, 17) * 3, 200)))
+        drafters = {"x": SimulatedDrafter(alpha)}
+        simulate(controller, drafters, ["any"] * 16, 2000, counters=counters, sounds=True, seed=seed)
+        assert counters.by_drafter["x", ""].watch.alarm is Alarm.NONE
+
+
 def test_one_request_of_which_nothing_is_foretold_raises_none() -> None:
     watch = Watch("drafter x")
     feed(watch, drawn(LOW_DRAFTS, 0.5, 0))
