@@ -26,7 +26,7 @@ from tests.engine.driver import tokens
 from tests.engine.late import LateRunner, Output, engine_over
 from tests.engine.test_reproducible import Job
 from tests.speculation.characters import save_tokenizer
-from tests.speculation.test_in_batch import VOCAB, Prompter
+from tests.speculation.prompting import VOCAB, Prompter
 
 REQUESTS, LENGTH = 4, 30
 
