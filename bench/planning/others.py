@@ -7,6 +7,9 @@ import time
 
 import psutil
 
+_LOOK_S = 0.5
+_PATIENCE_S = 60.0
+
 
 class Others:
     """From when it is made."""
@@ -20,6 +23,19 @@ class Others:
         ours = sum(seconds - self._ours.get(pid, 0.0) for pid, seconds in _ours().items())
         taken = _busy_s() - self._busy_s - ours
         return max(0.0, taken / (time.monotonic() - self._began))
+
+
+def wait_for_others(most_cores: float) -> float:
+    """Until they take no more than that for half a second, or a minute has passed. How many seconds that took, less the
+    first look."""
+    began, waited = time.monotonic(), 0.0
+    while waited < _PATIENCE_S:
+        others = Others()
+        time.sleep(_LOOK_S)
+        if others.cores() <= most_cores:
+            break
+        waited = time.monotonic() - began
+    return waited
 
 
 def _busy_s() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.planning.comparison import TOLERANCES, Comparison, Run, Seen
+from bench.planning.comparison import TOLERANCES, Comparison, Run, Seen, within
 
 _UNITS = {"attainment": "points"}
 
@@ -57,10 +57,10 @@ def lines(run: Run) -> list[str]:
 
 def _compared(label: str, predicted: Seen, measured: Seen, errors: dict[str, float]) -> list[str]:
     pairs, off = "", ""
-    for name, most in TOLERANCES.items():
+    for name in TOLERANCES:
         one, other = (_figure(seen, name) for seen in (predicted, measured))
         pairs += f"{one:>8} /{other:>8}"
-        off += f"{f'{errors[name]:+.1%}' + ('' if abs(errors[name]) <= most else ' !'):>18}"
+        off += f"{f'{errors[name]:+.1%}' + ('' if within(name, errors[name]) else ' !'):>18}"
     return [f"{label}{pairs}", f"{'':>8}{off}"]
 
 

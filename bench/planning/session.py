@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.planning.choice import choose, rates_of
 from bench.planning.comparison import Comparison, Outcomes, Round, Run
-from bench.planning.load import Server, serving
-from bench.planning.others import Others
+from bench.planning.load import serving
+from bench.planning.others import Others, wait_for_others
 from bench.planning.pace import Pace, pace_of
 from bench.planning.report import heading, lines
 from bench.profiling.drafting import question_ids
@@ -27,7 +27,7 @@ _QUESTIONS = 4
 """For each request of a run, so that drafters are hardly asked for the same twice."""
 TRIES = 2
 DISTURBED = 0.15
-"""Cores that others may take during a run that counts."""
+"""Cores that others may take during a round, and while its pace is measured."""
 
 
 def compare(
@@ -84,35 +84,44 @@ def _runs(
     with serving(tree, folder, setting, questions) as server:
         server.warm_up(candidate.stages, workload)
         now = partial(pace_of, server, candidate.layout, workload)
-        before = now()
+        before: Pace | None = None
         for number, part in enumerate(workload.parts(rounds)):
             for rate in rates if number % 2 == 0 else rates[::-1]:
                 told = f"{candidate.name}: {len(part)} requests at {rate:.3g}/s"
                 progress.begin(told + (f", round {1 + number} of {rounds}" if rounds > 1 else ""))
-                others, measured, (before, after) = _undisturbed(server, now, before, part, rate, progress)
-                pace = Pace.mean([before, after])
+                one = undisturbed(partial(server.outcome, part, rate), now, before, progress)
+                pace = Pace.mean([one.before, one.after])
                 layouts = candidate.layout, pace.of(candidate.layout)
                 predicted, paced_too = (serve(layout, part, rate).outcome for layout in layouts)
-                done[rate].append(Round(Outcomes(predicted, paced_too, measured), pace, others))
-                before = after
+                done[rate].append(Round(Outcomes(predicted, paced_too, one.measured), pace, one.cores))
+                before = one.after if one.cores <= DISTURBED else None
     runs = [Run.of(candidate.name, rate, of_rate, found.goal.targets) for rate, of_rate in done.items()]
     progress.note("\n".join([heading(), *(line for run in runs for line in lines(run))]))
     return runs
 
 
-def _undisturbed(
-    server: Server, now: Callable[[], Pace], before: Pace, workload: Workload, rate: float, progress: Progress
-) -> tuple[float, Outcome, tuple[Pace, Pace]]:
-    """The cores that others took meanwhile, what became of the requests, and the pace before and after: of the run with
-    the least of TRIES, unless one is good enough before."""
-    tried: list[tuple[float, Outcome, tuple[Pace, Pace]]] = []
+class Tried(NamedTuple):
+    cores: float
+    """That others took meanwhile."""
+    measured: Outcome
+    before: Pace
+    after: Pace
+
+
+def undisturbed(
+    outcome: Callable[[], Outcome], now: Callable[[], Pace], before: Pace | None, progress: Progress
+) -> Tried:
+    """Of up to TRIES the one with which others interfered least, the first that is good enough. Each begins when others
+    rest, or after a while all the same; the pace right before it, if it is not known, is measured first."""
+    tried: list[Tried] = []
     for _ in range(TRIES):
+        if waited_s := wait_for_others(DISTURBED):
+            progress.note(f"waited {waited_s:.0f} s, as other processes computed")
         others = Others()
-        outcome = server.outcome(workload, rate)
-        cores, after = others.cores(), now()
-        tried.append((cores, outcome, (before, after)))
-        if cores <= DISTURBED:
+        first = now() if before is None or waited_s else before
+        tried.append(Tried(measured=outcome(), before=first, after=now(), cores=others.cores()))
+        if tried[-1].cores <= DISTURBED:
             break
-        before = after
-        progress.note(f"other processes took {cores:.2f} cores meanwhile")
-    return min(tried, key=lambda run: run[0])
+        progress.note(f"other processes took {tried[-1].cores:.2f} cores meanwhile")
+        before = None
+    return min(tried, key=lambda one: one.cores)
