@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from core.errors import ConfigError
 from core.wire import STATUS_PERIOD_S
@@ -47,8 +48,7 @@ class Group:
     cores: float = 0.0
 
 
-@dataclass(frozen=True)
-class Lane:
+class Lane(NamedTuple):
     """Where one step runs at a time. `every_step_ms` is added to each. Its reports come `report_phase` of the time
     between two of them earlier than if it had begun with one."""
 
@@ -121,9 +121,12 @@ class Layout:
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
         """Groups report by turns, as they would if they had started whenever."""
-        apart = 1 / len(self.groups)
-        groups = enumerate(self.groups)
-        return tuple(lane for number, group in groups for lane in [_lane(number, group, number * apart)] * group.stages)
+        apart, found, before = 1 / len(self.groups), list[Lane](), None
+        for number, group in enumerate(self.groups):
+            alike = found[-1] if group is before else _lane(number, group)
+            found += [alike._replace(group=number, report_phase=number * apart)] * group.stages
+            before = group
+        return tuple(found)
 
     def check(self, workload: Workload) -> None:
         """Raise ConfigError for a request that some group could never hold. Prefill groups see output tokens only of
@@ -144,7 +147,7 @@ class Layout:
 NO_SPECULATION = Speculation(acceptance_length=1.0, rows=1)
 
 
-def _lane(number: int, group: Group, report_phase: float = 0.0) -> Lane:
+def _lane(number: int, group: Group) -> Lane:
     return Lane(
         group=number,
         role=group.role,
@@ -158,7 +161,7 @@ def _lane(number: int, group: Group, report_phase: float = 0.0) -> Lane:
         host=group.host,
         contention=group.contention,
         cores=group.cores / group.stages,
-        report_phase=report_phase,
+        report_phase=0.0,
     )
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,15 +78,14 @@ def serve_unless_missed(layout: Layout, workload: Workload, rate: float, limits:
         served = serving.serve_plainly(layout, workload, rate)
         return served if limits.kept(served.outcome) else None
     layout.check(workload)
-    lanes = layout.lanes
+    packed = _packed_layout(layout)
     arrivals = workload.arrivals_ms(rate)
-    first, last, busy = np.zeros(len(workload)), np.zeros(len(workload)), np.zeros(len(lanes))
+    first, last, busy = np.zeros(len(workload)), np.zeros(len(workload)), np.zeros(len(layout.lanes))
     preemptions = library.simulate_serving(
-        *(_lane_specs(lanes), len(lanes)),
-        (_Link * len(layout.links))(*(_Link(link.ms_per_token, link.latency_ms) for link in layout.links)),
-        *(len(layout.links), _paths(layout, lanes), layout.handoff_min_tokens, layout.report_ms),
+        *(packed.lanes, len(layout.lanes)),
+        *(packed.links, len(layout.links), packed.paths, layout.handoff_min_tokens, layout.report_ms),
         *_limits(limits, layout.overhead_ms),
-        *_outages(layout, lanes),
+        *packed.outages,
         *(len(workload), arrivals, _contiguous(workload.prompt_tokens), _contiguous(workload.output_tokens)),
         *(_contiguous(workload.cached_tokens), first, last, busy),
     )
@@ -177,19 +175,40 @@ def _packed(pipelines: Pipelines) -> _Pipelines:
     )
 
 
-def _lane_specs(lanes: Sequence[Lane]) -> ctypes.Array[_LaneSpec]:
-    """A lane like the one before it is a copy of that, but for its place and when it reports."""
-    specs, before = (_LaneSpec * len(lanes))(), None
-    for number, lane in enumerate(lanes):
-        alike, before = before is not None and _alike(lane) == _alike(before), lane
+class _PackedLayout(NamedTuple):
+    """Read only."""
+
+    of: Layout
+    lanes: ctypes.Array[_LaneSpec]
+    links: ctypes.Array[_Link]
+    paths: Lengths
+    outages: tuple[ctypes.Array[_Outage], int]
+
+
+_last_packed: _PackedLayout | None = None
+"""A layout is mostly simulated several times in a row."""
+
+
+def _packed_layout(layout: Layout) -> _PackedLayout:
+    global _last_packed
+    packed = _last_packed
+    if packed is None or packed.of is not layout:
+        lanes = layout.lanes
+        links = (_Link * len(layout.links))(*(_Link(link.ms_per_token, link.latency_ms) for link in layout.links))
+        packed = _PackedLayout(layout, _lane_specs(layout), links, _paths(layout, lanes), _outages(layout, lanes))
+        _last_packed = packed
+    return packed
+
+
+def _lane_specs(layout: Layout) -> ctypes.Array[_LaneSpec]:
+    """A lane of a group like the one before it is a copy of that, but for its place and when it reports."""
+    specs, before = (_LaneSpec * len(layout.lanes))(), None
+    for number, lane in enumerate(layout.lanes):
+        alike, before = layout.groups[lane.group] is before, layout.groups[lane.group]
         specs[number] = specs[number - 1] if alike else _lane_spec(lane)
         specs[number].island, specs[number].host = lane.island, lane.host
         specs[number].report_phase = lane.report_phase
     return specs
-
-
-_PLACES = {"group", "island", "host", "report_phase"}
-_alike = attrgetter(*(field.name for field in fields(Lane) if field.name not in _PLACES))
 
 
 def _lane_spec(lane: Lane) -> _LaneSpec:

@@ -125,6 +125,8 @@ class Serving {
         for (int i = 0; i < num_lanes; ++i) {
             told_[i].role = specs[i].role;
             told_[i].island = specs[i].island;
+            all_.push_back(i);
+            (specs[i].role == prefills ? givers_ : takers_).push_back(i);
             lanes_[i].spec = &specs[i];
             lanes_[i].told = &told_[i];
             contention_ |= contends(specs[i]);
@@ -228,15 +230,27 @@ class Serving {
         lane.told->free -= tokens;
     }
 
+    // Of those asked, where the router always knows; else, if any is due, of all: mostly none is. Who reports before it is
+    // looked at tells the same, as what changes is reported first.
+    void reports_due(const std::vector<int>& asked) {
+        if (now_ < next_report_ms_) return;
+        if (report_ms_ > 0) next_report_ms_ = std::numeric_limits<double>::infinity();
+        for (int i : report_ms_ > 0 ? all_ : asked) {
+            if (told_[i].down) continue;
+            report(lanes_[i]);
+            if (report_ms_ > 0) next_report_ms_ = std::min(next_report_ms_, told_[i].next_report_ms);
+        }
+    }
+
     // Without branches on what is compared: lanes are much alike.
     int least_live(const Request& r) {
+        reports_due(takers_);
         const int64_t needed = r.target - r.cached;
         int64_t least = std::numeric_limits<int64_t>::max(), most_free = 0;
         int best = -1;
-        for (int i = 0; i < static_cast<int>(told_.size()); ++i) {
+        for (int i : takers_) {
             const Told& told = told_[i];
-            if (told.down || told.role == prefills) continue;
-            if (now_ >= told.next_report_ms) report(lanes_[i]);
+            if (told.down) continue;
             const int64_t free = told.free, live = told.live + (static_cast<int64_t>(free < needed) << 32);
             const bool better = (live < least) | ((live == least) & (free > most_free));
             least = better ? live : least;
@@ -247,12 +261,12 @@ class Serving {
     }
 
     int least_pending(int64_t island) {
+        reports_due(givers_);
         int64_t least = std::numeric_limits<int64_t>::max();
         int best = -1;
-        for (int i = 0; i < static_cast<int>(told_.size()); ++i) {
+        for (int i : givers_) {
             const Told& told = told_[i];
-            if (told.down || told.role != prefills || told.island != island) continue;
-            if (now_ >= told.next_report_ms) report(lanes_[i]);
+            if (told.down || told.island != island) continue;
             const bool better = told.pending < least;
             least = better ? told.pending : least;
             best = better ? i : best;
@@ -714,7 +728,7 @@ class Serving {
 
     void repair(int index) {
         if (--told_[index].down) return;
-        told_[index].next_report_ms = 0.0;  // it comes back with a report
+        told_[index].next_report_ms = next_report_ms_ = 0.0;  // it comes back with a report
         std::vector<int> stranded;
         stranded.swap(stranded_);
         for (int i : stranded) route(i);
@@ -723,6 +737,8 @@ class Serving {
 
     std::vector<Lane> lanes_;
     std::vector<Told> told_;  // by lane
+    std::vector<int> all_, takers_, givers_;  // lanes; those that decode, and those that only prefill
+    double next_report_ms_ = 0.0;             // no lane that is up reports before
     std::vector<Request> requests_;
     std::vector<int> stranded_;
     std::vector<std::pair<int, int>> chunks_;
