@@ -76,12 +76,17 @@ class Interval:
 def attains(layout: Layout, workload: Workload, rate: float, goal: Goal) -> bool:
     """Whether the share meets the targets, after warm-up, and in the second half too: if queues still grow there, the
     run is not in a steady state and a longer one would fail."""
+    return serve_unless_missed(layout, workload, rate, limits_of(len(workload), goal)) is not None
+
+
+def limits_of(requests: int, goal: Goal) -> Limits:
+    """What a run of so many may miss."""
     windows = tuple(
-        Window(metrics, start, _allowed(share, len(workload) - start))
+        Window(metrics, start, _allowed(share, requests - start))
         for metrics, share in goal.demands.items()
-        for start in (int(len(workload) * WARM_UP), len(workload) // 2)
+        for start in (int(requests * WARM_UP), requests // 2)
     )
-    return serve_unless_missed(layout, workload, rate, Limits(goal.targets, windows)) is not None
+    return Limits(goal.targets, windows)
 
 
 def _allowed(share: float, requests: int) -> int:

@@ -72,6 +72,10 @@ class Outcome:
         """Of the requests of all parts, one part after the other."""
         return Outcome(*(np.concatenate([part.of(metric) for part in parts]) for metric in METRICS))
 
+    def of_length(self, requests: int) -> Outcome:
+        """Of the first `requests` requests, over and over if there are fewer, as Workload.of_length has them."""
+        return Outcome(*(np.resize(self.of(metric), requests) for metric in METRICS))
+
     def of(self, metric: str) -> Times:
         """# [requests]"""
         values: Times = getattr(self, f"{metric}_ms")

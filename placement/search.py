@@ -13,12 +13,26 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from core.errors import ConfigError
 from placement.bounds import Demand
 from placement.candidates import Candidate, Option, Space, candidates
-from placement.goodput import UNLOADED, Goal, Interval, attains, draws, goodput, goodput_near, interval, next_rate
+from placement.goodput import (
+    UNLOADED,
+    Goal,
+    Interval,
+    attains,
+    draws,
+    goodput,
+    goodput_near,
+    interval,
+    limits_of,
+    next_rate,
+)
 from placement.layout import Layout, Role
 from placement.native import serve
+from placement.outcome import Outcome
 from placement.pools import most_each, sized, why_none
 from placement.refusals import by_reason, reached, too_slow
 from placement.slo import shown
@@ -209,6 +223,25 @@ class _Most:
     known: dict[tuple[str, Role, int], float] = field(default_factory=dict)
     slow: dict[str, str] = field(default_factory=dict)
     """Groups that are too slow for the targets, whatever is beside them."""
+    alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
+    drawn: dict[int, Workload] = field(default_factory=dict)
+
+    def requests(self, candidate: Candidate) -> Workload:
+        """That it is tried with."""
+        if candidate.stages not in self.drawn:
+            self.drawn[candidate.stages] = sized(self.workload, candidate.stages)
+        return self.drawn[candidate.stages]
+
+    def attains_alone(self, candidate: Candidate) -> bool:
+        """Whether requests that come one at a time attain the goal, as many as the layout is tried with. What one takes
+        then is the same for all layouts of a kind over a link, so that one of them is simulated."""
+        key = candidate.kinds, candidate.link
+        if key not in self.alone:
+            most = len(sized(self.workload, sum(map(sum, self.space.nodes.values()))))
+            asked = self.workload.of_length(min(len(self.workload), most))
+            self.alone[key] = serve(candidate.layout, asked.with_gaps(np.ones(len(asked))), UNLOADED).outcome
+        requests = len(self.requests(candidate))
+        return limits_of(requests, self.goal).kept(self.alone[key].of_length(requests))
 
     def __call__(self, option: Option, role: Role, chunk_tokens: int) -> float:
         key = option.name, role, 0 if role is Role.DECODE else chunk_tokens  # decodes alone are never cut in chunks
@@ -249,9 +282,10 @@ def _why_not(candidate: Candidate, workload: Workload) -> str | None:
 
 def _evaluate(candidate: Candidate, bound: float, to_beat: float, most: _Most, objective: Objective) -> Evaluated:
     cost = _cost(candidate, objective)
-    workload = sized(most.workload, candidate.stages)
+    if to_beat == 0.0 and not most.attains_alone(candidate):
+        return Evaluated(candidate, 0.0, 0.0)
     needed = next_rate(to_beat * cost) if to_beat > 0.0 else 0.0
-    found = goodput(candidate.layout, workload, most.goal, ceiling=bound, floor=needed)
+    found = goodput(candidate.layout, most.requests(candidate), most.goal, ceiling=bound, floor=needed)
     if found < needed:
         return Evaluated(candidate, needed, needed / cost, exact=False)
     return Evaluated(candidate, found, found / cost)

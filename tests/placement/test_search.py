@@ -20,7 +20,9 @@ from placement.native import serve
 from placement.outcome import Targets
 from placement.packing import packed
 from placement.search import Evaluated, Found, Nothing, Objective, cheapest, exhaustive, look, ranking, search
+from placement.serving import Served
 from placement.topology import NodeKind, Topology, Wire
+from placement.workload import Workload
 from tests.placement.pipelines import azure_like
 
 REQUESTS = azure_like(2000)
@@ -321,6 +323,27 @@ def test_impossible_targets_are_answered_with_the_best_reachable() -> None:
         search(only, REQUESTS, goal)
     with pytest.raises(ConfigError, match="at any rate"):
         search(space(), REQUESTS, Goal(Targets(500.0, 1.0)))
+
+
+def test_targets_that_are_missed_by_little_cost_a_simulation_for_each_kind_of_layout(monkeypatch) -> None:
+    """By so little that no bound says so: pools of groups have some slack."""
+    few = space(options=(option(1),), nodes={"default": (4, 4)}, roles=frozenset({Role.BOTH}))
+    every = list(candidates(few))
+    spread = serve(every[0].layout, REQUESTS.with_gaps(np.ones(len(REQUESTS))), 1e-3).outcome
+    goal = Goal(Targets(float(np.quantile(spread.ttft_ms, 0.89)), 50.0), 0.9)
+    assert not any(one.goodput for one in exhaustive(few, REQUESTS, goal))
+    runs: list[float] = []
+
+    def counted(layout: Layout, requests: Workload, rate: float) -> Served:
+        runs.append(rate)
+        return serve(layout, requests, rate)
+
+    monkeypatch.setattr("placement.search.serve", counted)
+    monkeypatch.setattr("placement.search.goodput", lambda *_, **__: pytest.fail("a layout was simulated"))
+    found = look(few, REQUESTS, goal)
+    assert isinstance(found, Nothing)
+    assert [*found.refused] == ["TP1 PP1, chunks of 2048"]
+    assert (len(runs), len(every)) == (2, 8)  # once to know, and once to tell
 
 
 def test_the_cheapest_layout_for_a_rate_is_no_larger_than_needed() -> None:
