@@ -35,13 +35,14 @@ from cluster.replan_setup import Grounds, grounds_of, replanner_of
 from cluster.replanning import Replanning
 from cluster.resources import Share
 from cluster.routes import Routes
-from cluster.serve_scale import scale_deployment
+from cluster.serve_scale import ServeFleet, none_at_first, scale_deployment
 from cluster.traffic_log import TrafficLog
 from core.errors import Unavailable
 from core.replan_metrics import Decided, ReplanStatus
 from core.tracing import export_spans
 from core.types import Role
 from engine.kv_layout import KVLayout
+from placement.worker_shape import WorkerShape
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +57,20 @@ class Controller:
     """Membership over Serve's calls: once a second per worker and gateway, never per request."""
 
     async def __init__(self, config: SlipstreamConfig, grounds: Grounds | None) -> None:  # type: ignore[misc]
-        self._membership = Membership(Plan(wanted=config.cluster.roles))
-        self._workers = groups_of(config)[0].name  # of those that are replanned there is one
+        self._membership = Membership(Plan(wanted=config.cluster.roles, shapes=config.shapes))
+        groups = groups_of(config)
+        self._workers = groups[0].name  # of those whose number is replanned there is one
         self._replanning: Replanning | None = None
         if grounds is not None and config.replan.mode != "off":
             replanner = replanner_of(config, grounds)
-            self._replanning = Replanning(replanner, config.replan.mode, self._membership, self._scale)
+            fleet = ServeFleet({group.shape: group.name for group in groups}, APP_NAME)
+            self._replanning = Replanning(replanner, config.replan.mode, self._membership, self._scale, fleet)
             await self._replanning.start()
 
-    async def admit(self, worker_id: str, layout: KVLayout, node: str, able: tuple[Role, ...]) -> Role:
-        return self._membership.admit(worker_id, layout, time.monotonic(), node, able)
+    async def admit(
+        self, worker_id: str, layout: KVLayout, node: str, able: tuple[Role, ...], shape: WorkerShape
+    ) -> Role:
+        return self._membership.admit(worker_id, layout, time.monotonic(), node, able, shape)
 
     async def announce(self, member: Member) -> Orders:
         return self._membership.announce(member, time.monotonic())
@@ -103,6 +108,7 @@ class Worker:
         from cluster.attendance import Attendance
         from cluster.worker import load_runner, make_node
 
+        began = time.monotonic()
         self._config = config = group.config
         self._controller = controller
         worker_id = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # the process, for who looks at a metric's label
@@ -110,11 +116,18 @@ class Worker:
         runner = await asyncio.to_thread(load_runner, path, config.engine, threads, config.speculation.settings)
         _trace(config, "slipstream-worker", worker_id)
         node = ray.get_runtime_context().get_node_id()
-        role = await controller.admit.remote(worker_id, runner.layout, node, group.roles)
+        role = await controller.admit.remote(worker_id, runner.layout, node, group.roles, group.shape)
         self._node = make_node(worker_id, role, runner, config, path)
         address = await self._node.start(_host(config))
         member = Member(
-            worker_id=worker_id, address=address, role=role, layout=runner.layout, node=node, roles=group.roles
+            worker_id=worker_id,
+            address=address,
+            role=role,
+            layout=runner.layout,
+            node=node,
+            roles=group.roles,
+            shape=group.shape,
+            startup_s=time.monotonic() - began,
         )
         self._attendance = Attendance(self._node, member, config.engine, self._announce)
         await self._attendance.start()
@@ -253,7 +266,7 @@ def build(
         Controller, name="controller", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common
     ).bind(config, grounds_of(config, _threads(groups[0], shares[0])))
     workers = [
-        serve.deployment(Worker, **_placed(group, share), **drained).bind(
+        none_at_first(serve.deployment(Worker, **_placed(group, share), **drained), group.workers).bind(
             group, folder, _threads(group, share), controller
         )
         for group, share in zip(groups, shares, strict=True)
@@ -273,7 +286,7 @@ def _placed(group: Group, share: Share) -> dict[str, Any]:
     labels = group.config.cluster.node_labels
     return {
         "name": group.name,
-        "num_replicas": group.workers,
+        "num_replicas": max(1, group.workers),
         "ray_actor_options": {
             "num_cpus": share.cpus,
             "num_gpus": share.gpus,

@@ -83,8 +83,10 @@ def check_memory(config: SlipstreamConfig, folder: Path) -> str:
     """Raises ConfigError when the workers would not fit; returns what they need, for the checklist."""
     adapters = sum(Path(path, WEIGHTS).stat().st_size for path in config.engine.adapters.values())
     each = weight_bytes(config.engine, folder) + adapters + cache_bytes(config)
-    processes = sum(group.most * process_bytes(group.config.engine.ranks) for group in groups_of(config))
-    needed = each * config.most_workers + processes + _drafter_bytes(config) + RAY_BYTES
+    processes = [group.most * process_bytes(group.config.engine.ranks) for group in groups_of(config)]
+    # Where shapes change, workers of one give way to those of another.
+    together = max(processes) if config.replan.shapes else sum(processes)
+    needed = each * config.most_workers + together + _drafter_bytes(config) + RAY_BYTES
     available = available_memory()
     if needed > available:
         raise ConfigError(

@@ -18,11 +18,19 @@ _positive = click.FloatRange(min=0, min_open=True)
 
 @click.command("replay")
 @click.argument("trace", type=_path)
-@click.option("--profile", type=_path, required=True, help="Of slipstream profile: a worker.")
+@click.option(
+    "--profile",
+    "profiles",
+    type=_path,
+    required=True,
+    multiple=True,
+    help="Of slipstream profile: a worker. With --shapes one for each TP.",
+)
 @click.option("--slo", required=True, help="Targets in ms, as ttft=200,tpot=50 or with e2e=9000.")
 @click.option("--share", default=0.9, type=click.FloatRange(0, 1, min_open=True, max_open=True), show_default=True)
 @click.option("--workers", type=click.IntRange(1, 128), required=True, help="At the start.")
 @click.option("--max-workers", type=click.IntRange(1, 128), help="That may be started. Default: their number stays.")
+@click.option("--shapes", help="TP and PP that workers may change to, as 1x1,2x1; at the start the first.")
 @click.option("--start", help="Their roles, as prefill=1,decode=1 or both=2. Default: best for the first requests.")
 @click.option("--forecast", type=click.Choice(NAMES), default="constant", show_default=True)
 @click.option("--season", type=_positive, help="Seconds after which traffic repeats itself: holt-winters, prophet.")

@@ -189,13 +189,14 @@ def _application(
     from ray import serve as ray_serve
 
     from cluster.app import APP_NAME, build
+    from cluster.serve_scale import applications
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the checklist says the rest; importing Serve resets it
     with checklist.step("deploy"):
         ray_serve.start(proxy_location="Disabled")
         stop.install()
         stop.check()
-        if APP_NAME in ray_serve.status().applications:
+        if APP_NAME in applications():
             raise ConfigError(
                 f"the Ray cluster at {config.cluster.ray_address} runs an application {APP_NAME} already; stop that "
                 "one first, or use another cluster"
@@ -221,11 +222,12 @@ def _delete(say: Callable[[str], None]) -> None:
     from ray.serve.exceptions import RayServeException
 
     from cluster.app import APP_NAME
+    from cluster.serve_scale import applications
 
     try:
         ray_serve.delete(APP_NAME, _blocking=False)  # Serve goes with the cluster, or stays if the cluster is not ours
         deadline = time.monotonic() + DELETE_TIMEOUT_S
-        while APP_NAME in ray_serve.status().applications:  # Serve's own wait looks once a second
+        while APP_NAME in applications():  # Serve's own wait looks once a second
             if time.monotonic() > deadline:
                 raise TimeoutError(f"it is still there after {DELETE_TIMEOUT_S:g} s")
             time.sleep(POLL_S)
@@ -263,20 +265,20 @@ def _wait_ready(config: SlipstreamConfig, handle: Any, stop: Stop, checklist: Ch
 
 def _wait_healthy(deployment: str, stop: Stop) -> None:
     """Raises ConfigError with what the replica said when it can't start, and Stopped."""
-    from ray import serve as ray_serve
 
     from cluster.app import APP_NAME
+    from cluster.serve_scale import applications
 
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         stop.check()
-        app = ray_serve.status().applications.get(APP_NAME)
-        state = app.deployments.get(deployment) if app is not None else None
-        if state is not None and state.status == "HEALTHY":
+        app = applications().get(APP_NAME)
+        state = app["deployments"].get(deployment) if app is not None else None
+        if state is not None and state["status"] == "HEALTHY":
             return
-        failed = state is not None and state.status in ("DEPLOY_FAILED", "UNHEALTHY")
-        if failed or (app is not None and app.status == "DEPLOY_FAILED"):
-            raise ConfigError(f"{deployment} does not start: {_last_line(state.message if state else app.message)}")
+        failed = state is not None and state["status"] in ("DEPLOY_FAILED", "UNHEALTHY")
+        if app is not None and (failed or app["status"] == "DEPLOY_FAILED"):
+            raise ConfigError(f"{deployment} does not start: {_last_line((state or app)['message'])}")
         if time.monotonic() > deadline:
             raise ConfigError(f"{deployment} is not up after {READY_TIMEOUT_S:g} s; see the logs of Ray Serve")
         stop.wait(POLL_S)
@@ -305,11 +307,11 @@ def _print_urls(config: SlipstreamConfig, url: str, checklist: Checklist, consol
 
 def _watch(config: SlipstreamConfig, handle: Any, stop: Stop, say: Callable[[str], None]) -> None:
     """Wait for the signal; say so when the application changes its health, and what replanning decides."""
-    from ray import serve as ray_serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     from cluster.app import APP_NAME
+    from cluster.serve_scale import applications
 
     last, said_s = "running", 0.0
     while True:
@@ -320,8 +322,8 @@ def _watch(config: SlipstreamConfig, handle: Any, stop: Stop, say: Callable[[str
         if stopped:
             return
         try:
-            app = ray_serve.status().applications.get(APP_NAME)
-            now = app.status.value.lower() if app is not None else "gone"
+            app = applications().get(APP_NAME)
+            now = app["status"].lower() if app is not None else "gone"
         except (RayError, RayServeException) as error:  # requests don't pass through Serve
             now = f"not answering: {_last_line(str(error))}"
         if now != last:

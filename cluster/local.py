@@ -14,6 +14,7 @@ from cluster.attendance import Attendance
 from cluster.client import ClusterBackend
 from cluster.config.tree import SlipstreamConfig
 from cluster.groups import group_of
+from cluster.local_fleet import LocalFleet
 from cluster.membership import Member, Membership, Orders, Plan
 from cluster.node import WorkerNode
 from cluster.recorder import Report
@@ -22,6 +23,7 @@ from cluster.routes import Routes
 from cluster.worker import load_runner, make_node
 from core.replan_metrics import ReplanStatus
 from core.types import Role
+from placement.worker_shape import WorkerShape
 
 
 class LocalCluster:
@@ -40,9 +42,14 @@ class LocalCluster:
         self._threads = threads
         self._attendances: dict[str, Attendance] = {}
         self._numbers = itertools.count()
-        self.membership = Membership(Plan(wanted=config.cluster.roles))
+        self.membership = Membership(Plan(wanted=config.cluster.roles, shapes=config.shapes))
         self.nodes: dict[str, WorkerNode] = {}
-        self.replanning = None if replan is None else Replanning(*replan, self.membership, self.scale)
+        self.shapes: dict[str, WorkerShape] = {}
+        """Of whoever is here, or was."""
+        self.stopping: set[str] = set()
+        """They hold their devices yet."""
+        self.fleet = LocalFleet(self)
+        self.replanning = None if replan is None else Replanning(*replan, self.membership, self.scale, self.fleet)
         self.backend = ClusterBackend(
             self._list_members,
             routes=Routes.of(config),
@@ -60,10 +67,10 @@ class LocalCluster:
         if self.replanning is not None:
             await self.replanning.start()
 
-    async def add_worker(self, worker_id: str, role: Role) -> WorkerNode:
-        """Of the shape for that role, which may soon be another that the shape is for: the plan has the last word. When
-        this is cancelled, the worker is gone by the time it ends."""
-        starting = asyncio.create_task(self._start_worker(worker_id, role))  # a thread that loads can't be stopped
+    async def add_worker(self, worker_id: str, role: Role, shape: WorkerShape | None = None) -> WorkerNode:
+        """Of that shape, or if none is named the one for that role, which may soon be another that the shape is for:
+        the plan has the last word. When this is cancelled, the worker is gone by the time it ends."""
+        starting = asyncio.create_task(self._start_worker(worker_id, role, shape))  # a thread that loads goes on
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -72,16 +79,24 @@ class LocalCluster:
                 await self.remove_worker(worker_id)
             raise
 
-    async def _start_worker(self, worker_id: str, role: Role) -> WorkerNode:
-        group = group_of(self._config, role)
+    async def _start_worker(self, worker_id: str, role: Role, shape: WorkerShape | None) -> WorkerNode:
+        began, group = time.monotonic(), group_of(self._config, role, shape)
         engine = group.config.engine
         runner = await asyncio.to_thread(
             load_runner, self._folder, engine, self._threads, self._config.speculation.settings
         )
         node = make_node(worker_id, role, runner, self._config, self._folder)
         address = await node.start("127.0.0.1")
-        self.nodes[worker_id] = node
-        member = Member(worker_id=worker_id, address=address, role=role, layout=runner.layout, roles=group.roles)
+        self.nodes[worker_id], self.shapes[worker_id] = node, group.shape
+        member = Member(
+            worker_id=worker_id,
+            address=address,
+            role=role,
+            layout=runner.layout,
+            roles=group.roles,
+            shape=group.shape,
+            startup_s=time.monotonic() - began,
+        )
         self._attendances[worker_id] = Attendance(node, member, engine, self._announce)
         await self._attendances[worker_id].start()
         return node
@@ -90,14 +105,18 @@ class LocalCluster:
         """Stop a worker the hard way: its links close under whoever holds them."""
         await self._attendances.pop(worker_id).leave()
         self.membership.leave(worker_id)
-        await self.nodes.pop(worker_id).stop()
+        node = self.nodes.pop(worker_id)
+        self.stopping.add(worker_id)
+        await node.stop()
+        self.stopping.discard(worker_id)
 
     async def retire_worker(self, worker_id: str) -> None:
         """Let a worker end what it has, within drain_timeout_s, before it is stopped."""
         await self._attendances[worker_id].leave()
         self.membership.leave(worker_id)
         await self.nodes[worker_id].drain(self._config.gateway.drain_timeout_s)
-        await self.remove_worker(worker_id)
+        if worker_id in self._attendances:  # it may have died meanwhile
+            await self.remove_worker(worker_id)
 
     async def scale(self, workers: int) -> None:
         """Have so many: new ones get what the plan lacks, and the newest go first, as with Ray Serve."""
@@ -114,6 +133,7 @@ class LocalCluster:
         """Raises what has ended replanning, if something had."""
         if self.replanning is not None:
             await self.replanning.stop()
+        await self.fleet.stop()
         await self.backend.stop()
         for worker_id in list(self.nodes):
             await self.remove_worker(worker_id)

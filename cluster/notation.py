@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
+from core.errors import ConfigError
+from placement.worker_shape import parse_shapes
+
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", start=1)}
 _UNITS |= {f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
@@ -173,6 +176,25 @@ def _sizes(value: object) -> object:
     return tuple(sorted(sizes))
 
 
+def _worker_shapes(value: object) -> object:
+    """ "1x1,2x1" -> ("1x1", "2x1"), and a list of them. Raises ValueError."""
+    text = ",".join(value) if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{value!r} is not a list of TP and PP; write such as 1x1,2x1")
+    try:
+        return tuple(map(str, parse_shapes(text))) if text else ()
+    except ConfigError as error:
+        raise ValueError(error.message) from error
+
+
+def _listed_paths(value: object) -> object:
+    """ "a.json,b.json", and a list of paths, absolute. Raises ValueError."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, (str, Path)) and str(part) for part in parts):
+        raise ValueError(f"{value!r} is not a list of files; write such as tp1.json,tp2.json")
+    return tuple(_expanded(str(part)).absolute() for part in parts)
+
+
 def _absolute_path(path: Path) -> Path:
     return _expanded(str(path)).absolute()
 
@@ -180,6 +202,8 @@ def _absolute_path(path: Path) -> Path:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute_path)]
 """Workers and gateways start in folders of their own."""
 NodeLabels = Annotated[dict[str, str], BeforeValidator(_labels)]
+AbsolutePaths = Annotated[tuple[Path, ...], BeforeValidator(_listed_paths)]
+WorkerShapes = Annotated[tuple[str, ...], BeforeValidator(_worker_shapes)]
 StepSizes = Annotated[tuple[int, ...], BeforeValidator(_sizes)]
 DrafterNames = Annotated[tuple[str, ...], BeforeValidator(_names)]
 DrafterWeights = Annotated[dict[str, str], BeforeValidator(_folders)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -11,12 +12,14 @@ from core.errors import ConfigError
 from core.types import Role
 from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
-from placement.crowding import crowded_cluster
+from placement.crowding import crowded_cluster, crowded_shapes
 from placement.forecast import maker
 from placement.goodput import Goal
+from placement.moving import way
 from placement.profile import Profile, read_profile
-from placement.reachable import arrangements
+from placement.reachable import AS_STARTED, arrangements
 from placement.replanner import Replanner, ReplanSettings
+from placement.shaped import Shaped, shaped
 from placement.shapes import Limits
 from placement.topology import Topology
 from placement.traces import read_trace
@@ -32,6 +35,8 @@ class Grounds(Struct, frozen=True):
     topology: Topology
     before: tuple[Period, ...]
     """What has come earlier."""
+    further: tuple[Profile, ...] = ()
+    """Of workers of each other TP that shapes may have."""
 
 
 def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
@@ -42,22 +47,30 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
     from cluster.hardware import topology_here
 
     profile = read_profile(config.replan.profile)
-    _check(config, profile, threads)
+    further = tuple(read_profile(path) for path in config.replan.further_profiles)
+    for path, one in zip((config.replan.profile, *config.replan.further_profiles), (profile, *further), strict=True):
+        _check(config, path, one, threads)
     warm_start = config.replan.warm_start
     earlier = [] if warm_start is None else history(read_trace(warm_start), settings_of(config).predictive_s)
-    grounds = Grounds(profile, topology_here(), tuple(earlier))
+    grounds = Grounds(profile, topology_here(), tuple(earlier), further)
     workers = predictor_of(config, grounds)
     if stuck := _stuck(_replanner(config, grounds, workers)):
         logger.warning("replan: %s", stuck)
-    for warning in (profile.doubt(), crowded_cluster(profile, grounds.topology, workers, config.most_workers)):
+    for warning in (*(one.doubt() for one in (profile, *further)), _crowded(config, grounds, workers)):
         if warning:
             logger.warning("replan.profile: %s", warning)
     return grounds
 
 
-def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated:
+def _crowded(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Shaped) -> str | None:
+    if isinstance(workers, Simulated):
+        return crowded_cluster(grounds.profile, grounds.topology, workers, config.most_workers)
+    return crowded_shapes([grounds.profile, *grounds.further], grounds.topology, workers, config.most_devices)
+
+
+def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated | Shaped:
     """A cluster of Ray's may have more nodes, which are taken to be like this one. Raises ConfigError for workers that
-    can't be simulated as they are configured."""
+    can't be simulated as they are configured, and for a shape that no profile is of."""
     engine, settings = config.engine, settings_of(config)
     limits = Limits(
         stages=(engine.pipeline_parallel_size,),
@@ -67,8 +80,14 @@ def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated:
         handoff_min_tokens=config.cluster.handoff_min_tokens or 0,
         drafter=config.speculation.together,
     )
-    further_nodes = config.cluster.ray_address is not None
-    return simulated(grounds.profile, grounds.topology, limits, config.replan.targets, further_nodes=further_nodes)
+    further_nodes, targets = config.cluster.ray_address is not None, config.replan.targets
+    if shapes := config.replan.worker_shapes:
+        profiles = (grounds.profile, *grounds.further)
+        try:
+            return shaped(profiles, shapes, grounds.topology, limits, targets, further_nodes=further_nodes)
+        except ConfigError as error:
+            raise ConfigError(f"replan.shapes: {error.message}", param="replan_shapes") from error
+    return simulated(grounds.profile, grounds.topology, limits, targets, further_nodes=further_nodes)
 
 
 def replanner_of(config: SlipstreamConfig, grounds: Grounds) -> Replanner:
@@ -86,6 +105,9 @@ def settings_of(config: SlipstreamConfig) -> ReplanSettings:
         horizon_s=replan.horizon,
         least_workers=replan.floor,
         most_workers=replan.max_workers or 0,
+        shapes=replan.worker_shapes,
+        devices=config.most_devices if replan.shapes else 0,
+        ending_s=config.gateway.drain_timeout_s,
     )
 
 
@@ -93,11 +115,16 @@ def arrangement_as_configured(config: SlipstreamConfig) -> Arrangement:
     """Steps are those of the workers that compute prompts."""
     roles = config.cluster.roles
     prompts = Role.PREFILL if Role.PREFILL in roles else Role.BOTH
-    counts = {role.value: roles.get(role, 0) for role in Role}
-    return Arrangement(**counts, chunk_tokens=config.engine.batched_tokens(prompts))
+    prefill, decode, both = (roles.get(role, 0) for role in (Role.PREFILL, Role.DECODE, Role.BOTH))
+    chunk_tokens = config.engine.batched_tokens(prompts)
+    if not config.replan.shapes:
+        return Arrangement(prefill, decode, both, chunk_tokens)
+    decode_shape = config.shape_of(Role.BOTH)
+    prefill_shape = config.shape_of(Role.PREFILL) if prefill else decode_shape
+    return Arrangement(prefill, decode, both, chunk_tokens, prefill_shape, decode_shape)
 
 
-def _replanner(config: SlipstreamConfig, grounds: Grounds, workers: Simulated) -> Replanner:
+def _replanner(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Shaped) -> Replanner:
     forecast = maker(config.replan.forecast, warm=[period.rate for period in grounds.before])
     return Replanner(settings_of(config), workers, arrangement_as_configured(config), forecast, grounds.before)
 
@@ -105,9 +132,13 @@ def _replanner(config: SlipstreamConfig, grounds: Grounds, workers: Simulated) -
 def _stuck(replanner: Replanner) -> str | None:
     """Why replanning can change nothing; None if it can."""
     settings, now = replanner.settings, replanner.arrangement
-    numbers = range(1, settings.most_workers + 1) if settings.most_workers else (now.workers,)
-    reachable = (to for count in numbers for to in arrangements(count, settings.least_workers, settings.chunk_tokens))
-    if any(to != now and replanner.predictor.why_not(to) is None for to in reachable):
+    most, shapes = settings.devices_of(now.devices)[1], settings.shapes or AS_STARTED
+    numbers = range(1, most + 1) if settings.most_workers else (most,)
+    reachable = (
+        to for count in numbers for to in arrangements(count, settings.least_workers, settings.chunk_tokens, shapes)
+    )
+    possible = (to for to in reachable if to != now and replanner.predictor.why_not(to) is None)
+    if any(not settings.shapes or way(now.of_shapes, to.of_shapes, settings.devices) is not None for to in possible):
         return None
     return (
         f"nothing can be changed while there is no other way to use {now.workers} worker{'s' * (now.workers > 1)}: "
@@ -115,20 +146,20 @@ def _stuck(replanner: Replanner) -> str | None:
     )
 
 
-def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:
+def _check(config: SlipstreamConfig, path: Path, profile: Profile, threads: int) -> None:
     setting, engine = profile.setting, config.engine
     pairs: dict[str, tuple[object, object]] = {
         "model": (profile.model.name, config.model),
-        "tensor_parallel_size": (setting.tp, engine.tensor_parallel_size),
         "quantization": (profile.model.quantization, engine.quantization),
     }
+    if not config.replan.shapes:
+        pairs["tensor_parallel_size"] = setting.tp, engine.tensor_parallel_size
     if setting.device == "cpu":
         pairs["threads"] = (setting.threads, threads)
     for name, (of_profile, here) in pairs.items():
         if of_profile != here:
             raise ConfigError(
-                f"replan.profile: {config.replan.profile} has {name} {of_profile}, and the workers have {here}; "
-                "profile such a worker",
+                f"replan.profile: {path} has {name} {of_profile}, and the workers have {here}; profile such a worker",
                 param="replan_profile",
             )
     on_cpu = setting.device == "cpu"
@@ -140,7 +171,7 @@ def _check(config: SlipstreamConfig, profile: Profile, threads: int) -> None:
     drafter = config.speculation.together
     if drafter is not None and drafter not in {known.drafter for known in profile.drafting}:
         raise ConfigError(
-            f"replan.profile: {config.replan.profile} knows nothing of drafts by {drafter}, and the workers have them; "
+            f"replan.profile: {path} knows nothing of drafts by {drafter}, and the workers have them; "
             f"profile with --speculation {drafter}",
             param="replan_profile",
         )

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from cluster.planning import limits_of, topology_of
 from core.errors import ConfigError
 from placement.arranged import Simulated, simulated
-from placement.crowding import crowded_cluster
+from placement.crowding import crowded_cluster, crowded_shapes
 from placement.forecast import maker
 from placement.goodput import Goal
 from placement.profile import Profile, read_profile
@@ -18,16 +18,19 @@ from placement.replan_settings import ReplanSettings
 from placement.replanner import Replanner
 from placement.replay import Replayed, replay
 from placement.replay_start import start_of
+from placement.shaped import Shaped, shaped
 from placement.slo import of_all_together, parse_slo
 from placement.topology import Topology
 from placement.traces import read_trace
 from placement.traffic import history
+from placement.worker_shape import WorkerShape, parse_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     trace: Path
-    profile: Path
+    profiles: tuple[Path, ...]
+    shapes: str | None
     slo: str
     share: float
     workers: int
@@ -55,8 +58,9 @@ class Asked:
 
 def replayed(asked: Asked) -> Replayed:
     """Raises ConfigError by the name of the flag."""
-    profile, topology = read_profile(asked.profile), topology_of(None, asked.topology_file, None, ())
-    settings, workers = _settings(asked), _workers(asked, profile, topology)
+    profiles = [read_profile(path) for path in asked.profiles]
+    topology, shapes = topology_of(None, asked.topology_file, None, ()), _shapes(asked)
+    settings, workers = _settings(asked, shapes), _workers(asked, shapes, profiles, topology)
     trace = read_trace(asked.trace)
     workload = trace.workload.no_longer_than(workers.longest)
     rate = trace.rate if asked.rate is None else asked.rate
@@ -66,11 +70,26 @@ def replayed(asked: Asked) -> Replayed:
     forecast = maker(asked.forecast, _season(asked, settings), [period.rate for period in before])
     replanner = Replanner(settings, workers, start, forecast, before)
     found = replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
-    crowd = crowded_cluster(profile, topology, workers, max(asked.workers, asked.max_workers or 0))
-    return replace(found, warnings=[warning for warning in (profile.doubt(), crowd) if warning])
+    warnings = [profile.doubt() for profile in profiles]
+    if isinstance(workers, Simulated):
+        warnings.append(crowded_cluster(profiles[0], topology, workers, max(asked.workers, asked.max_workers or 0)))
+    else:
+        warnings.append(crowded_shapes(profiles, topology, workers, settings.devices))
+    return replace(found, warnings=[warning for warning in warnings if warning])
 
 
-def _settings(asked: Asked) -> ReplanSettings:
+def _shapes(asked: Asked) -> tuple[WorkerShape, ...]:
+    if asked.shapes is None:
+        return ()
+    if asked.pipeline_parallel_size != 1:
+        raise ConfigError("--pipeline-parallel-size: --shapes has the PP of each shape; leave it out", param="shapes")
+    try:
+        return parse_shapes(asked.shapes)
+    except ConfigError as error:
+        raise ConfigError(f"--shapes: {error.message}", param="shapes") from error
+
+
+def _settings(asked: Asked, shapes: tuple[WorkerShape, ...]) -> ReplanSettings:
     if asked.max_workers is not None and asked.max_workers < asked.workers:
         raise ConfigError(f"--max-workers {asked.max_workers}: --workers has {asked.workers}", param="max_workers")
     return ReplanSettings.paced(
@@ -80,10 +99,14 @@ def _settings(asked: Asked) -> ReplanSettings:
         horizon_s=asked.horizon,
         least_workers=asked.floor,
         most_workers=asked.max_workers or 0,
+        shapes=shapes,
+        devices=(asked.max_workers or asked.workers) * shapes[0].devices if shapes else 0,
     )
 
 
-def _workers(asked: Asked, profile: Profile, topology: Topology) -> Simulated:
+def _workers(
+    asked: Asked, shapes: tuple[WorkerShape, ...], profiles: list[Profile], topology: Topology
+) -> Simulated | Shaped:
     limits = limits_of(
         topology,
         devices=None,
@@ -99,7 +122,11 @@ def _workers(asked: Asked, profile: Profile, topology: Topology) -> Simulated:
         draft_ms=asked.draft_ms,
         learner_devices=None,
     )
-    return simulated(profile, topology, limits, parse_slo(asked.slo))
+    if shapes:
+        return shaped(profiles, shapes, topology, limits, parse_slo(asked.slo))
+    if len(profiles) > 1:
+        raise ConfigError("--profile: workers are of one shape; give one profile, or --shapes too", param="profile")
+    return simulated(profiles[0], topology, limits, parse_slo(asked.slo))
 
 
 def _season(asked: Asked, settings: ReplanSettings) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config.tree import SlipstreamConfig
-from cluster.groups import Group, groups_of
+from cluster.groups import Group, groups_of, most_ranks
 from cluster.ray_nodes import RayNode
 from core.errors import ConfigError
 from engine.quantization.methods import check_method
@@ -73,37 +73,43 @@ def share_out(config: SlipstreamConfig, cores: float, gpus: float) -> list[Share
     """The share of each worker, by group, on a cluster with this many. Raises ConfigError when they don't go round: Ray
     would wait for resources that never come."""
     groups = groups_of(config)
-    cpus = _cpus(groups, cores)
-    if sum(each * group.most for each, group in zip(cpus, groups, strict=True)) > cores:
+    changing = config.replan.shapes
+    cpus, most = _cpus(config, groups, cores), most_ranks(config)
+    if _together(config, groups, cpus) > cores:
         asked = [f"{group.most} workers of {each:g} CPUs each" for each, group in zip(cpus, groups, strict=True)]
         raise ConfigError(
-            f"{' and '.join(asked)} do not fit on {cores:g}; lower --cpus-per-worker or the number of replicas"
+            f"{(' or ' if changing else ' and ').join(asked)} do not fit on {cores:g}; "
+            "lower --cpus-per-worker or the number of replicas"
         )
     wanted = config.engine.device == "cuda" or (config.engine.device == "auto" and gpus >= 1)
     if wanted and gpus < 1:
         raise ConfigError("--device cuda: there is no GPU here; use --device cpu or auto")
     ranks = [group.config.engine.ranks for group in groups]
-    if wanted and gpus < _all_ranks(groups):
+    if wanted and gpus < most:
         asked = [
             f"{group.most} workers need {'a GPU' if each == 1 else f'{each} GPUs'} each"
             for each, group in zip(ranks, groups, strict=True)
         ]
         raise ConfigError(
-            f"{', '.join(asked)} and the cluster has {gpus:g}; use fewer replicas, --colocated, or --device cpu"
+            f"{(' or ' if changing else ', ').join(asked)} and the cluster has {gpus:g}; "
+            "use fewer replicas, --colocated, or --device cpu"
         )
     check_method(config.engine.quantization, "cuda" if wanted else "cpu", config.engine.dtype)
     return [Share(each, count if wanted else 0) for each, count in zip(cpus, ranks, strict=True)]
 
 
-def _cpus(groups: Sequence[Group], cores: float) -> list[float]:
+def _together(config: SlipstreamConfig, groups: Sequence[Group], cpus: Sequence[float]) -> float:
+    """Cores of all workers there may come to be; where shapes change the devices are for one group or another."""
+    if config.replan.shapes:
+        return config.most_devices * max(each / group.shape.devices for each, group in zip(cpus, groups, strict=True))
+    return sum(each * group.most for each, group in zip(cpus, groups, strict=True))
+
+
+def _cpus(config: SlipstreamConfig, groups: Sequence[Group], cores: float) -> list[float]:
     """Of a worker of each group: as configured, else an even share for each of its ranks."""
     configured = [group.config.cluster.cpus_per_worker for group in groups]
-    each = _even_share(cores, _all_ranks(groups))
+    each = _even_share(cores, most_ranks(config))
     return [cpus or each * group.config.engine.ranks for cpus, group in zip(configured, groups, strict=True)]
-
-
-def _all_ranks(groups: Sequence[Group]) -> int:
-    return sum(group.most * group.config.engine.ranks for group in groups)
 
 
 def _even_share(cores: float, count: int) -> float:

@@ -48,6 +48,10 @@ class ReplanStatus(Struct, frozen=True, kw_only=True):
     """How many times as long as by the profile `prompts` and `decodes` are reckoned to take, as requests have shown."""
     acceptance_length: float | None = None
     """Tokens of a step lately, for a sequence; None if nobody speculates."""
+    shapes: dict[str, str] = {}
+    """By role, TPxPP of the plan's workers, where they may change."""
+    startup_s: float | None = None
+    """That a new worker is reckoned to take until it serves, by the last that started."""
     decisions: list[Decided] = []
     """The last of them, the latest last."""
 
@@ -59,12 +63,17 @@ def replan_series(status: ReplanStatus, label_names: Sequence[str], labels: Sequ
         return family
 
     yield gauge("slipstream:plan_id", "Plan that is carried out; 0 is the configuration.", status.plan_id)
+    shape_names = ["shape"] if status.shapes else []
     workers = GaugeMetricFamily(
-        "slipstream:planned_workers", "Workers of the plan, by role.", labels=(*label_names, "planned_role")
+        "slipstream:planned_workers",
+        "Workers of the plan, by role, and by TPxPP where that may change.",
+        labels=(*label_names, "planned_role", *shape_names),
     )
     for role, count in status.wanted.items():
-        workers.add_metric([*labels, role], count)
+        workers.add_metric([*labels, role, *(status.shapes.get(role, "") for _ in shape_names)], count)
     yield workers
+    if status.startup_s is not None:
+        yield gauge("slipstream:startup_seconds", "Until a new worker serves, as reckoned with.", status.startup_s)
     decided = CounterMetricFamily(
         "slipstream:replans", "Changes of the plan that were decided.", labels=(*label_names, "by", "mode")
     )

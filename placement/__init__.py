@@ -19,7 +19,8 @@
 | `topology.py` | nodes, devices, links |
 | `live_log.py`, `drift.py`, `forecast.py`, `traffic.py` | what comes, whether it has changed, what is expected |
 | `arrangement.py`, `arranged.py`, `load.py`, `reachable.py`, `change.py` | how workers are used, and may be |
+| `worker_shape.py`, `shaped.py`, `moving.py`, `startups.py` | the same where TP and PP may change, and in which order |
 | `replan_settings.py`, `reactive.py`, `predictive.py`, `replanner.py` | replanning: two loops, and when they may act |
-| `replay_start.py`, `replay.py`, `replay_shown.py` | `slipstream plan replay` |
+| `replay_start.py`, `replay.py`, `replay_run.py`, `replay_shown.py` | `slipstream plan replay` |
 | `lengths.py`, `shapes.py`, `plan.py`, `plan_table.py` | the plan: a search over what topology and profiles allow |
 """

@@ -44,11 +44,11 @@ class Predictor(Protocol):
         """The same for workers that were found to be not quite as their profile says."""
         ...
 
-    def prompt_ms(self, tokens: float, chunk_tokens: int) -> float:
-        """That a worker takes for so many tokens of prompts."""
+    def prompt_ms(self, tokens: float, used: Arrangement) -> float:
+        """That a worker takes for so many tokens of prompts, where workers are used so."""
         ...
 
-    def token_ms(self, load: RoleLoad, workers: int) -> float:
+    def token_ms(self, load: RoleLoad, workers: int, used: Arrangement) -> float:
         """Per output token, if so many workers had what those of a role have now; inf if they can't hold it."""
         ...
 
@@ -105,11 +105,11 @@ class Simulated:
         held = int(self.group.kv_tokens // self.group.stages - self._speculation.acceptance_length)
         return min(self.most_tokens, held)
 
-    def prompt_ms(self, tokens: float, chunk_tokens: int) -> float:
-        a, b, _ = (self.prefill_latency or self.group.latency).prompts(chunk_tokens)
-        return (a / chunk_tokens + b) * tokens
+    def prompt_ms(self, tokens: float, used: Arrangement) -> float:
+        a, b, _ = (self.prefill_latency or self.group.latency).prompts(used.chunk_tokens)
+        return (a / used.chunk_tokens + b) * tokens
 
-    def token_ms(self, load: RoleLoad, workers: int) -> float:
+    def token_ms(self, load: RoleLoad, workers: int, used: Arrangement) -> float:  # noqa: ARG002 - any of them
         held = max(0, load.workers * self.group.kv_tokens - load.free_kv_tokens)
         if load.running > workers * self.group.max_sequences or held > workers * self.group.kv_tokens:
             return float("inf")
@@ -133,12 +133,18 @@ class Simulated:
         if each > self.workers_per_node and not self.cores:
             places = (self.nodes or 0) * self.workers_per_node
             raise ConfigError(f"{len(roles)} workers, and there are devices for {places}", param="workers")
-        groups = tuple(self._worker(role, chunk_tokens, number // each, each) for number, role in enumerate(roles))
-        link = self.inside if len(roles) <= each else self.across
+        crowded = each > self.workers_per_node
+        groups = tuple(
+            self.worker(role, chunk_tokens, number // each, crowded=crowded) for number, role in enumerate(roles)
+        )
+        return self.linked(groups, self.inside if len(roles) <= each else self.across)
+
+    def linked(self, groups: tuple[Group, ...], link: Link) -> Layout:
+        """Workers, each of which sends over such a link of its own."""
         pairs: Mapping[tuple[int, int], int] = {
-            (giver, taker): giver for giver, taker in product(range(len(roles)), repeat=2) if giver != taker
+            (giver, taker): giver for giver, taker in product(range(len(groups)), repeat=2) if giver != taker
         }
-        return Layout(groups, (link,) * len(roles), pairs, self.handoff_min_tokens, overhead_ms=self.overhead_ms)
+        return Layout(groups, (link,) * len(groups), pairs, self.handoff_min_tokens, overhead_ms=self.overhead_ms)
 
     def on_a_node(self, workers: int) -> int:
         """At the most, of so many."""
@@ -148,7 +154,8 @@ class Simulated:
         """As many as there is room for, or more if there are no further nodes."""
         return max(self.workers_per_node, -(-workers // (self.nodes or workers or 1)))
 
-    def _worker(self, role: Role, chunk_tokens: int, host: int, on_host: int) -> Group:
+    def worker(self, role: Role, chunk_tokens: int, host: int, *, crowded: bool) -> Group:
+        """`crowded`: together the workers of the host want more cores than it has."""
         latency = self.prefill_latency if role is Role.PREFILL else None
         return replace(
             self.group,
@@ -157,7 +164,7 @@ class Simulated:
             host=host,
             latency=latency or self.group.latency,
             speculation=self._with_room(chunk_tokens),
-            cores=self.cores if on_host > self.workers_per_node else 0.0,
+            cores=self.cores if crowded else 0.0,
         )
 
     def _with_room(self, chunk_tokens: int) -> Speculation | None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from placement.arranged import Simulated
 from placement.profile import Profile
+from placement.shaped import Shaped
 from placement.topology import Topology
 
 
 def crowded_cluster(profile: Profile, topology: Topology, cluster: Simulated, workers: int) -> str | None:
     """What is taken for true of a cluster that comes to have so many workers."""
     return crowded(profile, cluster.on_a_node(workers), topology.most_in_a_node(profile.setting.device))
+
+
+def crowded_shapes(profiles: Sequence[Profile], topology: Topology, cluster: Shaped, devices: int) -> str | None:
+    """The same where shapes change on so many devices: what is taken for true of the most and smallest workers."""
+    shape = min(cluster.of, key=lambda one: (one.devices, one))
+    profile = next(one for one in profiles if one.setting.tp == shape.tp)
+    return crowded_cluster(profile, topology, cluster.of[shape], devices // shape.devices)
 
 
 def crowded(profile: Profile, workers: int, cores: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from core.types import Role
+from placement.worker_shape import WorkerShape
 
 
 class RoleLoad(Struct, frozen=True, kw_only=True):
@@ -17,6 +18,8 @@ class RoleLoad(Struct, frozen=True, kw_only=True):
     running: int = 0
     """Sequences in its steps."""
     free_kv_tokens: int = 0
+    shapes: dict[WorkerShape, int] = {}
+    """How many workers have which, where shapes may change."""
 
 
 class Drafted(Struct, frozen=True, kw_only=True):

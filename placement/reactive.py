@@ -37,12 +37,14 @@ class Look:
         late, slow = self._late(), self._slow()
         if (late is None) == (slow is None):
             return None  # nothing is missed, or all is
+        if self.now.counts.keys() != {self.now.decode_shape}:
+            return None  # another role would take another worker
         if self.now.both:
             return self._resized(late, slow)
         helping = Role.PREFILL if late is None else Role.DECODE
         if self.now.of(helping) <= self.settings.least_workers:
             why = f"{late or slow}; of those that {helping.value} none can be spared"
-            return Arrangement(0, 0, self.now.workers, self.now.chunk_tokens), why
+            return replace(self.now, prefill=0, decode=0, both=self.now.workers), why
         if late is not None:
             room = self._tokens_ms(self.load.of(Role.DECODE), self.now.decode - 1)
             able = room <= self.settings.goal.targets.tpot_ms
@@ -80,10 +82,10 @@ class Look:
         """Until the last prompt that waits is computed."""
         if not workers:
             return float("inf")
-        return self.predictor.prompt_ms(load.waiting_prompt_tokens / workers, self.now.chunk_tokens)
+        return self.predictor.prompt_ms(load.waiting_prompt_tokens / workers, self.now)
 
     def _tokens_ms(self, load: RoleLoad, workers: int) -> float:
-        return self.predictor.token_ms(load, workers)
+        return self.predictor.token_ms(load, workers, self.now)
 
     def _resized(self, late: str | None, slow: str | None) -> tuple[Arrangement, str] | None:
         """Longer steps take more of the prompts at once, and make those who decode beside them wait longer."""

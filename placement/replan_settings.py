@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from core.errors import ConfigError
 from placement.goodput import Goal
+from placement.worker_shape import WorkerShape
 
 
 class ReplanSettings(Struct, frozen=True, kw_only=True):
@@ -19,7 +20,13 @@ class ReplanSettings(Struct, frozen=True, kw_only=True):
     least_workers: int = 1
     """In each role that is used at all."""
     most_workers: int = 0
-    """In all; 0 keeps their number as it is."""
+    """In all; 0 keeps their number as it is. Where there are shapes: 0 keeps all devices in use."""
+    shapes: tuple[WorkerShape, ...] = ()
+    """Of workers, that may be chosen; none keeps the one that there is."""
+    devices: int = 0
+    """For all workers, where there are shapes."""
+    ending_s: float = 30.0
+    """That a worker which is to stop is given to end what it has."""
     reactive_s: float = 5.0
     """Between two looks at queues and attainment."""
     recent_s: float = 20.0
@@ -49,6 +56,9 @@ class ReplanSettings(Struct, frozen=True, kw_only=True):
         horizon_s: float,
         least_workers: int,
         most_workers: int,
+        shapes: tuple[WorkerShape, ...] = (),
+        devices: int = 0,
+        ending_s: float = 30.0,
     ) -> ReplanSettings:
         """With all times that are a matter of pace in the proportions of the defaults."""
         return ReplanSettings(
@@ -56,6 +66,9 @@ class ReplanSettings(Struct, frozen=True, kw_only=True):
             chunk_tokens=chunk_tokens,
             least_workers=least_workers,
             most_workers=most_workers,
+            shapes=shapes,
+            devices=devices,
+            ending_s=ending_s,
             reactive_s=interval_s,
             recent_s=4 * interval_s,
             predictive_s=6 * interval_s,
@@ -64,11 +77,18 @@ class ReplanSettings(Struct, frozen=True, kw_only=True):
             horizon_s=horizon_s,
         )
 
+    def devices_of(self, used: int) -> tuple[int, int]:
+        """That a change takes at the least and at the most, where `used` are used now."""
+        if not self.most_workers:
+            most = self.devices if self.shapes else used
+            return most, most
+        return used, max(used, self.devices if self.shapes else self.most_workers)
+
     def __post_init__(self) -> None:
         for name in ("reactive_s", "recent_s", "predictive_s", "window_s", "horizon_s", "spare"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"replan: {name} is {getattr(self, name)}, not above 0", param=name)
-        for name in ("settle_s", "startup_s", "most_workers"):
+        for name in ("settle_s", "startup_s", "ending_s", "most_workers", "devices"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"replan: {name} is {getattr(self, name)}, not 0 or more", param=name)
         if not 0 < self.margin < 1:

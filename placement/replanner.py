@@ -31,7 +31,9 @@ from placement.predictive import Outlook, better, leaner
 from placement.reactive import Look
 from placement.replan_settings import ReplanSettings
 from placement.seen import Seen
-from placement.traffic import Period, Traffic
+from placement.startups import Startups
+from placement.traffic import Expected, Period, Traffic
+from placement.worker_shape import WorkerShape
 
 __all__ = ["Arrangement", "Change", "Load", "ReplanSettings", "Replanner", "RoleLoad"]
 
@@ -59,6 +61,7 @@ class Replanner:
         self.settings, self.predictor, self.arrangement = settings, predictor, arrangement
         self._profiled, self._correction = predictor, Correction()
         self.traffic = Traffic(settings, forecast, before)
+        self._startups = Startups()
         self._ended: deque[Served] = deque(maxlen=MOST_REQUESTS)
         self._changed: str | None = None
         """What has changed in traffic and was not planned for yet."""
@@ -66,7 +69,9 @@ class Replanner:
         """When each may be looked at next."""
         self._adopted_s = -math.inf
         self._missing_s: float | None = None
-        """Since when workers are."""
+        """Since when workers are, and none of them comes."""
+        self._coming: list[dict[WorkerShape, int]] = []
+        """By role, while shapes change, who was there at the last look."""
         self._proposed: Change | None = None
         self._left: dict[Arrangement, float] = {}
         """When each was, since traffic has changed."""
@@ -75,6 +80,15 @@ class Replanner:
     def record(self, served: Sequence[Served]) -> None:
         """Requests that have ended."""
         self._ended.extend(served)
+
+    def started(self, seconds: float) -> None:
+        """A worker has taken so long until it served."""
+        self._startups.tell(seconds)
+
+    @property
+    def startup_s(self) -> float:
+        """That a new worker is reckoned to take until it serves."""
+        return self._startups.longest_s or self.settings.startup_s
 
     def adopt(self, arrangement: Arrangement, now_s: float) -> None:
         """The workers are being used so from now on, by a Change or by hand."""
@@ -115,18 +129,25 @@ class Replanner:
         self._step, self._spare = _InARow(), _InARow()
 
     def _missing(self, now_s: float, load: Load) -> bool:
-        """Whether workers are under way to their roles, or to replace one that died. When they should have come and
-        have not, those that are there are what there is."""
-        counts = {role.value: load.of(role).workers for role in Role}
-        there = replace(self.arrangement, **counts)
+        """Whether workers are under way to their roles, to replace one that died, or those of other shapes. When they
+        should have come and have not, those that are there are what there is."""
+        there = _there(self.arrangement, load)
         if there == self.arrangement:
             self._missing_s = None
             return False
-        self._missing_s = now_s if self._missing_s is None else self._missing_s
-        if not there.workers or now_s - self._missing_s <= self.settings.startup_s:
+        coming = [load.of(role).shapes for role in Role]
+        if self._missing_s is None or coming != self._coming:
+            self._missing_s, self._coming = now_s, coming
+        if not there.workers or now_s - self._missing_s <= self._patience_s:
             return True
         self.arrangement, self._missing_s = there, None
         return False
+
+    @property
+    def _patience_s(self) -> float:
+        """With workers that start; where shapes change others end what they have first."""
+        patience_s = max(self.settings.startup_s, 2 * self._startups.longest_s)
+        return patience_s + self.settings.ending_s if self.settings.shapes else patience_s
 
     @property
     def seen(self) -> Seen:
@@ -145,7 +166,7 @@ class Replanner:
         if (expected := self.traffic.expected(now_s)) is None:
             return None
         self._correct(now_s)
-        outlook = Outlook(self.settings, self.predictor, expected, load.waiting_requests)
+        outlook = self._outlook(expected, load)
         change = better(outlook, self.arrangement, load)
         if self._goes_back(change, now_s):
             change = None
@@ -159,6 +180,9 @@ class Replanner:
         self._predictive_s = now_s + self.settings.predictive_s
         return change if change is None or changed is None else replace(change, why=f"{changed}; {change.why}")
 
+    def _outlook(self, expected: Expected, load: Load) -> Outlook:
+        return Outlook(self.settings, self.predictor, expected, load.waiting_requests, self.startup_s)
+
     def _react(self, now_s: float, load: Load) -> Change | None:
         if now_s < self._reactive_s:
             return None
@@ -168,12 +192,32 @@ class Replanner:
         recent = self.traffic.recent(now_s)
         if not self._step.often(to) or to is None or recent is None or self.predictor.why_not(to) is not None:
             return None
-        outlook = Outlook(self.settings, self.predictor, recent, load.waiting_requests)
+        outlook = self._outlook(recent, load)
         before, after = outlook.attainment(self.arrangement), outlook.attainment(to)
         if after < before + (self.settings.margin if to.both > self.arrangement.both else 0.0):
             return None
         change = outlook.change(self.arrangement, to, load, before, after)
         return None if self._goes_back(change, now_s) else replace(change, by="reactive", why=f"{why}; {change.why}")
+
+
+def _there(planned: Arrangement, load: Load) -> Arrangement:
+    """What the workers that are there are used as. Of those of a role with unlike shapes, while these change, only the
+    ones with the shape that has most devices count, if it is not all as planned."""
+    counts = {role.value: load.of(role).workers for role in Role}
+    if planned.decode_shape is None:
+        return replace(planned, **counts)
+    there = {role: {shape: n for shape, n in load.of(role).shapes.items() if n} for role in Role}
+    wanted = {role: {planned.shape(role): planned.of(role)} if planned.of(role) else {} for role in Role}
+    if there == wanted:
+        return planned
+    most = {role: max(shapes, key=lambda one: one.devices * shapes[one]) for role, shapes in there.items() if shapes}
+    decode_shape = most.get(Role.BOTH) or most.get(Role.DECODE) or most.get(Role.PREFILL)
+    return Arrangement(
+        **{role.value: there[role][most[role]] if role in most else 0 for role in Role},
+        chunk_tokens=planned.chunk_tokens,
+        prefill_shape=most.get(Role.PREFILL) or decode_shape,
+        decode_shape=decode_shape,
+    )
 
 
 class _InARow:

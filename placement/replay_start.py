@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from core.errors import ConfigError
 from placement.arranged import Simulated
 from placement.arrangement import Arrangement
 from placement.native import serve
 from placement.predictive import Outlook
+from placement.reachable import arrangements
 from placement.refusals import reached
 from placement.replan_settings import ReplanSettings
+from placement.shaped import Shaped
 from placement.slo import shown
 from placement.traffic import Expected
 from placement.workload import Workload
@@ -19,14 +23,19 @@ _EXAMPLE = "write --start prefill=1,decode=1, or both=2"
 
 
 def start_of(
-    text: str | None, workers: int, settings: ReplanSettings, predictor: Simulated, workload: Workload, rate: float
+    text: str | None,
+    workers: int,
+    settings: ReplanSettings,
+    predictor: Simulated | Shaped,
+    workload: Workload,
+    rate: float,
 ) -> Arrangement:
     """The roles that the text says, or the best for the first requests; steps are always the best for these. Raises
     ConfigError for roles that are not of so many workers, and for targets that no arrangement attains at any rate; then
     it says what is reachable."""
     first = workload.of_length(min(len(workload), FIRST_REQUESTS))
     outlook = Outlook(settings, predictor, Expected(first, rate))
-    found = [*outlook.within_reach(workers)]
+    found = [one for one in _arrangements(workers, settings) if predictor.why_not(one) is None]
     if not found:
         raise ConfigError(_why_none(workers, settings, predictor))
     if text is not None:
@@ -35,10 +44,17 @@ def start_of(
     return max(found, key=lambda one: (outlook.attainment(one), outlook.attainment(one, settings.spare)))
 
 
-def _why_none(workers: int, settings: ReplanSettings, predictor: Simulated) -> str:
+def _arrangements(workers: int, settings: ReplanSettings) -> Iterator[Arrangement]:
+    """Of so many workers of the first shape."""
+    shape = settings.shapes[0] if settings.shapes else None
+    devices = workers * (1 if shape is None else shape.devices)
+    return arrangements(devices, settings.least_workers, settings.chunk_tokens, (shape,))
+
+
+def _why_none(workers: int, settings: ReplanSettings, predictor: Simulated | Shaped) -> str:
     if workers < settings.least_workers:
         return f"--workers {workers}: too few for --floor {settings.least_workers}"
-    largest = Arrangement(0, 0, workers, settings.chunk_tokens[-1])
+    *_, largest = _arrangements(workers, settings)
     return f"--workers {workers}: none of --chunk-tokens can be used: {predictor.why_not(largest)}"
 
 
@@ -57,7 +73,9 @@ def _as_asked(text: str, workers: int, found: list[Arrangement]) -> list[Arrange
     return asked
 
 
-def _check_reachable(found: list[Arrangement], settings: ReplanSettings, predictor: Simulated, first: Workload) -> None:
+def _check_reachable(
+    found: list[Arrangement], settings: ReplanSettings, predictor: Simulated | Shaped, first: Workload
+) -> None:
     targets, share = settings.goal.targets, settings.goal.share
     alone = [serve(predictor.layout(one), first, _NO_LOAD).outcome for one in found]
     best = max(alone, key=lambda outcome: outcome.attainment(targets))

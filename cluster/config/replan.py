@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from cluster.config.section import Section
-from cluster.notation import AbsolutePath, StepSizes
+from cluster.notation import AbsolutePath, AbsolutePaths, StepSizes, WorkerShapes
 from core.errors import ConfigError
 from placement.forecast_names import ForecastName
+from placement.worker_shape import WorkerShape, parse_shapes
 
 if TYPE_CHECKING:
     from placement.outcome import Targets
@@ -39,6 +40,13 @@ class ReplanSection(Section):
         (), description="Tokens in one step to choose from, as 256,512; default: steps stay as they are"
     )
 
+    shapes: WorkerShapes = Field(
+        (), description="TP and PP of workers to choose from, as 1x1,2x1; default: they stay as they are"
+    )
+    further_profiles: AbsolutePaths = Field(
+        (), description="With shapes: what slipstream profile measured of workers of each other TP, as FILE,FILE"
+    )
+
     @classmethod
     def flag(cls, name: str) -> str:
         return "replan" if name == "mode" else f"replan_{name}"
@@ -57,6 +65,16 @@ class ReplanSection(Section):
         except ConfigError as error:
             raise ValueError(error.message) from error
         return self
+
+    @model_validator(mode="after")
+    def _profiles_have_shapes(self) -> ReplanSection:
+        if self.further_profiles and not self.shapes:
+            raise ValueError("further_profiles has no meaning without replan shapes; leave it out")
+        return self
+
+    @property
+    def worker_shapes(self) -> tuple[WorkerShape, ...]:
+        return parse_shapes(",".join(self.shapes)) if self.shapes else ()
 
     @property
     def targets(self) -> Targets:

@@ -21,6 +21,7 @@ from cluster.config.replan import ReplanSection
 from cluster.config.section import Section
 from cluster.config.speculation import SpeculationSection
 from core.types import Role
+from placement.worker_shape import WorkerShape
 
 
 class SlipstreamConfig(Section):
@@ -46,7 +47,35 @@ class SlipstreamConfig(Section):
     @property
     def most_workers(self) -> int:
         """That there may come to be."""
+        if shapes := self.replan.worker_shapes:
+            return self.most_devices // min(shape.devices for shape in shapes)
         return self.replan.max_workers or self.cluster.num_workers
+
+    @property
+    def most_devices(self) -> int:
+        """That all workers may take together, where their shapes may change."""
+        devices = sum(self.shape_of(role).devices * count for role, count in self.cluster.roles.items())
+        return max(devices, (self.replan.max_workers or 0) * self.shape_of(Role.BOTH).devices)
+
+    def shape_of(self, role: Role) -> WorkerShape:
+        """Of workers of that role, as configured."""
+        engine = self.for_role(role).engine
+        return WorkerShape(engine.tensor_parallel_size, engine.pipeline_parallel_size)
+
+    @property
+    def shapes(self) -> dict[Role, WorkerShape]:
+        """Of workers by role, as configured, where they may change."""
+        return {role: self.shape_of(role) for role in self.cluster.roles} if self.replan.shapes else {}
+
+    def of_shape(self, shape: WorkerShape) -> SlipstreamConfig:
+        """As workers of that shape have it, with as many cores for each device."""
+        split = {"tensor_parallel_size": shape.tp, "pipeline_parallel_size": shape.pp}
+        cpus = self.cluster.cpus_per_worker
+        each = None if cpus is None else cpus * shape.devices / self.shape_of(Role.BOTH).devices
+        without = dict.fromkeys(PREFILL_SHAPE) | {"cpus_per_worker": each}
+        return self.model_copy(
+            update={"engine": self.engine.model_copy(update=split), "cluster": self.cluster.model_copy(update=without)}
+        )
 
     def for_role(self, role: Role) -> SlipstreamConfig:
         """As workers of that role have it."""
@@ -74,14 +103,31 @@ class SlipstreamConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_have_their_place(self) -> SlipstreamConfig:
+        if self.replan.shapes:
+            self._check_replanned_shapes()
+            return self
         if self.one_shape:
             return self
         differs = f"prefill and decode workers differ in shape ({', '.join(PREFILL_SHAPE)})"
         if self.replan.mode != "off":
-            raise ValueError(f"replan {self.replan.mode} changes roles, and {differs}; leave out the one or the other")
+            raise ValueError(
+                f"replan {self.replan.mode} changes roles, and {differs}; leave out the one or the other, or let "
+                "workers change their shape too with replan.shapes"
+            )
         if self.cluster.workers_per_node is not None:
             raise ValueError(f"workers_per_node is of workers that are alike, and {differs}; leave out one of them")
         return self
+
+    def _check_replanned_shapes(self) -> None:
+        named = self.replan.worker_shapes
+        for role in self.cluster.roles:
+            if (shape := self.shape_of(role)) not in named:
+                raise ValueError(
+                    f"replan.shapes {','.join(self.replan.shapes)}: the workers begin with {shape}; name it too"
+                )
+        for name in ("workers_per_node", "prefill_cpus_per_worker"):
+            if getattr(self.cluster, name) is not None:
+                raise ValueError(f"{name} is of workers of one shape, and replan.shapes changes these; leave out one")
 
     @model_validator(mode="after")
     def _replanning_has_room(self) -> SlipstreamConfig:

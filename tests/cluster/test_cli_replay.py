@@ -16,7 +16,8 @@ from cluster.cli import cli
 from core.errors import ConfigError
 from core.served import Served
 from core.types import FinishReason
-from placement.profile import write_profile
+from placement.latency import Coefficients, StepLatency
+from placement.profile import Setting, write_profile
 from placement.traces import served_lines
 from tests.commands import output_of
 from tests.placement.profiles import disturbed, profile
@@ -117,6 +118,63 @@ def test_it_is_found_in_the_help_of_plan_and_has_its_own() -> None:
 def test_a_model_in_a_folder_of_that_name_is_planned_for(files) -> None:
     result = CliRunner().invoke(cli, ["plan", "./replay", *files[1:], "--lengths", "prompt=200,output=20"])
     assert "--profile: it is of small, not of ./replay" in str(result.exception)
+
+
+FASTER = StepLatency(
+    Coefficients(8.0, 0.030, 2e-6), Coefficients(6.5, 0.00017, 0.015), Coefficients(5.3, 0.00016, 0.03), 6, 13.0
+)
+"""Steps of a TP group of two, which take somewhat less than half as long as those of one."""
+
+
+@pytest.fixture
+def of_two(files, tmp_path: Path) -> tuple[str, ...]:
+    """The same with a profile of TP 2 beside that of TP 1."""
+    write_profile(profile(FASTER, setting=Setting(device="cpu", tp=2)), tmp_path / "of_two.json")
+    return (*files, "--profile", str(tmp_path / "of_two.json"))
+
+
+def test_a_replay_changes_tp_where_that_attains_more(of_two) -> None:
+    flags = ("--workers", 4, "--start", "both=4", "--slo", "ttft=1500,tpot=14", "--horizon", 600)
+    found = replayed(*of_two, *flags, "--shapes", "1x1,2x1")
+    first = found["changes"][0]
+    assert first["change"]["to"]["decode_shape"] == {"tp": 2, "pp": 1}
+    assert "while workers of other shapes start" in first["change"]["why"]
+    assert found["start"] == {
+        "prefill": 0, "decode": 0, "both": 4, "chunk_tokens": found["start"]["chunk_tokens"],
+        "prefill_shape": {"tp": 1, "pp": 1}, "decode_shape": {"tp": 1, "pp": 1},
+    }  # fmt: skip
+    assert found["attainment"] > found["without"] + 0.2
+    assert sum(interval["requests"] for interval in found["intervals"]) == 1560
+    shown = run(*of_two, *flags, "--shapes", "1x1,2x1")
+    assert "at the start 4 of both roles (1x1), steps of" in shown
+    assert "(2x1), steps of" in shown
+
+
+def test_a_replay_with_a_single_shape_is_one_without(of_two, files) -> None:
+    plain, single = replayed(*files, "--workers", 3), replayed(*files, "--workers", 3, "--shapes", "1x1")
+    assert plain["attainment"] == single["attainment"]
+    assert [change["at_s"] for change in plain["changes"]] == [change["at_s"] for change in single["changes"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"--shapes": "1x1,4x1"},
+            "shape 4x1: no profile is of TP 4, only of 1, 2; make one with slipstream profile --t",
+        ),
+        ({"--shapes": "2"}, "--shapes: '2' is no TP and PP; write them as 1x1,2x1"),
+        ({"--shapes": "1x1", "--pipeline-parallel-size": "2"}, "--shapes has the PP of each shape"),
+        ({"--shapes": "1x8"}, "shape 1x8: .*8 stages, and 4 layers"),
+        ({}, "--profile: workers are of one shape; give one profile, or --shapes too"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(of_two, change: dict[str, str], message: str) -> None:
+    flags = {"--workers": "2"} | change
+    result = CliRunner().invoke(cli, ["plan", "replay", *of_two, *(part for flag in flags.items() for part in flag)])
+    shown = result.exception.message if isinstance(result.exception, ConfigError) else result.output
+    assert result.exit_code != 0
+    assert re.search(message, shown), shown
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cluster.config.loading import load
 from cluster.config.tree import SlipstreamConfig
+from cluster.groups import group_of, groups_of
 from cluster.hardware import of_cores
 from cluster.replan_setup import Grounds, arrangement_as_configured, grounds_of, predictor_of, replanner_of
 from cluster.resources import share_out
@@ -18,7 +20,9 @@ from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
 from placement.latency import Speculation
 from placement.outcome import Targets
-from placement.profile import Drafting, write_profile
+from placement.profile import Drafting, Setting, write_profile
+from placement.shaped import Shaped
+from placement.worker_shape import WorkerShape
 from tests.placement.profiles import disturbed, profile
 
 
@@ -202,3 +206,100 @@ def test_a_profile_whose_fit_is_off_is_warned_of(made: Path, caplog: pytest.LogC
     write_profile(disturbed(), made)
     grounds_of(config(made), 1)
     assert "replan.profile: the fit of the profile with 1 cpu a stage is off by" in caplog.text
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_for_two(tmp_path: Path) -> Path:
+    path = tmp_path / "two.json"
+    write_profile(profile(setting=Setting(device="cpu", tp=2)), path)
+    return path
+
+
+ONE, TWO = WorkerShape(1, 1), WorkerShape(2, 1)
+SHAPES = {"replan_shapes": "1x1,2x1", "colocated": True, "decode_replicas": 3}
+
+
+def test_a_cluster_whose_shapes_may_change_has_a_group_of_each_and_shares_devices_out_once(made: Path) -> None:
+    found = config(made, **SHAPES)
+    one, two = groups_of(found)
+    assert [(group.name, group.workers, group.most) for group in (one, two)] == [
+        ("worker-tp1-pp1", 3, 3),
+        ("worker-tp2-pp1", 0, 1),
+    ]
+    assert two.config.engine.tensor_parallel_size == 2
+    assert group_of(found, Role.BOTH) == one
+    assert group_of(found, Role.BOTH, TWO) == two
+    assert [share.cpus for share in share_out(found, 6.0, 0.0)] == [2.0, 4.0]
+    assert [share.gpus for share in share_out(config(made, **SHAPES, device="cuda"), 6.0, 3.0)] == [1, 2]
+    with pytest.raises(ConfigError, match=r"3 workers need a GPU each or 1 workers need 2 GPUs each and the cluster"):
+        share_out(config(made, **SHAPES, device="cuda"), 6.0, 2.0)
+    with pytest.raises(ConfigError, match=r"3 workers of 3 CPUs each or 1 workers of 6 CPUs each do not fit on 6"):
+        share_out(config(made, **SHAPES, cpus_per_worker=3.0), 6.0, 0.0)
+
+
+def test_more_workers_are_reckoned_in_those_as_configured(made: Path) -> None:
+    grown = config(made, **SHAPES | {"replan_max_workers": 5})
+    assert (grown.most_devices, grown.most_workers) == (5, 5)
+    large = config(made, **SHAPES | {"replan_max_workers": 4, "tensor_parallel_size": 2})
+    assert (large.most_devices, large.most_workers) == (8, 8)
+
+
+def test_prefill_workers_may_begin_with_another_shape_where_shapes_may_change(made: Path) -> None:
+    found = config(made, replan_shapes="1x1,2x1", prefill_tensor_parallel_size=2)
+    assert arrangement_as_configured(found) == Arrangement(1, 1, 0, 2048, TWO, ONE)
+    assert [(group.shape, group.workers) for group in groups_of(found)] == [(ONE, 1), (TWO, 1)]
+
+
+def test_every_shape_needs_a_profile_of_its_tp(made: Path, made_for_two: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"replan.shapes: shape 2x1: no profile is of TP 2, only of 1; make one with "
+    ):
+        grounds_of(config(made, **SHAPES), 1)
+    found = config(made, **SHAPES, replan_further_profiles=str(made_for_two))
+    grounds = grounds_of(found, 1)
+    assert grounds is not None
+    workers = predictor_of(found, grounds)
+    assert isinstance(workers, Shaped)
+    assert {*workers.of} == {ONE, TWO}
+    replanner = replanner_of(found, grounds)
+    assert replanner.arrangement == Arrangement(0, 0, 3, 512, ONE, ONE)
+    assert (replanner.settings.shapes, replanner.settings.devices) == ((ONE, TWO), 3)
+    stages = config(made, **SHAPES | {"replan_shapes": "1x1,1x2"})
+    assert grounds_of(stages, 1) is not None, "PP is reckoned from the profile of its TP"
+
+
+def test_profiles_of_unlike_workers_are_refused(made: Path, tmp_path: Path) -> None:
+    other = profile(setting=Setting(device="cpu", tp=2))
+    path = tmp_path / "other.json"
+    write_profile(replace(other, model=replace(other.model, fingerprint="bad")), path)
+    with pytest.raises(ConfigError, match="profiles of unlike workers: fingerprint f00 and bad"):
+        grounds_of(config(made, **SHAPES, replan_further_profiles=str(path)), 1)
+
+
+def test_it_is_said_when_no_way_leads_to_another_shape(
+    made: Path, made_for_two: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = {"decode_replicas": 1, "replan_further_profiles": str(made_for_two)}
+    grounds_of(config(made, **SHAPES | one), 1)
+    assert "nothing can be changed" in caplog.text
+    caplog.clear()
+    grounds_of(config(made, **SHAPES | one | {"decode_replicas": 3}), 1)
+    assert "nothing can be changed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"replan_shapes": "2x1"}, "replan.shapes 2x1: the workers begin with 1x1; name it too"),
+        ({"replan_shapes": "1x1,2"}, "'2' is no TP and PP; write them as 1x1,2x1"),
+        ({"replan_shapes": "1x1,2x1", "workers_per_node": 2}, "workers_per_node is of workers of one shape"),
+        ({"replan_further_profiles": "a.json"}, "further_profiles has no meaning without replan shapes"),
+    ],
+)
+def test_shapes_that_have_no_meaning_are_refused_by_name(made: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(made, **given)
+    assert message in caught.value.message

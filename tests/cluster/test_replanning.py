@@ -68,9 +68,10 @@ class Script:
     """Decides what the test says, and keeps what it was told."""
 
     def __init__(self, *changes: Arrangement | None, most_workers: int = 4) -> None:
-        self.settings = SimpleNamespace(recent_s=10.0, most_workers=most_workers, goal=GOAL)
+        self.settings = SimpleNamespace(recent_s=10.0, most_workers=most_workers, goal=GOAL, shapes=())
         self.arrangement = CONFIGURED
         self.seen = Seen(prompts=1.5)
+        self.startup_s, self.starts = 7.0, list[float]()
         self.traffic = self
         self.recorded: list[Served] = []
         self.loads: list[Load] = []
@@ -81,6 +82,9 @@ class Script:
 
     def record(self, answers: Sequence[Served]) -> None:
         self.recorded += answers
+
+    def started(self, seconds: float) -> None:
+        self.starts.append(seconds)
 
     def decide(self, _now: float, load: Load) -> Change | None:
         self.loads.append(load)

@@ -39,10 +39,10 @@ class Counted:
     def as_seen(self, seen: Seen) -> Counted:
         return self
 
-    def prompt_ms(self, tokens: float, chunk_tokens: int) -> float:
+    def prompt_ms(self, tokens: float, used: Arrangement) -> float:
         return tokens
 
-    def token_ms(self, load: RoleLoad, workers: int) -> float:
+    def token_ms(self, load: RoleLoad, workers: int, used: Arrangement) -> float:
         return 10.0 * load.running / workers if workers else float("inf")
 
 

@@ -225,17 +225,17 @@ def test_workers_are_as_they_were_profiled() -> None:
     assert {one.kv_tokens for one in layout.groups} == {10**4}
     assert layout.overhead_ms == 3.0
     assert workers.longest == 4096
-    assert workers.prompt_ms(1000.0, 100) == pytest.approx(10 * 14.7 + 68.6, rel=0.01)
+    assert workers.prompt_ms(1000.0, Arrangement(0, 0, 1, 100)) == pytest.approx(10 * 14.7 + 68.6, rel=0.01)
 
 
 def test_a_token_takes_a_step_over_what_a_step_gains() -> None:
     """5 ms and 1 for each of 4 sequences; of 8 on two workers as many, and on one they have no seats, or no room."""
     workers = Simulated(group(Role.BOTH, latency=PLAIN, kv_tokens=1000, max_sequences=6), TARGETS, 4096)
     eight = RoleLoad(workers=2, running=8, free_kv_tokens=1200)
-    assert workers.token_ms(eight, 2) == pytest.approx(9.0)
-    assert workers.token_ms(eight, 1) == float("inf")
-    assert workers.token_ms(RoleLoad(workers=2, running=4, free_kv_tokens=900), 1) == float("inf")
-    assert workers.token_ms(RoleLoad(workers=1, free_kv_tokens=0), 1) == 0.0
+    assert workers.token_ms(eight, 2, START) == pytest.approx(9.0)
+    assert workers.token_ms(eight, 1, START) == float("inf")
+    assert workers.token_ms(RoleLoad(workers=2, running=4, free_kv_tokens=900), 1, START) == float("inf")
+    assert workers.token_ms(RoleLoad(workers=1, free_kv_tokens=0), 1, START) == 0.0
 
 
 def test_requests_that_no_worker_can_hold_are_left_out() -> None:
