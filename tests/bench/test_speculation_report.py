@@ -29,7 +29,7 @@ SUMMARY = {
 
 
 def answer(tokens: int, seconds: float, steps: int, first_s: float = 1.0) -> Answer:
-    return Answer(list(range(tokens)), [], first_s, seconds, steps)
+    return Answer(list(range(tokens)), first_s=first_s, seconds=seconds, steps=steps)
 
 
 def drafts(*rounds: tuple[list[int], list[int]]) -> Drafts:

@@ -124,8 +124,8 @@ def test_a_lane_goes_on_with_what_it_has_and_takes_new_work_by_its_new_role() ->
     def swap() -> None:
         prefills, decodes = world.lanes
         specs = prefills.spec, decodes.spec
-        world.use(prefills, with_(specs[0], role=Role.DECODE))
-        world.use(decodes, with_(specs[1], role=Role.PREFILL))
+        world.use(prefills, specs[0]._replace(role=Role.DECODE))
+        world.use(decodes, specs[1]._replace(role=Role.PREFILL))
 
     world.call(5.0, swap)
     world.run(requests.arrivals_ms(1.0))
