@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -53,8 +54,44 @@ class Predictor(Protocol):
         ...
 
 
+class BySimulation(ABC):
+    """What a Predictor says by having the simulator serve the layout of an arrangement."""
+
+    @abstractmethod
+    def layout(self, arrangement: Arrangement) -> Layout:
+        """Raises ConfigError for one that can't be."""
+
+    @abstractmethod
+    def longest_in(self, arrangement: Arrangement) -> int:
+        """Tokens of the longest request that all of its workers can hold."""
+
+    @abstractmethod
+    def attained(self, outcome: Outcome) -> float:
+        """The share that met the targets."""
+
+    def why_not(self, arrangement: Arrangement) -> str | None:
+        try:
+            self.layout(arrangement)
+        except ConfigError as error:
+            return error.message
+        return None
+
+    def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
+        try:
+            fitting = workload.no_longer_than(self.longest_in(arrangement))
+        except ConfigError:
+            return 0.0
+        return self.attained(serve(self.layout(arrangement), fitting, rate).outcome)
+
+    def outcome(self, arrangement: Arrangement, workload: Workload, rate: float) -> Outcome | None:
+        try:
+            return serve(self.layout(arrangement), workload, rate).outcome
+        except ConfigError:
+            return None
+
+
 @dataclass(frozen=True)
-class Simulated:
+class Simulated(BySimulation):
     """A Predictor that asks the simulator. `group` is a worker, whatever its role and its steps. `most_tokens`: longest
     sequence of the model. `nodes` have room for `workers_per_node` each, None for as many nodes as it takes; further
     workers share the cores of these, of which one computes on the share `cores`, or can't be if that is 0."""
@@ -73,25 +110,11 @@ class Simulated:
     handoff_min_tokens: int = 0
     overhead_ms: float = 0.0
 
-    def why_not(self, arrangement: Arrangement) -> str | None:
-        try:
-            self.layout(arrangement)
-        except ConfigError as error:
-            return error.message
-        return None
+    def longest_in(self, arrangement: Arrangement) -> int:  # noqa: ARG002 - any of them
+        return self.longest
 
-    def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
-        try:
-            fitting = workload.no_longer_than(self.longest)
-        except ConfigError:
-            return 0.0
-        return serve(self.layout(arrangement), fitting, rate).outcome.attainment(self.targets)
-
-    def outcome(self, arrangement: Arrangement, workload: Workload, rate: float) -> Outcome | None:
-        try:
-            return serve(self.layout(arrangement), workload, rate).outcome
-        except ConfigError:
-            return None
+    def attained(self, outcome: Outcome) -> float:
+        return outcome.attainment(self.targets)
 
     def as_seen(self, seen: Seen) -> Simulated:
         latency = self.group.latency.times(seen.prompts, seen.decodes)

@@ -7,7 +7,7 @@ from collections import Counter
 from msgspec import Struct
 
 from core.types import Role
-from placement.worker_shape import WorkerShape
+from placement.worker_shape import WorkerShape, devices_of
 
 
 class Arrangement(Struct, frozen=True, omit_defaults=True):
@@ -29,7 +29,7 @@ class Arrangement(Struct, frozen=True, omit_defaults=True):
     @property
     def devices(self) -> int:
         """That they take; where shapes don't change each counts as one."""
-        return sum(count * (1 if shape is None else shape.devices) for shape, count in self.counts.items())
+        return sum(count * devices_of(shape) for shape, count in self.counts.items())
 
     @property
     def counts(self) -> dict[WorkerShape | None, int]:

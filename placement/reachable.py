@@ -10,7 +10,7 @@ from core.types import Role
 from placement.arrangement import Arrangement
 from placement.load import Load
 from placement.moving import Way
-from placement.worker_shape import WorkerShape
+from placement.worker_shape import WorkerShape, devices_of
 
 AS_STARTED: tuple[None] = (None,)
 """The shapes to choose from where these don't change."""
@@ -24,7 +24,7 @@ def arrangements(
     where a role has nobody. All workers of a role have one shape, or the router would send to unlike ones alike."""
     for chunk_tokens in sizes:
         for prefill_shape, decode_shape in product(shapes, repeat=2):
-            prefill_takes, decode_takes = _devices(prefill_shape), _devices(decode_shape)
+            prefill_takes, decode_takes = devices_of(prefill_shape), devices_of(decode_shape)
             if prefill_shape == decode_shape and (workers := devices // decode_takes) >= least:
                 yield Arrangement(0, 0, workers, chunk_tokens, decode_shape, decode_shape)
             for prefill in range(least, devices // prefill_takes + 1):
@@ -32,10 +32,6 @@ def arrangements(
                 one_more = (prefill + 1) * prefill_takes + decode * decode_takes <= devices
                 if decode >= least and not one_more:
                     yield Arrangement(prefill, decode, 0, chunk_tokens, prefill_shape, decode_shape)
-
-
-def _devices(shape: WorkerShape | None) -> int:
-    return 1 if shape is None else shape.devices
 
 
 @dataclass(frozen=True)

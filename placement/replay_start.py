@@ -15,6 +15,7 @@ from placement.replan_settings import ReplanSettings
 from placement.shaped import Shaped
 from placement.slo import shown
 from placement.traffic import Expected
+from placement.worker_shape import devices_of
 from placement.workload import Workload
 
 FIRST_REQUESTS = 200
@@ -47,7 +48,7 @@ def start_of(
 def _arrangements(workers: int, settings: ReplanSettings) -> Iterator[Arrangement]:
     """Of so many workers of the first shape."""
     shape = settings.shapes[0] if settings.shapes else None
-    devices = workers * (1 if shape is None else shape.devices)
+    devices = workers * devices_of(shape)
     return arrangements(devices, settings.least_workers, settings.chunk_tokens, (shape,))
 
 

@@ -7,22 +7,20 @@ from dataclasses import dataclass, replace
 
 from core.errors import ConfigError
 from core.types import Role as WorkerRole
-from placement.arranged import Simulated, simulated
+from placement.arranged import BySimulation, Simulated, simulated
 from placement.arrangement import Arrangement
 from placement.layout import Layout, Role
 from placement.load import RoleLoad
-from placement.native import serve
 from placement.outcome import Outcome, Targets
 from placement.profile import Profile
 from placement.seen import Seen
 from placement.shapes import Limits
 from placement.topology import Topology
 from placement.worker_shape import WorkerShape
-from placement.workload import Workload
 
 
 @dataclass(frozen=True)
-class Shaped:
+class Shaped(BySimulation):
     """A Predictor that asks the simulator. `of` is a worker of each shape, whatever its role and its steps. Workers of
     an arrangement fill one node after the other, `per_node` devices each; `nodes`: None for as many as it takes."""
 
@@ -30,25 +28,11 @@ class Shaped:
     per_node: int = 1024
     nodes: int | None = None
 
-    def why_not(self, arrangement: Arrangement) -> str | None:
-        try:
-            self.layout(arrangement)
-        except ConfigError as error:
-            return error.message
-        return None
+    def longest_in(self, arrangement: Arrangement) -> int:
+        return min(self.of[_named(shape)].longest for shape in arrangement.counts)
 
-    def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
-        try:
-            fitting = workload.no_longer_than(min(self.of[shape].longest for shape in _shapes(arrangement)))
-        except ConfigError:
-            return 0.0
-        return serve(self.layout(arrangement), fitting, rate).outcome.attainment(self._any.targets)
-
-    def outcome(self, arrangement: Arrangement, workload: Workload, rate: float) -> Outcome | None:
-        try:
-            return serve(self.layout(arrangement), workload, rate).outcome
-        except ConfigError:
-            return None
+    def attained(self, outcome: Outcome) -> float:
+        return self._any.attained(outcome)
 
     def as_seen(self, seen: Seen) -> Shaped:
         return replace(self, of={shape: worker.as_seen(seen) for shape, worker in self.of.items()})
@@ -180,10 +164,6 @@ def _check_alike(profiles: Sequence[Profile]) -> None:
         for name, (one, another) in pairs.items():
             if one != another:
                 raise ConfigError(f"profiles of unlike workers: {name} {one} and {another}", param="profile")
-
-
-def _shapes(arrangement: Arrangement) -> list[WorkerShape]:
-    return [_named(shape) for shape in arrangement.counts]
 
 
 def _named(shape: WorkerShape | None) -> WorkerShape:

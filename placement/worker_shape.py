@@ -25,6 +25,11 @@ class WorkerShape(Struct, frozen=True, order=True):
         return f"{self.tp}x{self.pp}"
 
 
+def devices_of(shape: WorkerShape | None) -> int:
+    """Of a worker; where shapes don't change, None, each counts as one."""
+    return 1 if shape is None else shape.devices
+
+
 def parse_shapes(text: str) -> tuple[WorkerShape, ...]:
     """ "1x1,2x1" is TP 1 and TP 2, each with PP 1. Raises ConfigError."""
     found = tuple(map(_parse, text.split(",")))
