@@ -11,6 +11,7 @@ root, ip(8) and tc(8). Exit status 1 if something is not as it should be.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from bench.hosts.namespaces import Host
 from bench.hosts.shaped import missing, two_hosts
 from placement.topology import read_topology
 from tests.chaos.hosts import END_S, START_S, ray_over, served, start
+from tests.chaos.served import Gateway, until
 
 COMMAND_S = 300.0
 SPLIT = ("demo", "--prefill-replicas", "1", "--decode-replicas", "1", "--cpus-per-worker", "1")
@@ -40,16 +42,17 @@ def output_of(host: Host, log: Path, *command: str) -> str:
     return log.read_text()
 
 
+async def _ready(url: str) -> bool:
+    gateway = Gateway(url)
+    try:
+        return await until(gateway.is_healthy, START_S)
+    finally:
+        await gateway.close()
+
+
 def until_ready(url: str) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/health", timeout=5.0).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # nobody listens yet
-        time.sleep(0.5)
-    raise RuntimeError(f"nobody serves at {url}")
+    if not asyncio.run(_ready(url)):
+        raise RuntimeError(f"nobody serves at {url}")
 
 
 def answer(url: str) -> str:
