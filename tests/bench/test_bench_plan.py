@@ -277,6 +277,13 @@ async def test_a_worker_that_dies_before_its_gateway_is_ready_is_named(model, mo
         await asyncio.wait_for(answer(Part(tree, str(model), members=[dead]), validated(tree)), 60)
 
 
+@pytest.fixture
+def beside_tests(monkeypatch) -> None:
+    """Other tests compute meanwhile, all the time: it would wait for their end, and try each round again and again."""
+    monkeypatch.setattr("bench.planning.others._PATIENCE_S", 0.0)
+    monkeypatch.setattr("bench.planning.session.TRIES", 1)
+
+
 def planned(model: Path, folder: Path, *flags: str, **changes: object):
     facts = replace(profile().model, name=str(model), dtype="float32", max_tokens=256, weight_bytes=10**6)
     write_profile(replace(profile(**changes), model=facts), folder / "profile.json")
@@ -286,6 +293,7 @@ def planned(model: Path, folder: Path, *flags: str, **changes: object):
     )
 
 
+@pytest.mark.usefixtures("beside_tests")
 def test_a_layout_of_the_plan_is_run_and_told_beside_its_prediction(model, tmp_path) -> None:
     flags = ["--layout", "1 x cpu TP1, chunks of 512", "--rates", "20", "--requests", "5", "--json"]
     result = planned(model, tmp_path, *flags, "--rounds", "2")
@@ -334,6 +342,7 @@ def test_targets_one_by_one_are_told_where_they_have_percentiles() -> None:
     assert alone in table(compared)
 
 
+@pytest.mark.usefixtures("beside_tests")
 def test_a_layout_with_drafts_is_run_with_the_questions_of_a_file(model, tmp_path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"turns": ["abcabcabcabcabcabc"]}\n')
     drafts = Drafting(
