@@ -52,6 +52,8 @@ class WorkerSession:
         self._client = client
         self._assigned_tokens = 0
         self._assigned_requests = 0
+        self._ended_requests = 0
+        self._in_flight = 0
 
     @classmethod
     async def open(cls, member: Member) -> WorkerSession:
@@ -66,11 +68,17 @@ class WorkerSession:
 
     def heard(self, status: WorkerStatus) -> None:
         self.status = status
-        self._assigned_tokens = self._assigned_requests = 0
+        self._assigned_tokens = self._assigned_requests = self._ended_requests = 0
 
-    def assign(self, tokens: int) -> None:
+    def assign(self, tokens: int, *, decodes: bool) -> None:
+        """A request. One that `decodes` here is here until it is `released`."""
         self._assigned_tokens += tokens
         self._assigned_requests += 1
+        self._in_flight += decodes
+
+    def release(self) -> None:
+        self._ended_requests += 1
+        self._in_flight -= 1
 
     def candidate(self) -> Candidate | None:
         """None until the worker has said how it is."""
@@ -82,6 +90,8 @@ class WorkerSession:
             self.status,
             self._assigned_tokens,
             self._assigned_requests,
+            self._ended_requests,
+            self._in_flight,
             self.member.node,
         )
 
@@ -100,6 +110,8 @@ class Flight:
         self.queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
         self.attempt_id: str | None = None
         """The attempt whose deltas are routed here."""
+        self.decode: WorkerSession | None = None
+        """Of the worker that this attempt decodes at."""
 
 
 class ClusterBackend:
@@ -213,8 +225,11 @@ class ClusterBackend:
                 raise
             self._carry_out(flight, flight.dispatch.refuse(error))
             return
+        self._forget(flight)
         for worker in route.workers:
-            self._sessions[worker.worker_id].assign(len(flight.dispatch.request.prompt_token_ids))
+            session = self._sessions[worker.worker_id]
+            session.assign(len(flight.dispatch.request.prompt_token_ids), decodes=worker is route.decode)
+        flight.decode = self._sessions[route.decode.worker_id]
         prefill = route.prefill
         started = flight.dispatch.start(
             route.decode.worker_id,
@@ -222,7 +237,6 @@ class ClusterBackend:
             prefill.address if prefill else "",
             within_s=flight.dispatch.request.deadline - time.time(),
         )
-        self._forget(flight)
         flight.attempt_id = flight.dispatch.attempt_id
         if flight.attempt_id is not None:
             self._attempts[flight.attempt_id] = flight
@@ -247,6 +261,9 @@ class ClusterBackend:
         if flight.attempt_id is not None:
             self._attempts.pop(flight.attempt_id, None)
             flight.attempt_id = None
+        if flight.decode is not None:
+            flight.decode.release()
+            flight.decode = None
 
     # --- workers ---------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,10 @@ class Candidate:
     status: WorkerStatus
     assigned_tokens: int = 0
     assigned_requests: int = 0
+    ended_requests: int = 0
+    """That it decoded, since it last spoke: it still counts them."""
+    in_flight: int = 0
+    """Requests of this gateway that it is to decode."""
     node: str = ""
     """Of the cluster, on which it runs; empty: nobody knows."""
 
@@ -42,7 +46,9 @@ class Candidate:
 
     @property
     def num_sequences(self) -> int:
-        return self.status.num_running + self.status.num_waiting + self.assigned_requests
+        """As it is now, whatever its status says, if all its requests are this gateway's."""
+        told = self.status.num_running + self.status.num_waiting
+        return max(self.in_flight, told + self.assigned_requests - self.ended_requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,9 @@ class StepClock:
 class LaneState:
     """`steps` counts those that decode. `running`: chunks of the step in flight, None between steps; `computing`: the
     share of prompts in it, or in the last if the next may begin at this instant, None if it does not compute. `live`
-    requests are to decode here, and `pending` tokens of prompts to be computed; `told_*`: as the router knows them, and
-    how many more tokens there is memory for."""
+    requests are to decode here, of which the router knows: they come from it, and end with an answer that it passes on.
+    `pending` tokens of prompts are to be computed; `told_*`: as the router knows them, and for how many more tokens
+    there is memory."""
 
     index: int
     spec: Lane
@@ -90,7 +91,6 @@ class LaneState:
     seats: int = 0
     live: int = 0
     pending: int = 0
-    told_live: int = 0
     told_pending: int = 0
     told_free: int = 0
     next_report_ms: float = 0.0
@@ -113,7 +113,7 @@ class LaneState:
         """What it had to do up to now, if a report of it was due since the last time."""
         phase = self.spec.report_phase
         if now_ms >= self.next_report_ms:
-            self.told_live, self.told_pending = self.live, self.pending
+            self.told_pending = self.pending
             self.told_free = math.floor(self.spec.kv_tokens - self.kv_used + 0.5)
             if every_ms:
                 self.next_report_ms = (math.floor(now_ms / every_ms + phase) + 1 - phase) * every_ms

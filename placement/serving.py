@@ -122,7 +122,7 @@ class World:
         """Of those with memory for the prompt, if there are such; of several with as few the one with most."""
         needed = request.target - request.cached
         able = [self._reported(lane) for lane in self.lanes if lane.routed and lane.spec.role is not Role.PREFILL]
-        return min(able, key=lambda lane: (lane.told_free < needed, lane.told_live, -lane.told_free), default=None)
+        return min(able, key=lambda lane: (lane.told_free < needed, lane.live, -lane.told_free), default=None)
 
     def _least_pending(self, island: int) -> LaneState | None:
         prefill = [lane for lane in self.lanes if lane.routed and lane.spec.role is Role.PREFILL]
@@ -138,7 +138,6 @@ class World:
         """More to do, of which the router knows as it is its own doing, as it knows of how many `tokens` the prompt
         is that is to be held there."""
         self._change(lane, live=live, pending=pending)
-        lane.told_live += live
         lane.told_pending += pending
         lane.told_free -= tokens
 
@@ -195,13 +194,14 @@ class World:
 
     def _slowdown(self, lane: LaneState) -> float:
         """By the others that compute on its host. If all want more than its cores they take turns: each computes for
-        its part of the time, and has the others beside it for as long as these then have cores."""
+        its part of the time, and has the others beside it for as long as these then have cores. Who takes none of them
+        waits for none."""
         own, wanted, more = lane.spec.cores, lane.spec.cores, 0.0
         for other in self.lanes:
             if other.spec.host == lane.spec.host and other.computing is not None and other is not lane:
                 more += lane.spec.contention.more(lane.step.prompts, other.computing)
                 wanted += other.spec.cores
-        if wanted <= 1.0:
+        if wanted <= 1.0 or not own:
             return 1.0 + more
         return wanted * (1.0 + more * (1.0 - own) / (wanted - own)) if wanted > own else wanted
 

@@ -69,7 +69,7 @@ struct Lane {
     double prompt_share = 0.0, done_ms = 0.0, since_ms = 0.0, slowdown = 1.0;  // as lanes.StepClock
     double computing = idle;                                                  // as lanes.LaneState
     int64_t steps = 0, planned = 0, pending = 0;
-    int seats = 0, live = 0, version = 0;
+    int seats = 0, version = 0;
     bool busy = false, starting = false, advances = false;
 
     double work_ms(int64_t count) const {
@@ -199,7 +199,6 @@ class Serving {
     void report(Lane& lane) const {
         Told& told = *lane.told;
         if (now_ < told.next_report_ms) return;
-        told.live = lane.live;
         told.pending = lane.pending;
         double due = now_;
         if (report_ms_ > 0) {
@@ -218,14 +217,13 @@ class Serving {
 
     void change(Lane& lane, int live, int64_t pending) const {
         report_due(lane);
-        lane.live += live;
+        lane.told->live += live;  // requests come from the router, and end with an answer that it passes on
         lane.pending += pending;
     }
 
     // The router knows, as it is its own doing.
     void send_to(Lane& lane, int live, int64_t pending, int tokens) const {
         change(lane, live, pending);
-        lane.told->live += live;
         lane.told->pending += pending;
         lane.told->free -= tokens;
     }
@@ -341,7 +339,7 @@ class Serving {
             more += prompt * lane.prompt_share + decode * (1.0 - lane.prompt_share) - 1.0;
             wanted += other.spec->cores;
         }
-        if (wanted <= 1.0) return 1.0 + more;
+        if (wanted <= 1.0 || spec.cores == 0) return 1.0 + more;
         return wanted > spec.cores ? wanted * (1.0 + more * (1.0 - spec.cores) / (wanted - spec.cores)) : wanted;
     }
 
@@ -709,7 +707,7 @@ class Serving {
         lane.chunks.clear();
         lane.kv_used = lane.context = 0.0;
         lane.seats = 0;
-        lane.pending = lane.told->pending = lane.told->free = lane.told->live = 0;
+        lane.pending = lane.told->pending = lane.told->free = 0;
         lane.told->next_report_ms = 0.0;
         ++lane.version;
         lane.busy = false;

@@ -99,6 +99,20 @@ async def test_greedy_output_is_that_of_transformers_in_every_layout(
     assert {finish.reason for _, finish in results if finish} == {FinishReason.LENGTH}
 
 
+async def test_two_that_come_when_all_workers_are_idle_go_to_one_each(tiny: tuple[LlamaForCausalLM, Path]) -> None:
+    """Whatever the workers said while the one before was there."""
+    async with local_cluster(config(colocated=True, decode_replicas=2), tiny[1]) as cluster:
+        for turn in range(4):
+            await run(cluster, request(f"before-{turn}", prompt(5, turn)))
+            both = [run(cluster, request(f"{turn}-{n}", prompt(5, 10 * turn + n), 40)) for n in (1, 2)]
+            tasks = [asyncio.create_task(one) for one in both]
+            under_way = cluster.backend._attempts.values()
+            while len(under_way) < 2:
+                await asyncio.sleep(0)
+            assert len({flight.way.route.decode.worker_id for flight in under_way}) == 2
+            await asyncio.gather(*tasks)
+
+
 @pytest.mark.parametrize("transport", ["tcp", "torch_distributed"])
 async def test_a_transport_that_was_asked_for_carries_every_hand_off(
     tiny: tuple[LlamaForCausalLM, Path], transport: str

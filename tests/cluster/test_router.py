@@ -56,6 +56,17 @@ def test_what_was_sent_since_the_last_heartbeat_counts() -> None:
     assert names(10, busy, worker("p2", Role.PREFILL, tokens=50), worker("d", Role.DECODE)) == ("p2", "d")
 
 
+def test_what_has_ended_since_the_last_heartbeat_does_not_count() -> None:
+    said = worker("a", Role.BOTH, running=2).status
+    assert names(10, Candidate("a", "a:1", said, ended_requests=2), worker("b", Role.BOTH, running=1)) == (None, "a")
+
+
+def test_requests_that_a_worker_has_not_told_of_count() -> None:
+    """They were on their way when it last spoke."""
+    said = worker("a", Role.BOTH).status
+    assert names(10, Candidate("a", "a:1", said, in_flight=2), worker("b", Role.BOTH, running=1)) == (None, "b")
+
+
 def test_one_worker_for_both_needs_no_hand_off() -> None:
     assert names(10, worker("a", Role.BOTH, running=2), worker("b", Role.BOTH)) == (None, "b")
 

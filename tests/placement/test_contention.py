@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
+from placement import native
 from placement.fit import Point, fit_contention
 from placement.latency import Contention
 from placement.layout import Layout, Role
@@ -58,6 +59,15 @@ def test_where_more_threads_compute_than_there_are_cores_they_take_turns() -> No
     assert served(fast, [100] * 3, [1] * 3, [0.0] * 3).outcome.ttft_ms == pytest.approx([30.0] * 3)
     slow = Layout((group(Role.BOTH, cores=0.5, contention=SLOW),) * 3)
     assert served(slow, [100] * 3, [1] * 3, [0.0] * 3).outcome.ttft_ms == pytest.approx([1.5 * 30.0] * 3)
+
+
+def test_who_takes_no_cores_waits_for_none() -> None:
+    """Nor does the simulator in C++, where steps that only decode are taken many at a time."""
+    layout = Layout((group(Role.BOTH), group(Role.BOTH, cores=0.7), group(Role.BOTH, cores=0.7)))
+    asked = [100] * 3, [20, 3, 3], [0.0, 0.0, 0.0]
+    plain = served(layout, *asked).outcome.e2e_ms
+    assert plain == pytest.approx([20.0 + 19 * 6.0, 1.4 * 32.0, 1.4 * 32.0])
+    assert native.serve(layout, workload(asked[0], asked[1], asked[2]), 1.0).outcome.e2e_ms == pytest.approx(plain)
 
 
 def test_workers_that_take_all_cores_halve_each_others_speed_and_are_never_beside_each_other() -> None:

@@ -108,14 +108,22 @@ def test_short_prompts_are_prefilled_where_they_are_decoded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("at_ms", "report_ms", "ttft_ms"), [(30.0, 0.0, 20.0), (30.0, 250.0, 28.0), (130.0, 250.0, 20.0)]
+    ("at_ms", "report_ms", "ttft_ms"), [(41.0, 0.0, 20.0), (41.0, 250.0, 21.0), (251.0, 250.0, 20.0)]
 )
-def test_the_router_knows_what_groups_have_reported(at_ms: float, report_ms: float, ttft_ms: float) -> None:
-    """The second group is idle after 21 ms and says so at 125: until then both count one request, and the first is
-    taken, which decodes: the prompt waits for the end of a step, and goes along with the next."""
+def test_the_router_knows_which_prompts_groups_have_reported(at_ms: float, report_ms: float, ttft_ms: float) -> None:
+    """The first group has computed its long prompt after 40 ms, the second its two short ones after 42. Until they say
+    so the second has fewer tokens to compute, and the prompt that comes at 41 waits there."""
+    layout = Layout((group(Role.PREFILL), group(Role.PREFILL), group(Role.DECODE)), report_ms=report_ms)
+    served = serve(layout, [300, 100, 100, 100], [1] * 4, [0.0, 1.0, 22.0, at_ms])
+    assert served.outcome.ttft_ms[3] == pytest.approx(ttft_ms)
+
+
+@pytest.mark.parametrize("report_ms", [0.0, 250.0])
+def test_the_router_knows_at_once_which_requests_have_ended(report_ms: float) -> None:
+    """The first group decodes, the second is idle after 21 ms, and has reported neither."""
     layout = Layout((group(Role.BOTH),) * 2, report_ms=report_ms)
-    served = serve(layout, [100, 100, 100], [50, 1, 1], [0.0, 1.0, at_ms])
-    assert served.outcome.ttft_ms[2] == pytest.approx(ttft_ms)
+    served = serve(layout, [100, 100, 100], [50, 1, 1], [0.0, 1.0, 30.0])
+    assert served.outcome.ttft_ms[2] == pytest.approx(20.0)
 
 
 def test_the_router_knows_what_it_has_sent_since() -> None:
