@@ -10,7 +10,6 @@ import numpy as np
 from placement.candidates import Candidate
 from placement.goodput import WARM_UP, Goal
 from placement.native import serve
-from placement.pools import sized
 from placement.workload import Workload
 
 
@@ -38,7 +37,8 @@ class Point(msgspec.Struct, frozen=True):
 
 
 def point(candidate: Candidate, rate: float, workload: Workload, goal: Goal, priced: bool) -> Point:
-    outcome = serve(candidate.layout, sized(workload, candidate.stages), rate).outcome
+    """As it serves the workload at that rate."""
+    outcome = serve(candidate.layout, workload, rate).outcome
     start = int(len(outcome.ttft_ms) * WARM_UP)
     ttft_ms, tpot_ms = (
         float(np.quantile(outcome.of(metric)[start:], goal.share_of(metric))) for metric in ("ttft", "tpot")

@@ -18,10 +18,21 @@ from placement.latency import Speculation
 from placement.layout import Role
 from placement.packing import Seat, packed
 from placement.pareto import Point, front, point
-from placement.pools import LEAST_REQUESTS
 from placement.prediction import predict
 from placement.profile import ModelFacts
-from placement.search import LONGER_RUN, NUM_RANKED, Found, Nothing, Objective, Ranked, cheapest, look, search, sweep
+from placement.search import (
+    LONGER_RUN,
+    NUM_RANKED,
+    Found,
+    Nothing,
+    Objective,
+    Ranked,
+    cheapest,
+    lasting,
+    look,
+    search,
+    sweep,
+)
 from placement.shapes import Shape
 from placement.slo import shown
 from placement.topology import Topology
@@ -120,6 +131,8 @@ def make_plan(
     if rate is not None:
         chosen = cheapest(space(TOGETHER | APART), workload, goal, rate, objective)
     at = ranked[0].goodput if rate is None else rate
+    entry = next((entry for entry in ranked if entry.candidate == chosen), None)
+    requests = entry.requests if rate is None and entry else len(lasting(chosen, workload, at, goal))
     by_name = {shape.name: shape for shape in shapes}
     plan = Plan(
         model=model.name,
@@ -130,11 +143,11 @@ def make_plan(
         tpot_ms=goal.targets.tpot_ms,
         share=goal.share,
         rate_rps=at,
-        chosen=_entry(chosen, next((entry for entry in ranked if entry.candidate == chosen), None), topology.priced),
+        chosen=_entry(chosen, entry, topology.priced),
         why=_why(ranked, rate, chosen, objective, found),
         verdict=_verdict(searched),
         drafts=_drafts(ranked, shapes),
-        predicted=_predicted(chosen, workload, at, goal),
+        predicted=_predicted(chosen, workload, at, goal, max(requests, len(workload))),
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
         refused={name: why for result in searched.values() for name, why in result.refused.items()},
         warnings=[
@@ -228,13 +241,14 @@ def _pareto(found: Sequence[Found], workload: Workload, goal: Goal, priced: bool
     ranked = {one.candidate.name: one for result in found for one in result.ranked}
     swept = {one.candidate.name: one for result in found for one in sweep(result, workload, goal)}
     known = [one for one in (swept | ranked).values() if one.goodput > 0.0]
-    return front(point(one.candidate, one.goodput, workload, goal, priced) for one in known)
+    return front(point(one.candidate, one.goodput, workload.of_length(one.requests), goal, priced) for one in known)
 
 
-def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> dict[str, Spread]:
+def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal, requests: int) -> dict[str, Spread]:
+    """Of runs of so many requests: with fewer, queues might not have grown to what they stay at."""
     found: dict[str, list[float]] = {}
     for run in range(REPLICATIONS):
-        drawn = workload.resampled(max(LEAST_REQUESTS, len(workload)), np.random.default_rng((1, run)))
+        drawn = workload.resampled(requests, np.random.default_rng((1, run)))
         prediction = predict(candidate.layout, drawn, rate, goal.targets)
         for metric in ("ttft", "tpot", "e2e"):
             for name, value in getattr(prediction, f"{metric}_ms").items():

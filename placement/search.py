@@ -43,8 +43,10 @@ NUM_RANKED = 5
 """Kinds of layouts, by shapes and chunks, that are told with a confidence interval."""
 LONGER_RUN = 3
 STEADY = 0.05
-MOST_REQUESTS = 90_000
+MOST_REQUESTS = 270_000
 """Of a run; a layout whose goodput still falls then is told as not steady."""
+_LASTING = 20
+"""Times the target for the first token: what falls behind by a twentieth is late by that much then."""
 _DECODES_REACH = 0.8
 """Of its bound, where a group that prefills reaches all of it."""
 _REASONS = 8
@@ -66,14 +68,21 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Ranked:
-    """`goodput` is the mean of the interval: one run alone may be lucky in its requests. `steady`: its runs are so long
-    that one three times as long gives the same goodput within 5 %."""
+    """`goodput` is the mean of the interval: one run alone may be lucky in its requests. `steady`: its runs, of so many
+    `requests`, are so long that one three times as long gives the same goodput within 5 %."""
 
     candidate: Candidate
     goodput: float
     score: float
     interval: Interval
     steady: bool
+    requests: int
+
+    def as_long(self, one: Candidate, workload: Workload) -> Workload:
+        """Requests for runs of another layout of this kind that take about as long: of fast groups fewer may come and
+        go within their targets, however far the layout is behind."""
+        times = self.requests / len(sized(workload, self.candidate.stages))
+        return workload.of_length(min(MOST_REQUESTS, round(times * len(sized(workload, one.stages)))))
 
 
 @dataclass(frozen=True)
@@ -183,9 +192,16 @@ def cheapest(
 
 def _surely_attains(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> bool:
     """As the workload comes, in each of the other draws, and in a run that is LONGER_RUN times as long."""
-    layout, requests = candidate.layout, sized(workload, candidate.stages)
+    layout, requests = candidate.layout, lasting(candidate, workload, rate, goal)
     longer = workload.of_length(LONGER_RUN * len(requests))
     return all(attains(layout, drawn, rate, goal) for drawn in chain([requests], draws(requests), [longer]))
+
+
+def lasting(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> Workload:
+    """Requests for a run at this rate in which a layout that is too slow by a twentieth would be late; one that is
+    LONGER_RUN times as long has no more than MOST_REQUESTS."""
+    least = min(MOST_REQUESTS // LONGER_RUN, math.ceil(rate * _LASTING * goal.targets.ttft_ms / 1e3))
+    return workload.of_length(max(len(sized(workload, candidate.stages)), least))
 
 
 def _refused(space: Space) -> dict[str, str]:
@@ -291,10 +307,12 @@ def _evaluate(candidate: Candidate, bound: float, to_beat: float, most: _Most, o
     return Evaluated(candidate, found, found / cost)
 
 
-def _settled(layout: Layout, workload: Workload, goal: Goal, found: float) -> tuple[float, bool, int]:
-    """Goodput in longer and longer runs, from that of one, until the next agrees: that goodput, whether one did, and
-    the requests of its run."""
+def _settled(layout: Layout, workload: Workload, goal: Goal, near: float) -> tuple[float, bool, int]:
+    """Goodput, about `near`, in longer and longer runs, until the next agrees: that goodput, whether one did, and the
+    requests of its run. No bound holds it down: a run that is so short that any rate attains the goal in it would agree
+    with the next then."""
     requests = len(workload)
+    found = goodput_near(layout, workload, goal, near)
     while found > 0.0 and LONGER_RUN * requests <= MOST_REQUESTS:
         again = goodput_near(layout, workload.of_length(LONGER_RUN * requests), goal, found)
         if abs(again - found) <= STEADY * found:
@@ -323,20 +341,24 @@ def _order(result: Evaluated) -> tuple[float, int]:
 
 def _ranked(result: Evaluated, workload: Workload, goal: Goal, objective: Objective) -> Ranked:
     candidate = result.candidate
-    found, steady, requests = _settled(candidate.layout, sized(workload, candidate.stages), goal, result.goodput)
+    asked = lasting(candidate, workload, result.goodput, goal)
+    found, steady, requests = _settled(candidate.layout, asked, goal, result.goodput)
     spread = interval(candidate.layout, workload.of_length(requests), goal, near=found)
     mean = spread.mean or found
-    return Ranked(candidate, mean, mean / _cost(candidate, objective), spread, steady)
+    return Ranked(candidate, mean, mean / _cost(candidate, objective), spread, steady, requests)
 
 
 class Swept(NamedTuple):
+    """A layout, its goodput, and the requests of the runs that tell it."""
+
     candidate: Candidate
     goodput: float
+    requests: int
 
 
 def sweep(found: Found, workload: Workload, goal: Goal) -> list[Swept]:
     """Of each ranked kind the layout with the highest score that can be expected, for a few budgets: what there is to
-    choose from besides the best. Goodput of short runs."""
+    choose from besides the best. Goodput of one draw of the requests."""
     swept: list[Swept] = []
     for ranked in found.ranked:
         space, kinds = ranked.candidate.space, ranked.candidate.kinds
@@ -360,8 +382,8 @@ def _share(candidate: Candidate) -> float:
 
 
 def _near(one: Candidate, ranked: Ranked, workload: Workload, goal: Goal) -> Swept:
-    expected = ranked.goodput * one.devices / ranked.candidate.devices
-    return Swept(one, goodput_near(one.layout, sized(workload, one.stages), goal, expected))
+    expected, requests = ranked.goodput * one.devices / ranked.candidate.devices, ranked.as_long(one, workload)
+    return Swept(one, goodput_near(one.layout, requests, goal, expected), len(requests))
 
 
 def _unreachable(most: _Most, refused: dict[str, str], tried: list[tuple[float, Candidate]]) -> Nothing:

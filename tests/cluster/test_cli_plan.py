@@ -84,6 +84,14 @@ def test_the_plan_is_the_best_of_its_ranking_with_what_it_will_reach(files) -> N
     assert found["verdict"].split(":")[0] == ("disaggregate" if found["chosen"]["disaggregated"] else "colocate")
 
 
+def test_what_many_fast_devices_will_reach_is_told_of_runs_that_are_long_enough(large: Path) -> None:
+    """2000 requests would be over before any of them could be late."""
+    found = planned(large, "--device", "H100", "--devices", 16, "--slo", "ttft=1000,tpot=30", *LENGTHS)
+    assert found["predicted"]["attainment"]["mean"] >= 0.9
+    ranked, front = (max(one["goodput_rps"] / one["devices"] for one in found[of]) for of in ("ranking", "pareto"))
+    assert front < 1.1 * ranked
+
+
 def test_for_a_rate_the_fewest_devices_are_taken_that_attain_the_targets(files) -> None:
     low, high = (planned("small", *files, *SLO, *LENGTHS, "--rate", rate) for rate in (2, 100))
     assert low["chosen"]["devices"] == 1 < high["chosen"]["devices"]

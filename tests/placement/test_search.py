@@ -12,14 +12,14 @@ import pytest
 
 from core.errors import ConfigError
 from placement.candidates import Candidate, Fabric, Option, Space, candidates
-from placement.goodput import Goal, attains, draws, goodput
+from placement.goodput import Goal, attains, draws, goodput, goodput_near
 from placement.latency import Coefficients, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Role
 from placement.lengths import parse_lengths
 from placement.native import serve
 from placement.outcome import Targets
 from placement.packing import packed
-from placement.search import Evaluated, Found, Nothing, Objective, cheapest, exhaustive, look, ranking, search
+from placement.search import Evaluated, Found, Nothing, Objective, cheapest, exhaustive, look, ranking, search, sweep
 from placement.serving import Served
 from placement.topology import NodeKind, Topology, Wire
 from placement.workload import Workload
@@ -148,6 +148,39 @@ def test_the_ranking_is_of_kinds_with_intervals() -> None:
     assert len({ranked.candidate.kinds for ranked in found.ranked}) == len(found.ranked) == 5
     assert all(ranked.interval.low <= ranked.interval.mean <= ranked.interval.high for ranked in found.ranked)
     assert all(ranked.steady for ranked in found.ranked)
+
+
+def quick() -> Space:
+    """Eight groups that are so fast that 2000 requests come and go before a queue keeps anybody from a target."""
+    plain = option(1)
+    fast = replace(plain, group=replace(plain.group, latency=plain.group.latency.times(0.02)))
+    return space(nodes={"default": (8,)}, options=(fast,))
+
+
+PATIENT = Goal(Targets(5000.0, 50.0))
+LONG = REQUESTS.of_length(200_000)
+
+
+def test_a_run_is_not_long_enough_because_its_goodput_is_the_bound() -> None:
+    for ranked in search(quick(), REQUESTS, PATIENT).ranked:
+        layout = ranked.candidate.layout
+        assert ranked.goodput < 1.1 * goodput_near(layout, LONG, PATIENT, ranked.goodput)
+
+
+def test_the_cheapest_layout_for_a_rate_attains_it_for_as_long_as_the_target_hides_a_queue() -> None:
+    most = {ranked.candidate.devices: ranked.goodput for ranked in search(quick(), REQUESTS, PATIENT).ranked}
+    rate = 1.15 * max(goodput / devices for devices, goodput in most.items())
+    assert attains(cheapest(quick(), REQUESTS, PATIENT, rate).layout, LONG, rate, PATIENT)
+
+
+def test_sizes_of_a_kind_are_told_of_runs_as_long_as_those_of_its_best() -> None:
+    found = search(quick(), REQUESTS, GOAL)
+    best = {ranked.candidate.kinds: ranked for ranked in found.ranked}
+    assert all(ranked.steady and ranked.requests > len(REQUESTS) for ranked in found.ranked)
+    swept = sweep(found, REQUESTS, GOAL)
+    assert len({one.candidate.devices for one in swept}) > 5
+    for one in swept:
+        assert one.goodput / one.candidate.devices < 1.1 * best[one.candidate.kinds].score
 
 
 def test_total_goodput_takes_all_devices_and_dollars_count() -> None:
