@@ -35,7 +35,7 @@ class Demand:
         prompt, cached = workload.prompt_tokens.astype(float), workload.cached_tokens.astype(float)
         later = workload.output_tokens - 1.0
         tokens, squares = prompt - cached, prompt**2 - cached**2
-        handed = (tokens > handoff_min_tokens) & (later > 0)
+        handed = (tokens >= handoff_min_tokens) & (later > 0)
         return Demand(
             prompt_tokens=float(tokens.mean()),
             squares=float(squares.mean()),

@@ -87,9 +87,9 @@ class Outage:
 @dataclass(frozen=True)
 class Layout:
     """`paths` names the link between a prefill and a decode group, by their places in `groups`; KV between groups
-    without one moves in no time. Prompts with no more than `handoff_min_tokens` to compute are prefilled where they are
-    decoded. `overhead_ms` is what a request takes before and after the groups: gateway, routing, the way back. Every
-    `report_ms` a group tells the router what it has to do; 0: the router always knows."""
+    without one moves in no time. Prompts with fewer than `handoff_min_tokens` to compute are prefilled where they are
+    decoded, as by the router of a cluster. `overhead_ms` is what a request takes before and after the groups: gateway,
+    routing, the way back. Every `report_ms` a group tells the router what it has to do; 0: the router always knows."""
 
     groups: tuple[Group, ...]
     links: tuple[Link, ...] = ()

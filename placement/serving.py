@@ -158,7 +158,7 @@ class World:
             prefill = self._least_pending(decode.spec.island) or decode
             if request.emitted + 1 >= request.output:
                 lane = decode = prefill  # there will be no KV to hand over
-            elif request.target - request.cached > self.layout.handoff_min_tokens:
+            elif request.target - request.cached >= self.layout.handoff_min_tokens:
                 lane = prefill
         request.p, request.d, request.at = lane.index, decode.index, At.WAITING
         self._send_to(decode, live=1, tokens=request.prompt)

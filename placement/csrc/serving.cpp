@@ -283,7 +283,7 @@ class Serving {
         if (lanes_[r.d].spec->role == decodes) {
             const int p = least_pending(lanes_[r.d].spec->island);
             const bool ends_at_once = r.emitted + 1 >= r.output;
-            if (p >= 0 && (ends_at_once || r.target - r.cached > handoff_min_)) r.p = p;
+            if (p >= 0 && (ends_at_once || r.target - r.cached >= handoff_min_)) r.p = p;
             if (ends_at_once) r.d = r.p;  // there will be no KV to hand over
         }
         send_to(lanes_[r.d], 1, 0, r.prompt);

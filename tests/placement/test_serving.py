@@ -103,8 +103,8 @@ def test_kv_is_handed_over_within_an_island() -> None:
 
 def test_short_prompts_are_prefilled_where_they_are_decoded() -> None:
     layout = apart(link=Link(1.0), handoff_min_tokens=100)
-    assert serve(layout, [100], [2]).outcome.tpot_ms == pytest.approx([6.0])
-    assert serve(layout, [101], [2]).outcome.tpot_ms == pytest.approx([107.0])
+    assert serve(layout, [99], [2]).outcome.tpot_ms == pytest.approx([6.0])
+    assert serve(layout, [100], [2]).outcome.tpot_ms == pytest.approx([106.0])
 
 
 @pytest.mark.parametrize(
