@@ -10,7 +10,7 @@ import msgspec
 
 from cluster.planning import searched
 from core.errors import ConfigError
-from core.files import write_text
+from core.files import check_writable, write_text
 from placement.plan_plot import svg
 from placement.plan_table import table
 
@@ -78,6 +78,9 @@ class WithReplay(click.Command):
 @click.option("--json/--table", "as_json", default=False, help="How it is printed. [default: table]")
 def plan(out: Path | None, plot: Path | None, as_json: bool, **flags: Any) -> None:
     """Find the layout that serves MODEL best within its targets, and say what it will reach."""
+    for path, flag in ((out, "out"), (plot, "plot")):
+        if path is not None:
+            check_writable(path, flag)
     found = searched(**flags)
     able = found.settle()
     if out is not None:

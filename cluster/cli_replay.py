@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from cluster.cli_plan import parse_sizes
-from core.files import write_text
+from core.files import check_writable, write_text
 from placement.forecast_names import NAMES
 
 _path = click.Path(path_type=Path)
@@ -57,6 +57,8 @@ def replay(plot: Path | None, as_json: bool, **flags: Any) -> None:
     from cluster.replaying import Asked, replayed
     from placement.replay_shown import svg, table
 
+    if plot is not None:
+        check_writable(plot, "plot")
     found = replayed(Asked(**flags))
     if plot is not None:
         write_text(plot, svg(found), "plot")

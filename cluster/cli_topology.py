@@ -8,7 +8,7 @@ import click
 
 from cluster.hardware import topology_here
 from core.errors import ConfigError
-from core.files import write_text
+from core.files import check_writable, write_text
 from placement.topology import Topology, to_yaml
 
 
@@ -20,6 +20,8 @@ def topology(ray_address: str | None, measure: bool, out: Path | None) -> None:
     """Describe nodes, devices and links for slipstream plan --topology."""
     if measure and ray_address is None:
         raise ConfigError("--measure has no meaning without --ray-address; leave it out", param="measure")
+    if out is not None:
+        check_writable(out, "out")
     text = to_yaml(topology_here() if ray_address is None else of_cluster(ray_address, measure))
     if out is None:
         click.echo(text, nl=False)

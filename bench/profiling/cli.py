@@ -11,6 +11,7 @@ import msgspec
 
 from bench.flags import check_meant
 from core.errors import ConfigError
+from core.files import check_writable
 from placement.profile import Profile, write_profile
 
 
@@ -42,6 +43,7 @@ def profile(
     ctx: click.Context, /, model: str, quick: bool, roofline: str | None, out: Path, as_json: bool, **flags: Any
 ) -> None:
     """Measure the steps of MODEL on this machine, fit the planner's latency model to them, and store both."""
+    check_writable(out, "out")
     if roofline is not None:
         from cluster.model_size import roofline_of
 

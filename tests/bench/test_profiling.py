@@ -124,6 +124,12 @@ def test_a_profile_whose_fit_is_off_is_warned_of(tmp_path, monkeypatch) -> None:
     assert "warning" not in profiled("small", "--out", tmp_path / "stored.json").stderr
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_minutes_of_measuring(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("bench.profiling.cli._measured", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(ConfigError, match=r"--out: .*/none/p\.json can't be written: there is no folder"):
+        profiled("small", "--out", tmp_path / "none" / "p.json")
+
+
 def test_more_threads_than_cores_are_refused(model, tmp_path) -> None:
     with pytest.raises(ConfigError, match="--threads: 1 x 4096 are more than the"):
         profiled(model, "--threads", 4096, "--out", tmp_path / "stored.json")
