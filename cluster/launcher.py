@@ -97,6 +97,10 @@ def _prepare(config: SlipstreamConfig, checklist: Checklist) -> Path:
     from engine.weight_check import check_weights
 
     check_kv_transport(config)
+    if config.replan.mode != "off":
+        from cluster.replan_setup import read_files
+
+        read_files(config)  # again once the cores of workers are known, but nobody waits until then to hear of a slip
     with Bars() as progress:
         folder = resolve(config.model, revision=config.revision, progress=progress, check_config=ModelConfig.from_dict)
     with checklist.step("model") as line:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec import Struct
 
@@ -13,7 +15,7 @@ from core.types import Role
 from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
 from placement.crowding import crowded_cluster, crowded_shapes
-from placement.forecast import maker
+from placement.forecast import maker, season_of
 from placement.goodput import Goal
 from placement.moving import way
 from placement.profile import Profile, read_profile
@@ -26,6 +28,8 @@ from placement.traces import read_trace
 from placement.traffic import Period, history
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Grounds(Struct, frozen=True):
@@ -46,12 +50,10 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
         return None
     from cluster.hardware import topology_here
 
-    profile = read_profile(config.replan.profile)
-    further = tuple(read_profile(path) for path in config.replan.further_profiles)
+    (profile, *rest), earlier = read_files(config)
+    further = tuple(rest)
     for path, one in zip((config.replan.profile, *config.replan.further_profiles), (profile, *further), strict=True):
         _check(config, path, one, threads)
-    warm_start = config.replan.warm_start
-    earlier = [] if warm_start is None else history(read_trace(warm_start), settings_of(config).predictive_s)
     grounds = Grounds(profile, topology_here(), tuple(earlier), further)
     workers = predictor_of(config, grounds)
     if stuck := _stuck(_replanner(config, grounds, workers)):
@@ -60,6 +62,24 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
         if warning:
             logger.warning("replan.profile: %s", warning)
     return grounds
+
+
+def read_files(config: SlipstreamConfig) -> tuple[list[Profile], list[Period]]:
+    """What the files of replanning say: profiles, that of the workers as configured first, and what has come earlier.
+    Raises ConfigError by the setting that names the file."""
+    replan = config.replan
+    files = [("profile", replan.profile), *(("further_profiles", path) for path in replan.further_profiles)]
+    profiles = [_of(setting, read_profile, path) for setting, path in files if path is not None]
+    if replan.warm_start is None:
+        return profiles, []
+    return profiles, history(_of("warm_start", read_trace, replan.warm_start), settings_of(config).predictive_s)
+
+
+def _of(setting: str, read: Callable[[Path], T], path: Path) -> T:
+    try:
+        return read(path)
+    except ConfigError as error:
+        raise ConfigError(f"replan.{setting}: {error.message}", param=f"replan_{setting}") from error
 
 
 def _crowded(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Shaped) -> str | None:
@@ -125,8 +145,10 @@ def arrangement_as_configured(config: SlipstreamConfig) -> Arrangement:
 
 
 def _replanner(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Shaped) -> Replanner:
-    forecast = maker(config.replan.forecast, warm=[period.rate for period in grounds.before])
-    return Replanner(settings_of(config), workers, arrangement_as_configured(config), forecast, grounds.before)
+    replan, settings = config.replan, settings_of(config)
+    season = season_of(replan.season, settings.predictive_s, "replan.season")
+    forecast = maker(replan.forecast, season, [period.rate for period in grounds.before])
+    return Replanner(settings, workers, arrangement_as_configured(config), forecast, grounds.before)
 
 
 def _stuck(replanner: Replanner) -> str | None:

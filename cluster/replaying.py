@@ -11,7 +11,7 @@ from cluster.planning import limits_of, topology_of
 from core.errors import ConfigError
 from placement.arranged import Simulated, simulated
 from placement.crowding import crowded_cluster, crowded_shapes
-from placement.forecast import maker
+from placement.forecast import maker, season_of
 from placement.goodput import Goal
 from placement.profile import Profile, read_profile
 from placement.replan_settings import ReplanSettings
@@ -67,7 +67,9 @@ def replayed(asked: Asked) -> Replayed:
     rate *= len(workload) / len(trace.workload)
     start = start_of(asked.start, asked.workers, settings, workers, workload, rate)
     before = [] if asked.warm_start is None else history(read_trace(asked.warm_start), settings.predictive_s)
-    forecast = maker(asked.forecast, _season(asked, settings), [period.rate for period in before])
+    forecast = maker(
+        asked.forecast, season_of(asked.season, settings.predictive_s, "--season"), [period.rate for period in before]
+    )
     replanner = Replanner(settings, workers, start, forecast, before)
     found = replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
     warnings = [profile.doubt() for profile in profiles]
@@ -127,17 +129,3 @@ def _workers(
     if len(profiles) > 1:
         raise ConfigError("--profile: workers are of one shape; give one profile, or --shapes too", param="profile")
     return simulated(profiles[0], topology, limits, parse_slo(asked.slo))
-
-
-def _season(asked: Asked, settings: ReplanSettings) -> int:
-    """In periods of the forecast."""
-    if asked.season is None:
-        return 0
-    periods = round(asked.season / settings.predictive_s)
-    if periods < 2:
-        raise ConfigError(
-            f"--season {asked.season:g}: it is two periods of the forecast at the least, and one is "
-            f"{settings.predictive_s:g} s; lower --interval",
-            param="season",
-        )
-    return periods

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from placement.arima import MEMORY, Arima
-from placement.forecast_names import NAMES
+from placement.forecast_names import NAMES, SEASONAL
 from placement.prophet_forecast import Prophet, check_installed
 
 DAMPING = 0.9
@@ -129,12 +129,24 @@ class Kalman:
         return float(level + slope * sum(self._damping**step for step in range(1, steps + 1)))
 
 
+def season_of(seconds: float | None, period_s: float, setting: str) -> int:
+    """In periods of a forecast; 0 for None. Raises ConfigError, by the setting and the one of the pace that stands
+    beside it, if these are fewer than two."""
+    periods = 0 if seconds is None else round(seconds / period_s)
+    if seconds is not None and periods < 2:
+        raise ConfigError(
+            f"{setting} {seconds:g}: it is two periods of the forecast at the least, and one is {period_s:g} s; lower "
+            f"{setting.replace('season', 'interval')}",
+            param="season",
+        )
+    return periods
+
+
 Maker = Callable[[], Forecast]
 """Makes a forecast that has seen nothing."""
 
 _LEAST = 10
 _TRIED = (0.05, 0.2, 0.5, 0.8)
-_SEASONAL = ("holt-winters", "prophet")
 
 
 def maker(name: str, season: int = 0, warm: Iterable[float] = ()) -> Maker:
@@ -143,8 +155,8 @@ def maker(name: str, season: int = 0, warm: Iterable[float] = ()) -> Maker:
     season for one that knows none, and prophet where it is not installed."""
     if name not in NAMES:
         raise ConfigError(f"no forecast is called {name!r}; there are {', '.join(NAMES)}", param="forecast")
-    if season and name not in _SEASONAL:
-        raise ConfigError(f"the forecast {name} knows no season: take {' or '.join(_SEASONAL)}", param="season")
+    if season and name not in SEASONAL:
+        raise ConfigError(f"the forecast {name} knows no season: take {' or '.join(SEASONAL)}", param="season")
     series = [*warm]
     if name == "constant":
         return Constant

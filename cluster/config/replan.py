@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster.config.section import Section
 from cluster.notation import AbsolutePath, AbsolutePaths, StepSizes, WorkerShapes
 from core.errors import ConfigError
-from placement.forecast_names import ForecastName
+from placement.forecast_names import SEASONAL, ForecastName
 from placement.worker_shape import WorkerShape, parse_shapes
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ class ReplanSection(Section):
     share: float = Field(0.9, gt=0, lt=1, description="Of the requests, that are to meet all targets")
     profile: AbsolutePath | None = Field(None, description="What slipstream profile measured of such a worker")
     forecast: ForecastName = Field("constant", description="How the traffic to come is foreseen")
+    season: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which traffic repeats itself, for the forecasts holt-winters and prophet; default: "
+        "it does not",
+    )
     warm_start: AbsolutePath | None = Field(
         None, description="A trace, such as an earlier traffic log, with which the forecast begins"
     )
@@ -60,6 +66,8 @@ class ReplanSection(Section):
         for name, lacks in (("slo", "such as ttft=200,tpot=50"), ("profile", "a file of slipstream profile")):
             if getattr(self, name) is None:
                 raise ValueError(f"replan {self.mode} needs a replan {name}: give one, {lacks}")
+        if self.season is not None and self.forecast not in SEASONAL:
+            raise ValueError(f"season has no meaning with forecast {self.forecast}: take {' or '.join(SEASONAL)}")
         try:
             self.targets  # noqa: B018 - raises
         except ConfigError as error:

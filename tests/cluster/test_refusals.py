@@ -98,6 +98,11 @@ def test_speculation_that_cannot_be_had_is_named(flags: list[str], named: str, r
     assert named in refusal(*flags)
 
 
+def test_a_profile_to_replan_by_that_is_not_there_is_named_before_anything_starts(refusal: Callable[..., str]) -> None:
+    flags = ("--replan", "on", "--replan-slo", "ttft=900,tpot=40", "--replan-profile")
+    assert "replan.profile: /there/is/none.json can't be read" in refusal(*flags, "/there/is/none.json")
+
+
 def test_a_draft_model_that_can_not_draft_for_the_model_is_named(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, refusal: Callable[..., str]
 ) -> None:

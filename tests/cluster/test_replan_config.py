@@ -12,7 +12,14 @@ from cluster.config.loading import load
 from cluster.config.tree import SlipstreamConfig
 from cluster.groups import group_of, groups_of
 from cluster.hardware import of_cores
-from cluster.replan_setup import Grounds, arrangement_as_configured, grounds_of, predictor_of, replanner_of
+from cluster.replan_setup import (
+    Grounds,
+    arrangement_as_configured,
+    grounds_of,
+    predictor_of,
+    read_files,
+    replanner_of,
+)
 from cluster.resources import share_out
 from core.errors import ConfigError
 from core.types import Role
@@ -22,6 +29,7 @@ from placement.latency import Speculation
 from placement.outcome import Targets
 from placement.profile import Drafting, Setting, write_profile
 from placement.shaped import Shaped
+from placement.traffic import Period
 from placement.worker_shape import WorkerShape
 from tests.placement.profiles import disturbed, profile
 
@@ -165,6 +173,31 @@ def test_it_is_said_when_there_is_nothing_that_replanning_could_change(
     grounds_of(config(made, **alone, replan_max_workers=2), 1)
     grounds_of(config(made), 1)
     assert "nothing can be changed" not in caplog.text
+
+
+def test_a_season_is_learnt_by_the_forecasts_that_can(made: Path) -> None:
+    with pytest.raises(ConfigError, match="season has no meaning with forecast kalman: take holt-winters or prophet"):
+        config(made, replan_forecast="kalman", replan_season=3600.0)
+    short = config(made, replan_forecast="holt-winters", replan_season=40.0)
+    with pytest.raises(
+        ConfigError, match=r"replan\.season 40: it is two periods .* one is 30 s; lower replan\.interval"
+    ):
+        grounds_of(short, 1)
+    ahead = []
+    for season in (None, 120.0):
+        found = config(made, replan_forecast="holt-winters", replan_season=season)
+        grounds = grounds_of(found, 1)
+        assert grounds is not None
+        before = [Period(rate=rate, prompt=100.0, output=50.0) for rate in (1.0, 1.0, 1.0, 9.0) * 12]
+        ahead.append(replanner_of(found, replace(grounds, before=tuple(before))).traffic._rate.ahead(4))
+    assert ahead[0] < 6.0 < ahead[1]
+
+
+@pytest.mark.parametrize("setting", ["profile", "further_profiles", "warm_start"])
+def test_files_that_cannot_be_read_are_named_by_their_setting(made: Path, tmp_path: Path, setting: str) -> None:
+    missing = tmp_path / "none.csv"
+    with pytest.raises(ConfigError, match=rf"replan\.{setting}: .*none\.csv can't be read"):
+        read_files(config(made, replan_shapes="1x1,2x1", **{f"replan_{setting}": str(missing)}))
 
 
 def test_nothing_is_read_while_nobody_replans() -> None:
