@@ -29,6 +29,7 @@ from kv_transfer.messages import Piece
 from kv_transfer.pieces import Extent, Rows, Slots, piece_bytes, runs, tokens_of
 from kv_transfer.transports import vectors as vectored
 from kv_transfer.transports.batches import Batch, Staging, batches, pack
+from kv_transfer.transports.pacing import unpace_within_host
 from kv_transfer.transports.vectors import Vectors, of_arrays, of_runs
 
 BATCH_BYTES = 2 << 20
@@ -51,7 +52,8 @@ _KEEPALIVE = {
 
 def prepare(connection: socket.socket) -> None:
     """What either end sets: nothing waits for small frames, no wait is longer than IDLE_TIMEOUT_S, and an idle
-    connection to a peer that can't be reached any more ends within seconds."""
+    connection to a peer that can't be reached any more ends within seconds. OSError if it has ended already."""
+    unpace_within_host(connection)
     limit = struct.pack("ll", int(IDLE_TIMEOUT_S), int(IDLE_TIMEOUT_S % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
