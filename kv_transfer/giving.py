@@ -71,8 +71,8 @@ class Giving:
         """What is written, and what of it has been cut into extents."""
         self._ready: torch.cuda.Event | None = None
         self._todo: deque[Extent] = deque()
-        self._fresh: list[Piece] = []
         self._pieces: list[Piece] = []
+        self._num_named = 0
         self._coding = Coding("none", source.pool.layout)
         self._frames = Frames()
         self._sealing: asyncio.Task[list[SealedPiece]] | None = None
@@ -88,7 +88,8 @@ class Giving:
     def written(self, frontier: Frontier, ready: torch.cuda.Event | None) -> None:
         if frontier > self._final:
             self._final, self._ready = frontier, ready
-            self.feed(states.Written())
+            if not self._machine.sealing:  # else it goes with that, or is found when that has ended
+                self.feed(states.Written())
 
     def complete(self, state: SequenceState, ready: torch.cuda.Event | None) -> None:
         self._state, self._computed_at = state, time.monotonic()
@@ -141,7 +142,10 @@ class Giving:
     # --- the machine -------------------------------------------------------------------------------------------------
 
     def feed(self, event: states.Event) -> None:
-        for instruction in self._machine.handle(event, time.monotonic()):
+        instructions = self._machine.handle(event, time.monotonic())
+        if states.SendComplete() in instructions:  # it names the last pieces
+            instructions = [instruction for instruction in instructions if instruction != states.SendSealed()]
+        for instruction in instructions:
             self._carry_out(instruction)
         self._alarm.set(self._machine.wake_at)
         if self._machine.phase is Phase.DRAINING:
@@ -149,7 +153,7 @@ class Giving:
             self._owner.draining(self)
         if self._machine.phase is Phase.RELEASED:
             self._todo.clear()
-            self._pieces, self._fresh, self._block_ids, self._slots = [], [], [], None  # ended ones are remembered
+            self._pieces, self._block_ids, self._slots = [], [], None  # ended ones are remembered
             self._ready = self._sealing = None
             self._frames.clear()
             self.over.set()
@@ -162,13 +166,22 @@ class Giving:
             case states.Seal():
                 self._sealing = asyncio.create_task(self._seal())
                 self._sealing.add_done_callback(self._sealed)
-            case states.SendSealed() if self._fresh:
-                self._send(messages.Sealed(self.transfer_id, len(self._pieces) - len(self._fresh), self._fresh))
+            case states.SendSealed() if self._num_named < len(self._pieces):
+                first, self._num_named = self._num_named, len(self._pieces)
+                self._send(messages.Sealed(self.transfer_id, first, self._pieces[first:]))
             case states.SendComplete():
                 assert self._state is not None
                 age = time.monotonic() - self._computed_at
-                num_pieces, encode_s = len(self._pieces), self.encode_seconds
-                self._send(messages.Complete(self.transfer_id, num_pieces, self._state, age, encode_s))
+                self._send(
+                    messages.Complete(
+                        transfer_id=self.transfer_id,
+                        num_pieces=len(self._pieces),
+                        state=self._state,
+                        age_s=age,
+                        encode_s=self.encode_seconds,
+                        last=self._pieces[self._num_named :],
+                    )
+                )
             case states.SendRenewed(sent_at):
                 self._send(messages.Renewed(self.transfer_id, sent_at))
             case states.SendWithdrawn(reason, outcome, finished):
@@ -198,6 +211,8 @@ class Giving:
             self._todo.extend(self._cut_what_is_new())
         extents = [self._todo.popleft() for _ in range(min(SEALED_AT_ONCE, len(self._todo)))]
         loop, source = asyncio.get_running_loop(), self._source
+        if source.is_quick(extents, self._coding):
+            return source.seal(self._slots, extents, self._coding, self._ready)
         return await loop.run_in_executor(source.threads, source.seal, self._slots, extents, self._coding, self._ready)
 
     def _cut_what_is_new(self) -> list[Extent]:
@@ -214,12 +229,11 @@ class Giving:
             self.feed(states.SealEnded(f"the giver cannot offer it: {error}"))
             return
         sealed = sealing.result()
-        self._fresh = [piece for piece, _, _ in sealed]
         for place, (_, frame, seconds) in enumerate(sealed, len(self._pieces)):
             self.encode_seconds += seconds
             if frame is not None:
                 self._frames.put(place, frame)
-        self._pieces += self._fresh
+        self._pieces += [piece for piece, _, _ in sealed]
         if self._todo or self._cut < self._final:
             self.feed(states.Written())
         self.feed(states.SealEnded())

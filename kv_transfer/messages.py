@@ -16,7 +16,7 @@ from kv_transfer.codecs.names import CodecName
 from kv_transfer.states import Outcome
 
 SERVICE = "KvTransfer"
-REVISION = 1
+REVISION = 2
 """Of these messages and of how KV is cut for the wire. Raise it with any change that another end would not understand:
 workers of two versions meet while a deployment is rolled out."""
 
@@ -201,7 +201,7 @@ class SequenceState(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Complete(Struct, frozen=True, tag=True):
-    """The prompt is computed and there are no pieces beyond the `num_pieces` that were named."""
+    """The prompt is computed and there are no pieces beyond the `num_pieces` that were named, here or before."""
 
     transfer_id: str
     num_pieces: int
@@ -210,6 +210,8 @@ class Complete(Struct, frozen=True, tag=True):
     """How long ago the prompt was computed."""
     encode_s: float = 0.0
     """What the codec took for all of it."""
+    last: list[Piece] = field(default_factory=list)
+    """The last of the pieces, as in Sealed: a message less that a request waits for."""
 
 
 class Renewed(Struct, frozen=True, tag=True):

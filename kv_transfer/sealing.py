@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from engine.kv_cache import Pool
@@ -34,10 +35,15 @@ class Source:
     def of(pool: Pool, threads: Executor) -> Source:
         return Source(pool, rows_of(pool), threads)
 
+    def is_quick(self, extents: Sequence[Extent], coding: Coding) -> bool:
+        """Whether to seal them takes no longer than to wake a thread and to hear of it: one sum over host memory."""
+        return len(extents) <= 1 and isinstance(self.rows, np.ndarray) and not any(map(coding.is_framed, extents))
+
     def seal(
         self, slots: Slots, extents: Sequence[Extent], coding: Coding, ready: torch.cuda.Event | None
     ) -> list[SealedPiece]:
-        """In a thread. On CUDA `ready` says when the KV is written: a stream beside the model's waits for it."""
+        """In a thread, unless it `is_quick`. On CUDA `ready` says when the KV is written: a stream beside the model's
+        waits for it."""
         if ready is None:
             return [self._sealed(slots, extent, coding) for extent in extents]
         with torch.cuda.stream(torch.cuda.Stream(self.pool.device)):  # type: ignore[no-untyped-call]

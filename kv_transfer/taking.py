@@ -146,18 +146,12 @@ class Taking:
                 self._coverage = Coverage(message.start_token, message.num_tokens, message.layout.num_layers)
                 self._feed(states.OfferReceived())
             case Sealed(first=first, pieces=pieces) if self._coverage is not None:
-                if first == len(self._pieces):
-                    rows = self._reservation.rows if self._reservation is not None else None
-                    if rows is not None and any(oversized(rows, piece) for piece in pieces):
-                        raise TransferError(f"a piece of transfer {self._id} is larger than {PIECE_BYTES} bytes")
-                    if not all(self._coverage.add(piece) for piece in pieces):
-                        raise TransferError(f"the pieces of transfer {self._id} cover a part twice, or one it has not")
-                    self._pieces += pieces
-                    self._watch.first_piece = self._watch.first_piece or time.monotonic()
-                self._feed(states.SealedReceived(first, len(pieces)))
-            case Complete(num_pieces=num_pieces, state=state, age_s=age, encode_s=encode_s) if (
+                self._on_sealed(first, pieces, self._coverage)
+            case Complete(num_pieces=num_pieces, state=state, age_s=age, encode_s=encode_s, last=last) if (
                 self._coverage is not None
             ):
+                if last:
+                    self._on_sealed(num_pieces - len(last), last, self._coverage)
                 if num_pieces == len(self._pieces) and not self._coverage.whole:
                     raise TransferError(f"the pieces of transfer {self._id} do not cover all of its KV")
                 if not state.token_ids:
@@ -165,6 +159,17 @@ class Taking:
                 self._state, self._encode_s = state, encode_s
                 self._watch.complete(age)
                 self._feed(states.CompleteReceived(num_pieces))
+
+    def _on_sealed(self, first: int, pieces: list[Piece], coverage: Coverage) -> None:
+        if first == len(self._pieces):
+            rows = self._reservation.rows if self._reservation is not None else None
+            if rows is not None and any(oversized(rows, piece) for piece in pieces):
+                raise TransferError(f"a piece of transfer {self._id} is larger than {PIECE_BYTES} bytes")
+            if not all(coverage.add(piece) for piece in pieces):
+                raise TransferError(f"the pieces of transfer {self._id} cover a part twice, or one it has not")
+            self._pieces += pieces
+            self._watch.first_piece = self._watch.first_piece or time.monotonic()
+        self._feed(states.SealedReceived(first, len(pieces)))
 
     def _check(self, offer: Offer, reservation: Reservation) -> None:
         assert self._coding is not None

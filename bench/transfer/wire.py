@@ -169,7 +169,8 @@ async def _offered(heard: AsyncIterator[FromGiver]) -> tuple[list[int], list[Pie
                 block_ids = message.block_ids
             case Sealed():
                 pieces += message.pieces
-            case Complete():
+            case Complete(last=last):
+                pieces += last
                 break
     return block_ids, pieces
 

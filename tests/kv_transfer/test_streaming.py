@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from sides import STATE, TIMEOUT_S, Sides, assert_same, connected, layout, wante
 from core.errors import TransferError
 from kv_transfer.codecs.names import CodecName
 from kv_transfer.counters import TransferCounters
+from kv_transfer.giving import Giving
 from kv_transfer.messages import Complete, Offer, Piece, Sealed, SequenceState
 from kv_transfer.pieces import Frontier, rows_of, slots_of
+from kv_transfer.sealing import Source
 from kv_transfer.states import TakerTransfer
 from kv_transfer.taker import Withdrawn
 from kv_transfer.taking import Reservation, Taking
@@ -112,6 +115,45 @@ async def test_whenever_the_taker_asks_it_gets_what_is_final_and_no_more(
         assert sides.taker.counters.bytes == (50 - start) * LAYOUT.token_bytes
 
 
+async def test_the_last_pieces_are_named_with_the_word_that_they_are_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request waits for is one message, and one piece less to wait for a thread."""
+    sealed_in: list[tuple[int, bool]] = []
+    said: list[Any] = []
+    seal, send = Source.seal, Giving._send
+
+    def sealing(source: Source, slots: Any, extents: Any, *rest: Any) -> Any:
+        sealed_in.append((len(extents), threading.current_thread() is threading.main_thread()))
+        return seal(source, slots, extents, *rest)
+
+    def sending(giving: Giving, message: Any) -> None:
+        said.append(message)
+        send(giving, message)
+
+    monkeypatch.setattr(Source, "seal", sealing)
+    monkeypatch.setattr(Giving, "_send", sending)
+    monkeypatch.setattr("kv_transfer.pieces.PIECE_BYTES", 30 * LAYOUT.token_bytes)
+    async with connected(LAYOUT, LAYOUT) as sides:
+        taking = asyncio.create_task(sides.take("t", [1, 2, 3, 4], 50))
+        await wanted(sides, "t")
+        prompt = Prompt(sides)
+        await prompt.chunk(0, 30)
+        await asyncio.wait_for(verified(sides, 1), TIMEOUT_S)
+        await prompt.chunk(30, 50)
+        sides.giver.complete("t", STATE)
+        assert await taking == STATE
+        assert await sides.end() == ("t", "committed")
+        assert_same(sides, prompt.blocks, [1, 2, 3, 4], 0, 50)
+        sides.giver.open("whole", prompt.blocks, 50)
+        sides.giver.complete("whole", STATE)
+        await sides.take("whole", [1, 2, 3, 4], 50)
+        assert await sides.end() == ("whole", "committed")
+    named = [
+        (type(message).__name__, len(getattr(message, "pieces", getattr(message, "last", ())))) for message in said
+    ]
+    assert named == [("Offer", 0), ("Sealed", 1), ("Complete", 1), ("Offer", 0), ("Complete", 2)]
+    assert sealed_in == [(1, True), (1, True), (2, False)]
+
+
 async def test_a_prompt_that_is_aborted_half_way_ends_the_transfer_and_frees_the_blocks_once() -> None:
     async with connected(LAYOUT, LAYOUT) as sides:
         taking = asyncio.create_task(sides.take("t", [1, 2, 3, 4], 50))
@@ -181,8 +223,9 @@ WHOLE = Piece(0, 20, 0, 6, checksum=0)
         ({}, [[Piece(0, 20, 0, 5, checksum=0)], None], "do not cover all of its KV"),
     ],
 )
+@pytest.mark.parametrize("with_the_last_word", [False, True])
 async def test_what_does_not_fit_the_reservation_is_refused(
-    offered: dict[str, Any], said: list[list[Piece] | None], reason: str
+    offered: dict[str, Any], said: list[list[Piece] | None], reason: str, *, with_the_last_word: bool
 ) -> None:
     async with connected(LAYOUT, LAYOUT) as sides:
         pool = sides.taker_pool
@@ -194,11 +237,15 @@ async def test_what_does_not_fit_the_reservation_is_refused(
         fields = {"layout": LAYOUT, "start_token": 0, "num_tokens": 20, "block_ids": [1, 2], "codec": "none"}
         taking.on_message(Offer(transfer_id="t", **fields | offered))
         num_pieces = 0
-        for pieces in said:
+        state = SequenceState(token_ids=[1])
+        for place, pieces in enumerate(said):
             if pieces is None:
-                taking.on_message(Complete("t", num_pieces, SequenceState(token_ids=[1]), 0.0))
+                taking.on_message(Complete("t", num_pieces, state, 0.0))
+                continue
+            first, num_pieces = num_pieces, num_pieces + len(pieces)
+            if with_the_last_word and said[place + 1 :] in ([], [None]):
+                taking.on_message(Complete("t", num_pieces, state, 0.0, last=pieces))
             else:
-                taking.on_message(Sealed("t", num_pieces, pieces))
-                num_pieces += len(pieces)
+                taking.on_message(Sealed("t", first, pieces))
         with pytest.raises(TransferError, match=reason):
             await asyncio.wait_for(task, TIMEOUT_S)
