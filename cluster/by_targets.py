@@ -13,17 +13,20 @@ from cluster.config.cluster import PREFILL_SHAPE
 from cluster.config.loading import load, overlaid, read_tree
 from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import topology_here
-from cluster.planning import Searched, kv_cache_bytes_on, planned, workload_of
-from cluster.stored_profiles import Settings, Stored, Way, profile_of, ways
+from cluster.planned import on_devices_alike
+from cluster.planned_shapes import Stored, worker_shape
+from cluster.planning import TENSOR_PARALLEL_SIZES, Searched, kv_cache_bytes_on, planned, workload_of
+from cluster.stored_profiles import Settings, Way, profile_of, ways
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.parallel.split import check_split
 from placement.goodput import Goal
 from placement.plan_table import summary
 from placement.search import Objective
-from placement.shapes import USABLE, Limits
+from placement.shapes import USABLE, Limits, Shape
 from placement.slo import of_all_together, parse_slo
 from placement.topology import Topology
+from placement.worker_shape import WorkerShape, parse_shapes
 from placement.workload import Workload
 
 LENGTHS = "prompt=512,output=128,cv=1"
@@ -71,27 +74,44 @@ def config_for(
     replanning = flags.get(_REPLAN, "off") != "off"
     if replanning:
         of_all_together(goal.targets)
-    most_workers = flags.get("replan_max_workers") if replanning else None
-    stored = _profiles(given, _measured(given, drafter, asked), topology, most_workers or 1, say)
-    profiles = [one.profile for one in stored]
-    limits = _limits(given, drafter, topology)
+    named = parse_shapes(flags["replan_shapes"]) if replanning and "replan_shapes" in flags else ()
+    room = _Room(topology.nodes[0].devices, (replanning and flags.get("replan_max_workers")) or 1, named)
+    stored = _profiles(given, _measured(given, drafter, asked), topology, room, replanning, say)
+    limits = _limits(given, drafter, topology, room)
     objective: Objective = "total" if asked.rate is None else "per-device"
-    plan = partial(planned, topology=topology, limits=limits, workload=workload, goal=goal, objective=objective)
-    plan = partial(plan, rate=asked.rate, drafter=drafter, weights=given.speculation.weights)
-    found = plan(profiles, any_role=replanning)
+    plan = partial(planned, stored, topology, limits, workload, goal, objective, asked.rate, drafter)
+    plan = partial(plan, any_role=replanning, weights=given.speculation.weights, slo=asked.slo)
+    found = plan(only=room.has)
     if (able := found.settle()) is None:
         raise ConfigError(f"--slo: {found.why_not(found.made.candidates[0])}", param="slo")
-    shape = found.shapes[able.decode.name].profile
     if able != found.made.candidates[0]:  # what is foretold is to be what is served
-        found = plan([shape])
+        own = found.shapes[able.decode.name]
+        found = plan(only=lambda shape: room.has(shape) and on_devices_alike(shape, own))
         found.settle()
     say(summary(found.made.plan))
-    for doubt in filter(None, (profile.doubt() for profile in profiles)):
+    for doubt in filter(None, (one.profile.doubt() for one in stored)):
         say(f"warning: {doubt}")
     if drafter is not None and asked.dataset is None:
         say(f"what drafts by {drafter} bring was measured with questions of our own; --dataset takes some as yours are")
-    replan = {"replan_slo": asked.slo, "replan_profile": str(stored[profiles.index(shape)].path)}
-    return _merged(found, file, (replan if replanning else {}) | dict(flags))
+    return _merged(found, file, flags, replanning, say)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """For `most_workers` on a machine of so many `devices`, of the shapes that are `named`, or of any."""
+
+    devices: int
+    most_workers: int
+    named: tuple[WorkerShape, ...]
+
+    def has(self, shape: Shape) -> bool:
+        """To begin with such workers."""
+        taken = shape.profile.setting.devices * shape.stages * self.most_workers
+        return taken <= self.devices and (not self.named or worker_shape(shape) in self.named)
+
+    def worth(self, way: Way, threads: set[int]) -> bool:
+        """To measure such a one, where workers of so many threads may be what it begins with."""
+        return way.threads in threads and (not self.named or way.tp in {shape.tp for shape in self.named})
 
 
 def _workload(asked: Asked, say: Callable[[str], None]) -> Workload:
@@ -144,9 +164,15 @@ def _measured(given: SlipstreamConfig, drafter: str | None, asked: Asked) -> Set
 
 
 def _profiles(
-    given: SlipstreamConfig, settings: Settings, topology: Topology, most_workers: int, say: Callable[[str], None]
+    given: SlipstreamConfig,
+    settings: Settings,
+    topology: Topology,
+    room: _Room,
+    replanning: bool,
+    say: Callable[[str], None],
 ) -> list[Stored]:
-    """One of each way to share the machine that the model can be split in, and so many workers have room in."""
+    """One of each way to share the machine that the model can be split in, and that workers may begin with, or with
+    `replanning` come to have."""
     from engine.checkpoints import resolve
     from engine.checkpoints.bars import Bars
     from engine.weights import fingerprint
@@ -155,19 +181,25 @@ def _profiles(
         folder = resolve(given.model, revision=given.revision, progress=progress, check_config=ModelConfig.from_dict)
     config, engine = ModelConfig.from_folder(folder), given.engine
     weights = weight_bytes(engine, folder)
-    able = [way for way in ways(topology) if _fits(weights, config, way, topology)]
+    able = [way for way in ways(topology, replanning=replanning) if _fits(weights, config, way, topology)]
     if not able:
         raise ConfigError(f"the model does not fit: {weights / 1e9:.3g} GB of weights; {topology.source}")
     (node,) = topology.nodes
-    roomy = [way for way in able if way.tp * way.threads * most_workers <= node.devices]
-    if not roomy:
+    threads = {way.threads for way in able if way.tp * way.threads * room.most_workers <= node.devices}
+    if not threads:
         most = max(node.devices // (way.tp * way.threads) for way in able)
         raise ConfigError(
-            f"--replan-max-workers {most_workers}: --slo plans for {most} workers here at the most; lower it",
+            f"--replan-max-workers {room.most_workers}: --slo plans for {most} workers here at the most; lower it",
             param="replan_max_workers",
         )
+    worth = [way for way in able if room.worth(way, threads)]
+    if not worth:
+        known = ", ".join(str(tp) for tp in sorted({way.tp for way in able}))
+        raise ConfigError(
+            f"--replan-shapes: --slo tries TP {known} here, and none of these is named; name one", param="replan_shapes"
+        )
     identity = fingerprint(folder, config, engine.quantization or "")
-    return [profile_of(folder, given.model, identity, way, node.device, settings, say) for way in roomy]
+    return [profile_of(folder, given.model, identity, way, node.device, settings, say) for way in worth]
 
 
 def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bool:
@@ -182,8 +214,9 @@ def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bo
     return weights < USABLE * node.memory_gb * 1e9 * devices
 
 
-def _limits(given: SlipstreamConfig, drafter: str | None, topology: Topology) -> Limits:
+def _limits(given: SlipstreamConfig, drafter: str | None, topology: Topology, room: _Room) -> Limits:
     return Limits(
+        stages=tuple(sorted({shape.pp for shape in room.named})) or _stages(topology),
         max_sequences=given.engine.sequences,
         kv_cache_bytes=kv_cache_bytes_on(topology, given.engine),
         handoff_min_tokens=given.cluster.handoff_min_tokens or 0,
@@ -192,9 +225,22 @@ def _limits(given: SlipstreamConfig, drafter: str | None, topology: Topology) ->
     )
 
 
-def _merged(found: Searched, file: Path | None, flags: Mapping[str, Any]) -> SlipstreamConfig:
+def _stages(topology: Topology) -> tuple[int, ...]:
+    """To try where nobody says which. On a CPU all memory is one, and a pipeline brings no more room for KV."""
+    (node,) = topology.nodes
+    return (1,) if node.device == "cpu" else tuple(size for size in TENSOR_PARALLEL_SIZES if size <= node.devices)
+
+
+def _merged(
+    found: Searched, file: Path | None, flags: Mapping[str, Any], replanning: bool, say: Callable[[str], None]
+) -> SlipstreamConfig:
     """What was said goes before what was planned."""
     tree: dict[str, Any] = dict(found.made.plan.serve or {})
+    if replanning:
+        tree["replan"] = dict(found.made.plan.replan or {})
     for name, value in (read_tree(file) if file is not None else {}).items():
         tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
-    return overlaid(tree, flags, file)
+    config = overlaid(tree, flags, file)
+    if len(config.replan.shapes) > 1:
+        say(f"workers may change to {', '.join(config.replan.shapes)} (TP x PP); --replan-shapes limits them")
+    return config

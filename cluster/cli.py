@@ -96,7 +96,7 @@ def serve(
     elif plan_file is not None:
         from cluster.planned import planned_tree
 
-        config = overlaid(planned_tree(plan_file), given, plan_file)
+        config = overlaid(planned_tree(plan_file, replanning=given.get("replan", "off") != "off"), given, plan_file)
     else:
         config = load(config_file, given)
     from cluster.launcher import serve as run

@@ -39,7 +39,8 @@ def groups_of(config: SlipstreamConfig) -> list[Group]:
     """One for any role if all workers have one shape, else one for each role; where shapes may change one for each of
     these, of which some have no workers to begin with."""
     if config.replan.shapes:
-        return [_of_shape(config, shape) for shape in config.replan.worker_shapes]
+        most = config.most_devices
+        return [_of_shape(config, shape) for shape in config.replan.worker_shapes if shape.devices <= most]
     if config.one_shape:
         return [Group(config, tuple(Role), config.cluster.num_workers, config.most_workers)]
     return [Group(config.for_role(role), (role,), count, count) for role, count in config.cluster.roles.items()]

@@ -18,6 +18,7 @@ from placement.topology import Topology
 
 class _Planned(msgspec.Struct):
     serve: dict[str, Any] | None
+    replan: dict[str, Any] | None = None
 
 
 def why_not(candidate: Candidate, shapes: dict[str, Shape], topology: Topology) -> str | None:
@@ -28,7 +29,7 @@ def why_not(candidate: Candidate, shapes: dict[str, Shape], topology: Topology) 
         unlike = f"{prefill.name} for prefill and {decode.name} for decode"
         if prefill.profile.setting.device != decode.profile.setting.device:
             return f"serve gives all workers one kind of device, not {unlike}"
-        if _split(prefill) != _split(decode) and candidate.near and _several(topology):
+        if _split(prefill) != _split(decode) and candidate.near and several(topology):
             return f"serve keeps only workers of one shape together on each of several nodes, not {unlike}"
     try:
         packed(candidate, topology)
@@ -37,10 +38,10 @@ def why_not(candidate: Candidate, shapes: dict[str, Shape], topology: Topology) 
     return None
 
 
-def one_shape(candidate: Candidate, shapes: dict[str, Shape]) -> bool:
-    """Whether the layout's workers are alike, as they have to be to change their roles."""
-    prefill = candidate.prefill or candidate.decode
-    return _split(shapes[prefill.name]) == _split(shapes[candidate.decode.name])
+def on_devices_alike(one: Shape, other: Shape) -> bool:
+    """Whether workers of the one can take the devices of the other in service: on a CPU these have as many cores."""
+    ours, theirs = one.profile.setting, other.profile.setting
+    return (ours.device, ours.threads) == (theirs.device, theirs.threads)
 
 
 def _split(shape: Shape) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def _split(shape: Shape) -> dict[str, Any]:
     return split | ({"cpus_per_worker": float(setting.devices * shape.stages)} if setting.device == "cpu" else {})
 
 
-def _several(topology: Topology) -> bool:
+def several(topology: Topology) -> bool:
     return sum(node.count for node in topology.nodes) > 1
 
 
@@ -83,7 +84,7 @@ def config_of(
     tree: dict[str, Any] = {
         "model": profile.model.name,
         "engine": engine,
-        "cluster": _cluster(candidate, shapes, limits, _several(topology)),
+        "cluster": _cluster(candidate, shapes, limits, several(topology)),
     }
     if shape.speculation is not None:
         budget = shape.speculation.rows - 1
@@ -113,10 +114,11 @@ def _cluster(candidate: Candidate, shapes: dict[str, Shape], limits: Limits, sev
     return cluster
 
 
-def planned_tree(path: Path) -> dict[str, Any]:
-    """The configuration in a file that `slipstream plan --json` printed. Raises ConfigError."""
+def planned_tree(path: Path, *, replanning: bool) -> dict[str, Any]:
+    """The configuration in a file that `slipstream plan --json` printed; with `replanning` what that goes by too, if
+    the plan knew. Raises ConfigError."""
     try:
-        tree = msgspec.json.decode(path.read_bytes(), type=_Planned).serve
+        found = msgspec.json.decode(path.read_bytes(), type=_Planned)
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}", param="plan") from error
     except msgspec.MsgspecError as error:
@@ -124,6 +126,6 @@ def planned_tree(path: Path) -> dict[str, Any]:
             f"{path} is no plan: {error}; make one with slipstream plan --json; what --out wrote is for serve --config",
             param="plan",
         ) from error
-    if tree is None:
+    if found.serve is None:
         raise ConfigError(f"{path}: none of the plan's layouts can be served; its warnings say why", param="plan")
-    return tree
+    return found.serve | ({"replan": found.replan} if replanning and found.replan else {})

@@ -11,7 +11,8 @@ from typing import Any
 from cluster.config.engine import EngineSection
 from cluster.config.loading import load
 from cluster.machine import cpu_name, usable_cores, versions
-from cluster.planned import config_of, one_shape, why_not
+from cluster.planned import config_of, on_devices_alike, why_not
+from cluster.planned_shapes import Stored, replan_section
 from core.errors import ConfigError
 from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
 from placement.candidates import Candidate, Space
@@ -45,9 +46,13 @@ class Searched:
     workload: Workload
     goal: Goal
     any_role: bool = False
-    """Workers are to be alike, so that each can take any role."""
+    """Workers are to be on devices alike, so that these can take any role."""
     weights: Mapping[str, str] | None = None
     """Of drafters that take some: folders by name."""
+    stored: Sequence[Stored] = ()
+    """Profiles of the shapes, and of those that workers may come to have."""
+    slo: str = ""
+    """The goal, as it was written."""
 
     def settle(self) -> Candidate | None:
         """Give the plan the configuration of the best of its layouts that can be served. Returns that layout; None if
@@ -56,6 +61,7 @@ class Searched:
         able = next((one for one in self.made.candidates if self.why_not(one) is None), None)
         if able is not None:
             plan.serve = config_of(able, self.shapes, self.limits, self.topology, self.drafter, self.weights)
+            plan.replan = self._replan(able)
         if able is not chosen:
             instead = "" if able is None else f"; serve gets {able.name}"
             plan.warnings.append(f"{self.why_not(chosen)}{instead}")
@@ -63,9 +69,20 @@ class Searched:
 
     def why_not(self, candidate: Candidate) -> str | None:
         """Why a layout can't be served; None if it can."""
-        if self.any_role and not one_shape(candidate, self.shapes):
-            return f"replanning changes roles, and the workers of {candidate.name} are of two shapes"
+        if self.any_role and not self._alike(candidate):
+            return f"replanning changes roles, and the workers of {candidate.name} have unlike devices"
         return why_not(candidate, self.shapes, self.topology)
+
+    def _alike(self, candidate: Candidate) -> bool:
+        prefill = candidate.prefill or candidate.decode
+        return on_devices_alike(self.shapes[prefill.name], self.shapes[candidate.decode.name])
+
+    def _replan(self, able: Candidate) -> dict[str, Any] | None:
+        """None where it can't change roles of workers, or would not know their profile."""
+        if not self._alike(able):
+            return None
+        found = replan_section(able, self.shapes, self.stored, self.limits, self.topology)
+        return {"slo": self.slo, "share": self.goal.share} | found if found else None
 
 
 def searched(
@@ -90,9 +107,9 @@ def searched(
     topology = topology_of(kind, topology_file, devices, profiles, ray_address)
     limits = limits_of(topology, devices=devices, drafter=drafter, **given)
     known = _profiles(model, profiles, topology)
-    found = planned(known, topology, limits, workload, goal, objective, rate, drafter)
+    found = planned(known, topology, limits, workload, goal, objective, rate, drafter, slo=slo)
     if kind is None and topology_file is None and ray_address is None:
-        found.made.plan.warnings += [warning for profile in known for warning in measured_elsewhere(profile)]
+        found.made.plan.warnings += [warning for one in known for warning in measured_elsewhere(one.profile)]
     return found
 
 
@@ -108,7 +125,7 @@ def _goal(slo: str, share: float | None) -> Goal:
 
 
 def planned(
-    known: Sequence[Profile],
+    known: Sequence[Stored],
     topology: Topology,
     limits: Limits,
     workload: Workload,
@@ -119,13 +136,15 @@ def planned(
     *,
     any_role: bool = False,
     weights: Mapping[str, str] | None = None,
+    slo: str = "",
+    only: Callable[[Shape], bool] = lambda _: True,
 ) -> Searched:
-    """With shapes of workers as they were profiled. Raises ConfigError."""
-    ways = shapes(known, limits)
+    """With shapes of workers as they were profiled; to begin with `only` some. Raises ConfigError."""
+    ways = [shape for shape in shapes([one.profile for one in known], limits) if only(shape)]
     space = partial(space_of, topology, ways, limits)
     made = make_plan(space, ways, topology, workload, goal, objective, rate)
     by_name = {shape.name: shape for shape in ways}
-    return Searched(made, space, by_name, topology, limits, drafter, workload, goal, any_role, weights)
+    return Searched(made, space, by_name, topology, limits, drafter, workload, goal, any_role, weights, known, slo)
 
 
 def measured_elsewhere(profile: Profile) -> list[str]:
@@ -251,9 +270,10 @@ def kv_cache_bytes_on(topology: Topology, engine: EngineSection) -> int | None:
     return engine.kv_cache_bytes
 
 
-def _profiles(model: str, files: tuple[Path, ...], topology: Topology) -> list[Profile]:
+def _profiles(model: str, files: tuple[Path, ...], topology: Topology) -> list[Stored]:
     """Those of the files, and rooflines for the devices of the topology that have none."""
-    measured = [read_profile(path) for path in files]
+    stored = [Stored(read_profile(path), path.absolute()) for path in files]
+    measured = [one.profile for one in stored]
     for profile in measured:
         if profile.model.name != model:
             raise ConfigError(f"--profile: it is of {profile.model.name}, not of {model}", param="profile")
@@ -262,7 +282,7 @@ def _profiles(model: str, files: tuple[Path, ...], topology: Topology) -> list[P
             if ours != theirs:
                 raise ConfigError(f"--profile: two differ in {name}: {ours} and {theirs}", param="profile")
     missing = [kind for kind in topology.pools if kind not in {profile.setting.device for profile in measured}]
-    return measured + [found for kind in missing for found in _rooflines(model, kind, topology)]
+    return stored + [Stored(found, None) for kind in missing for found in _rooflines(model, kind, topology)]
 
 
 def _rooflines(model: str, kind: str, topology: Topology) -> list[Profile]:

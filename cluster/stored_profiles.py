@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from cluster.machine import cpu_name, usable_cores, versions
+from cluster.planned_shapes import Stored
 from cluster.planning import TENSOR_PARALLEL_SIZES
 from core.compiler import cache_root
 from core.errors import ConfigError
@@ -39,23 +40,28 @@ class Way:
     beside: int = 0
 
     def __str__(self) -> str:
-        if self.tp > 1 or not self.beside:
-            return f"a worker on {self.tp} devices" if self.tp > 1 else f"a worker of {self.threads} cores"
-        return f"{self.beside + 1} workers of {self.threads} core{'s' * (self.threads > 1)}"
+        cores = f"{self.threads} core{'s' * (self.threads > 1)}"
+        if self.tp > 1:
+            each = f" of {cores}" if self.threads > 1 or self.beside else ""
+            return f"{_counted(self.beside)} on {self.tp} devices{each}"
+        return f"{_counted(self.beside)} of {cores}"
 
 
-@dataclass(frozen=True)
-class Stored:
-    profile: Profile
-    path: Path
-
-
-def ways(topology: Topology) -> list[Way]:
-    """Those that are worth a look on one machine."""
+def ways(topology: Topology, *, replanning: bool = False) -> list[Way]:
+    """Those that are worth a look on one machine. With `replanning` cores are shared out among ranks too, where workers
+    of several may take the cores of others and one at least serves meanwhile: threads stay as they are."""
     (node,) = topology.nodes
-    if node.device == "cpu":
-        return [Way(1, node.devices // count, count - 1) for count in _WORKERS if count <= node.devices]
-    return [Way(tp) for tp in TENSOR_PARALLEL_SIZES if tp <= node.devices]
+    if node.device != "cpu":
+        return [Way(tp) for tp in TENSOR_PARALLEL_SIZES if tp <= node.devices]
+    found = [Way(1, node.devices // count, count - 1) for count in _WORKERS if count <= node.devices]
+    if not replanning:
+        return found
+    split = [(way, tp) for way in found for tp in TENSOR_PARALLEL_SIZES[1:] if tp <= way.beside]
+    return found + [Way(tp, way.threads, (1 + way.beside) // tp - 1) for way, tp in split]
+
+
+def _counted(beside: int) -> str:
+    return f"{beside + 1} workers" if beside else "a worker"
 
 
 def profile_of(
@@ -67,12 +73,12 @@ def profile_of(
     path = cache_root() / "profiles" / f"{_key(fingerprint, way, device, settings)}.json"
     if path.is_file():
         try:
-            return _named(Stored(read_profile(path), path), model)
+            return _named(read_profile(path), path, model)
         except ConfigError as error:  # cut off, or of another version of ours
             say(f"the stored profile is of no use: {error.message}")
     say(f"measuring {way}, once; it takes minutes{_of_drafts(settings)}")
     _measure(folder, way, device, settings, path)
-    return _named(Stored(read_profile(path), path), model)
+    return _named(read_profile(path), path, model)
 
 
 def _of_drafts(settings: Settings) -> str:
@@ -81,13 +87,12 @@ def _of_drafts(settings: Settings) -> str:
     return f", and for drafts by {','.join(settings['speculation'])} about {QUICK_DRAFTING_S:g} s more"
 
 
-def _named(stored: Stored, model: str) -> Stored:
+def _named(profile: Profile, path: Path, model: str) -> Stored:
     """Serving knows the model by another name than that of the folder that was profiled."""
-    if stored.profile.model.name == model:
-        return stored
-    named = replace(stored.profile, model=replace(stored.profile.model, name=model))
-    write_profile(named, stored.path)
-    return Stored(named, stored.path)
+    if profile.model.name != model:
+        profile = replace(profile, model=replace(profile.model, name=model))
+        write_profile(profile, path)
+    return Stored(profile, path)
 
 
 def _key(fingerprint: str, way: Way, device: str, settings: Settings) -> str:

@@ -96,6 +96,8 @@ class Plan(msgspec.Struct):
     """The nodes that the chosen layout takes."""
     serve: dict[str, Any] | None = None
     """The configuration of the best of these layouts that `slipstream serve` can run."""
+    replan: dict[str, Any] | None = None
+    """What replanning of that one goes by: the `replan` of the configuration."""
 
 
 class Made(msgspec.Struct):

@@ -125,9 +125,17 @@ class SlipstreamConfig(Section):
                 raise ValueError(
                     f"replan.shapes {','.join(self.replan.shapes)}: the workers begin with {shape}; name it too"
                 )
-        for name in ("workers_per_node", "prefill_cpus_per_worker"):
-            if getattr(self.cluster, name) is not None:
-                raise ValueError(f"{name} is of workers of one shape, and replan.shapes changes these; leave out one")
+        if self.cluster.workers_per_node is not None:
+            raise ValueError(
+                "workers_per_node is of workers of one shape, and replan.shapes changes these; leave out one"
+            )
+        prefill, others = self.shape_of(Role.PREFILL), self.shape_of(Role.BOTH)
+        each, cpus = self.cluster.cpus_per_worker, self.cluster.prefill_cpus_per_worker
+        if cpus is not None and cpus * others.devices != (each or 0.0) * prefill.devices:
+            raise ValueError(
+                "prefill_cpus_per_worker: devices of prefill workers have other cores than those of the others, and "
+                "replan.shapes changes who has which; leave out one"
+            )
 
     @model_validator(mode="after")
     def _replanning_has_room(self) -> SlipstreamConfig:

@@ -9,20 +9,28 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
+from transformers import LlamaForCausalLM
 
 from cluster import by_targets, machine, stored_profiles
 from cluster.by_targets import Asked, config_for
 from cluster.cli import cli
 from cluster.config.loading import load as load_config
+from cluster.config.replan import ReplanSection
 from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import of_cores
-from cluster.replan_setup import grounds_of
+from cluster.local import local_cluster
+from cluster.replan_setup import Grounds, grounds_of, replanner_of
 from cluster.stored_profiles import Settings, Way, profile_arguments, profile_of, ways
+from core.compiler import cache_root
 from core.errors import ConfigError
+from core.types import Role
+from placement.latency import Coefficients, StepLatency
 from placement.native import load
-from placement.profile import Drafting, Setting, write_profile
+from placement.profile import Drafting, Setting, read_profile, write_profile
 from placement.topology import NodeKind, Topology, Wire
-from tests.placement.profiles import disturbed, profile
+from placement.worker_shape import WorkerShape
+from tests.cluster.test_live_changes import Load, all_free, job, right, until
+from tests.placement.profiles import disturbed, points, profile
 from tests.tiny import save_byte_tokenizer, save_tiny_llama
 
 SLO = "ttft=500,tpot=60"
@@ -39,6 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TOKENS = {"hybrid": 3.0, "prompt_lookup": 1.0, "draft_model": 3.0}
 """That a step brings with drafts."""
+
+
+ANY_OF_A_CORE = [Way(1, 1, 3), Way(2, 1, 1)]
+"""Of four cores, for four workers."""
+LATENCY: dict[int, StepLatency] = {}
+"""Of workers by TP, where it is another."""
 
 
 def drafts(name: str) -> Drafting:
@@ -62,12 +76,15 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Way]:
     def measure(folder: Path, way: Way, device: str, settings: Settings, path: Path) -> None:
         found.append(way)
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = profile(setting=Setting(device=device, threads=way.threads, beside=way.beside))
+        setting = Setting(device=device, tp=way.tp, threads=way.threads, beside=way.beside)
+        known = profile(setting=setting, **({"points": points(LATENCY[way.tp])} if way.tp in LATENCY else {}))
         drafting = tuple(drafts(name) for name in settings.get("speculation", ()))
         named = replace(known.model, name=str(folder), weight_bytes=10**6)
         write_profile(replace(known, model=named, drafting=drafting), path)
 
-    load()  # the simulator is compiled once for a machine, and stays where it is
+    load()  # what is compiled once for a machine stays where it is
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "native").symlink_to(cache_root() / "native")
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(stored_profiles, "_measure", measure)
     monkeypatch.setattr(by_targets, "topology_here", lambda on_cpu=False: of_cores(2, 8 * 10**9, 10.0))
@@ -157,6 +174,85 @@ def test_replanning_goes_by_the_same_targets_and_profile(folder: Path, measured:
     assert found.replan.slo == SLO
     assert found.replan.profile is not None
     assert Path(found.replan.profile).is_file()
+
+
+def gpus(count: int) -> Topology:
+    node = NodeKind(name="here", device="H100", devices=count, memory_gb=80)
+    return Topology(nodes=(node,), links=(Wire(within="here", gb_per_s=450),))
+
+
+def test_replanning_may_change_to_the_shapes_that_the_plan_knew_and_no_flag_is_needed(
+    folder: Path, measured: list[Way], monkeypatch
+) -> None:
+    monkeypatch.setattr(by_targets, "topology_here", lambda on_cpu=False: gpus(4))
+    found, said = config(folder, replan="on")
+    shape = found.shape_of(Role.BOTH)
+    assert found.replan.worker_shapes[0] == shape
+    assert {*found.replan.worker_shapes} >= {WorkerShape(1, 1), WorkerShape(2, 1), WorkerShape(1, 2), WorkerShape(4, 1)}
+    assert all(one.devices <= 4 for one in found.replan.worker_shapes)
+    assert f"workers may change to {shape}, " in said
+    assert found.replan.profile is not None
+    own, *further = map(read_profile, (found.replan.profile, *found.replan.further_profiles))
+    replanner = replanner_of(found, Grounds(own, gpus(4), (), tuple(further)))
+    assert replanner.settings.shapes == found.replan.worker_shapes
+    assert measured == [Way(1), Way(2), Way(4)]
+    assert config(folder)[0].replan == ReplanSection()
+
+
+@pytest.mark.parametrize(("shapes", "known"), [("1x1", [Way(1)]), ("2x1,1x1", [Way(1), Way(2)]), ("1x2,1x1", [Way(1)])])
+def test_shapes_that_are_named_limit_what_is_measured_planned_and_changed_to(
+    folder: Path, measured: list[Way], monkeypatch, shapes: str, known: list[Way]
+) -> None:
+    monkeypatch.setattr(by_targets, "topology_here", lambda on_cpu=False: gpus(4))
+    found, _ = config(folder, replan="on", replan_shapes=shapes)
+    assert measured == known
+    assert ",".join(found.replan.shapes) == shapes
+    assert found.shape_of(Role.BOTH) in found.replan.worker_shapes
+    with pytest.raises(ConfigError, match="--replan-shapes: --slo tries TP 1, 2, 4 here, and none of these is named"):
+        config(folder, replan="on", replan_shapes="3x1")
+
+
+def test_on_cores_workers_of_several_ranks_are_measured_where_some_may_change_to_them(
+    folder: Path, measured: list[Way], monkeypatch
+) -> None:
+    monkeypatch.setattr(by_targets, "topology_here", lambda on_cpu=False: of_cores(4, 8 * 10**9, 10.0))
+    found, _ = config(folder, replan="on", replan_max_workers=4)
+    assert measured == ANY_OF_A_CORE, "and four workers have room of a core each only"
+    assert (found.replan.shapes, found.cluster.cpus_per_worker) == (("1x1", "2x1"), 1.0)
+    grounds = grounds_of(found, 1)
+    assert grounds is not None
+    replanner = replanner_of(found, grounds)
+    assert (replanner.settings.shapes, replanner.settings.devices) == ((WorkerShape(1, 1), WorkerShape(2, 1)), 4)
+
+
+@pytest.mark.asyncio
+async def test_planned_by_targets_alone_it_changes_tp_when_traffic_drifts_and_no_request_is_lost(
+    folder: Path, measured: list[Way], monkeypatch
+) -> None:
+    """By the profiles TP 1 does more short prompts, and TP 2 has longer ones in time."""
+    for name in ("cluster.attendance.ANNOUNCE_PERIOD_S", "cluster.client.MEMBERS_PERIOD_S"):
+        monkeypatch.setattr(name, 0.05)
+    monkeypatch.setattr("cluster.replanning.LOOK_PERIOD_S", 0.1)
+    decode = Coefficients(1.0, 0.0, 0.05)
+    for tp, prompt in ((1, Coefficients(0.5, 0.0, 0.02)), (2, Coefficients(5.0, 0.1, 0.0))):
+        monkeypatch.setitem(LATENCY, tp, StepLatency(prompt, decode, decode, 100))
+    cores, model = of_cores(4, 8 * 10**9, 10.0), LlamaForCausalLM.from_pretrained(folder)
+    monkeypatch.setattr(by_targets, "topology_here", lambda on_cpu=False: cores)
+    asked = Asked("ttft=40,tpot=150", lengths="prompt=3,output=2")
+    replan = {"replan": "on", "replan_max_workers": 4, "replan_interval": 0.2, "replan_horizon": 3600}
+    sizes = {"dtype": "float32", "kv_cache_memory": "64MiB", "max_num_seqs": 8, "speculation": "none"}
+    found, _ = config(folder, asked, **replan, **sizes)
+    assert (found.cluster.num_workers, found.shape_of(Role.BOTH), measured) == (4, WorkerShape(1, 1), ANY_OF_A_CORE)
+    paths = [found.replan.profile, *found.replan.further_profiles]
+    own, *further = [read_profile(path) for path in paths if path is not None]
+    replanner = replanner_of(found, Grounds(own, cores, (), tuple(further)))
+    async with local_cluster(found, folder, replan=(replanner, "on")) as cluster:
+        load = Load(cluster, at_once=1)
+        await until(lambda: WorkerShape(2, 1) in map(cluster.shapes.get, cluster.nodes))
+        await load.more()
+        answers = await load.stop()
+        await all_free(cluster)
+    assert all(right(model, job(number), tokens) for number, tokens in answers.items())
 
 
 @pytest.mark.parametrize("tokens", [1.0, 3.0])
@@ -252,10 +348,10 @@ def test_a_file_that_decides_is_refused_alike(folder: Path, measured: list[Way],
 
 def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path, measured: list[Way]) -> None:
     """Of 406 KB as it is stored, and 127 as int8."""
-    room = of_cores(1, 300_000, 10.0)
+    room, one = of_cores(1, 300_000, 10.0), by_targets._Room(1, 1, ())
     with pytest.raises(ConfigError, match=r"the model does not fit: 0\.000406 GB of weights"):
-        by_targets._profiles(load_config(None, {"model": str(folder)}), {}, room, 1, str)
-    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), {}, room, 1, str)
+        by_targets._profiles(load_config(None, {"model": str(folder)}), {}, room, one, False, str)
+    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), {}, room, one, False, str)
     assert measured == [Way(1, 1, 0)]
 
 
@@ -285,6 +381,13 @@ def test_options_that_do_not_go_together_are_refused_by_name(arguments, message:
 def test_cores_are_shared_out_among_few_workers_and_gpus_among_ranks() -> None:
     assert ways(of_cores(2, 10**9, 1.0)) == [Way(1, 2, 0), Way(1, 1, 1)]
     assert ways(of_cores(12, 10**9, 1.0)) == [Way(1, 12, 0), Way(1, 6, 1), Way(1, 3, 3)]
-    node = NodeKind(name="here", device="H100", devices=4, memory_gb=80)
-    gpus = Topology(nodes=(node,), links=(Wire(within="here", gb_per_s=450),))
-    assert ways(gpus) == [Way(1), Way(2), Way(4)]
+    assert ways(gpus(4)) == ways(gpus(4), replanning=True) == [Way(1), Way(2), Way(4)]
+    assert ways(of_cores(2, 10**9, 1.0), replanning=True) == [Way(1, 2, 0), Way(1, 1, 1)]
+    assert ways(of_cores(12, 10**9, 1.0), replanning=True)[3:] == [Way(2, 3, 1)]
+    told = [Way(1, 12, 0), Way(1, 1, 1), Way(2, 3, 1), Way(2)]
+    assert [*map(str, told)] == [
+        "a worker of 12 cores",
+        "2 workers of 1 core",
+        "2 workers on 2 devices of 3 cores",
+        "a worker on 2 devices",
+    ]

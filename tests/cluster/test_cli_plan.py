@@ -13,6 +13,8 @@ from msgspec.structs import replace
 
 from cluster.cli import cli
 from cluster.config.loading import load
+from cluster.config.replan import ReplanSection
+from cluster.config.tree import SlipstreamConfig
 from cluster.groups import groups_of
 from cluster.planning import measured_elsewhere
 from core.errors import ConfigError
@@ -153,6 +155,33 @@ def test_a_plan_is_served_as_its_configuration_is_with_flags_on_top(files, tmp_p
         CliRunner().invoke(cli, ["serve", flags[0], str(tmp_path / flags[1]), "--port", "1"], catch_exceptions=False)
     assert served[0] == served[1]
     assert (served[0].gateway.port, served[0].model) == (1, "small")
+
+
+def test_a_plan_that_is_replanned_needs_no_word_of_profiles_targets_and_shapes(tmp_path: Path, monkeypatch) -> None:
+    for tp in (1, 2):
+        write_profile(profile(setting=Setting(device="cpu", tp=tp)), tmp_path / f"{tp}.json")
+    (tmp_path / "cluster.yaml").write_text(LINKED)
+    known = [flag for tp in (1, 2) for flag in ("--profile", str(tmp_path / f"{tp}.json"))]
+    asked = ("small", *known, "--topology", tmp_path / "cluster.yaml", *LENGTHS)
+    served = []
+    monkeypatch.setattr("cluster.launcher.serve", lambda config, _console: served.append(config) or 0)
+    for slo in ("ttft=400,tpot=60", "ttft=400@p95,tpot=60"):
+        (tmp_path / f"{slo}.json").write_text(run(*asked, "--json", "--slo", slo, "--share", "0.8"))
+
+    def serve(slo: str, *flags: str) -> SlipstreamConfig:
+        given = ["serve", "--plan", str(tmp_path / f"{slo}.json"), *flags]
+        CliRunner().invoke(cli, given, catch_exceptions=False)
+        return served[-1]
+
+    assert serve("ttft=400,tpot=60").replan == ReplanSection()
+    replan = serve("ttft=400,tpot=60", "--replan", "on").replan
+    assert (replan.slo, replan.share, {*replan.shapes}) == ("ttft=400,tpot=60", 0.8, {"1x1", "2x1"})
+    assert {replan.profile, *replan.further_profiles} == {tmp_path / "1.json", tmp_path / "2.json"}
+    limited = serve("ttft=400,tpot=60", "--replan", "advise", "--replan-shapes", str(replan.shapes[0]))
+    assert limited.replan.shapes == replan.shapes[:1]
+    with pytest.raises(ConfigError, match="ttft has @p95: replanning has one share"):
+        serve("ttft=400@p95,tpot=60", "--replan", "on")
+    assert serve("ttft=400@p95,tpot=60", "--replan", "on", "--replan-slo", "ttft=1,tpot=1").replan.slo
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,11 @@ def test_a_cluster_whose_shapes_may_change_has_a_group_of_each_and_shares_device
         share_out(config(made, **SHAPES, cpus_per_worker=3.0), 6.0, 0.0)
 
 
+def test_a_shape_that_there_are_no_devices_for_is_not_deployed(made: Path) -> None:
+    found = config(made, **SHAPES | {"replan_shapes": "1x1,2x1,4x1"})
+    assert [group.shape for group in groups_of(found)] == [ONE, TWO]
+
+
 def test_more_workers_are_reckoned_in_those_as_configured(made: Path) -> None:
     grown = config(made, **SHAPES | {"replan_max_workers": 5})
     assert (grown.most_devices, grown.most_workers) == (5, 5)
@@ -284,6 +289,9 @@ def test_prefill_workers_may_begin_with_another_shape_where_shapes_may_change(ma
     found = config(made, replan_shapes="1x1,2x1", prefill_tensor_parallel_size=2)
     assert arrangement_as_configured(found) == Arrangement(1, 1, 0, 2048, TWO, ONE)
     assert [(group.shape, group.workers) for group in groups_of(found)] == [(ONE, 1), (TWO, 1)]
+    cores = {"cpus_per_worker": 2.0, "prefill_cpus_per_worker": 4.0}
+    planned = config(made, replan_shapes="1x1,2x1", prefill_tensor_parallel_size=2, **cores)
+    assert [group.config.cluster.cpus_per_worker for group in groups_of(planned)] == [2.0, 4.0]
 
 
 def test_every_shape_needs_a_profile_of_its_tp(made: Path, made_for_two: Path) -> None:
@@ -329,6 +337,10 @@ def test_it_is_said_when_no_way_leads_to_another_shape(
         ({"replan_shapes": "2x1"}, "replan.shapes 2x1: the workers begin with 1x1; name it too"),
         ({"replan_shapes": "1x1,2"}, "'2' is no TP and PP; write them as 1x1,2x1"),
         ({"replan_shapes": "1x1,2x1", "workers_per_node": 2}, "workers_per_node is of workers of one shape"),
+        (
+            {"replan_shapes": "1x1", "cpus_per_worker": 1.0, "prefill_cpus_per_worker": 2.0},
+            "devices of prefill workers have other cores than those of the others",
+        ),
         ({"replan_further_profiles": "a.json"}, "further_profiles has no meaning without replan shapes"),
     ],
 )
