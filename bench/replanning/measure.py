@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
+from cluster.membership import Plan
 from cluster.recorder import Recorder
 from cluster.replanning import Replan
 from core.errors import SlipstreamError
@@ -22,6 +24,7 @@ from core.served import Served
 from core.types import FinishReason, Request, SamplingParams
 
 _TIMEOUT_S = 600.0
+_LOOK_S = 0.05
 _WARM_UPS = 3
 """Of each worker, at once: a first step of a kind takes longer than later ones."""
 
@@ -39,11 +42,13 @@ class Answer(Struct, frozen=True):
 
 
 class Run(Struct, frozen=True):
-    """`changes`: what was decided, `at_s` from the beginning."""
+    """`changes`: what was decided, `at_s` from the beginning, and when each was `done`: workers were as decided, and
+    the others gone. None if another change came before."""
 
     replanned: bool
     answers: list[Answer]
     changes: list[Decided]
+    done: list[float | None] = []
 
 
 @dataclass
@@ -95,6 +100,28 @@ class _Load:
         return Answer(at, served, whole)
 
 
+class _Watch:
+    """When the workers were first as each plan has them, by its number: Unix times."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self.done: dict[int, float] = {}
+
+    async def go_on(self) -> None:
+        while True:
+            plan = self._cluster.membership.plan
+            if plan.plan_id not in self.done and self._is(plan):
+                self.done[plan.plan_id] = time.time()
+            await asyncio.sleep(_LOOK_S)
+
+    def _is(self, plan: Plan) -> bool:
+        cluster = self._cluster
+        serving = [worker for worker in cluster.backend.status().workers if not worker.leaving]
+        there = Counter((worker.role, cluster.shapes[worker.worker_id] if plan.shapes else None) for worker in serving)
+        wanted = Counter({(role, plan.shapes.get(role)): count for role, count in plan.wanted.items()})
+        return there == wanted and len(cluster.nodes) == plan.workers and not cluster.stopping
+
+
 async def measure(
     config: SlipstreamConfig,
     folder: Path,
@@ -109,7 +136,12 @@ async def measure(
     async with local_cluster(config, folder, threads, replan) as cluster:
         load = _Load(cluster, vocabulary, seed)
         await load.warm_up(requests, config.cluster.num_workers)
-        began = time.time()
+        began, watch = time.time(), _Watch(cluster)
+        watching = asyncio.create_task(watch.go_on())
         answers = await load.offer(requests)
+        watching.cancel()
         changes = [] if cluster.replanning is None else cluster.replanning.status.decisions
-    return Run(replan is not None, answers, [replace(change, at_s=change.at_s - began) for change in changes])
+        last = cluster.membership.plan.plan_id
+    numbers = range(last - len(changes) + 1, last + 1)
+    done = [watch.done[number] - began if number in watch.done else None for number in numbers]
+    return Run(replan is not None, answers, [replace(change, at_s=change.at_s - began) for change in changes], done)

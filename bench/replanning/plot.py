@@ -40,7 +40,9 @@ def svg(report: Report) -> str:
         picture.text(_LEFT + _WIDTH + 12, _TOP + 16 + 18 * place, names[replanned], fill=_color(replanned))
     for verdict, run in zip(report.verdicts, report.runs, strict=True):
         _curve(picture, verdict, x, y)
-        for change in run.changes:
+        for change, done in zip(run.changes, run.done, strict=True):
+            until = seconds if done is None else done
+            picture.line(x(change.at_s), _TOP + _HEIGHT + 4, x(until), _TOP + _HEIGHT + 4, stroke=_color(True))
             picture.line(x(change.at_s), _TOP + _HEIGHT, x(change.at_s), _TOP + _HEIGHT + 8, stroke=_color(True))
             picture.text(x(change.at_s), _TOP + _HEIGHT + 20, change.to.split(",")[0], anchor="middle")
     return str(picture)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from bench.replanning.measure import Answer, Run
+from core.replan_metrics import Decided
 from placement.outcome import Targets
 
 WINDOW_S = 10.0
@@ -34,6 +35,8 @@ class Verdict(Struct, frozen=True):
     before: float | None
     """Attainment of the requests before the shift, and after it."""
     after: float | None
+    during: float | None
+    """Of those that came while workers changed."""
     recovered_s: float | None
     curve: list[Point]
 
@@ -70,9 +73,16 @@ def verdict_of(run: Run, targets: Targets, share: float, shift_s: float, seconds
         lost=sum(not answer.whole for answer in run.answers),
         before=attainment([answer for answer in run.answers if answer.due_s < shift_s], targets),
         after=attainment([answer for answer in run.answers if answer.due_s >= shift_s], targets),
+        during=attainment([answer for answer in run.answers if _during(run, answer.due_s)], targets),
         recovered_s=_recovered_s(curve, share, shift_s),
         curve=curve,
     )
+
+
+def _during(run: Run, due_s: float) -> bool:
+    """Whether a change was under way, one that was not done to its end too."""
+    changes = zip(run.changes, run.done, strict=True)
+    return any(change.at_s <= due_s and (done is None or due_s <= done) for change, done in changes)
 
 
 def _point(answers: Sequence[Answer], targets: Targets, at_s: float) -> Point:
@@ -107,8 +117,15 @@ def table(report: Report) -> str:
             f"{_arm(verdict)}: {_percent(verdict.before)} before the shift, {_percent(verdict.after)} after it, "
             f"{recovered}; {verdict.lost} of {verdict.requests} requests lost"
         )
-        lines += [f"  {change.at_s:5.1f} s  {change.by}: {change.to}; {change.why}" for change in run.changes]
+        lines += [_told(change, done) for change, done in zip(run.changes, run.done, strict=True)]
+        if run.changes:
+            lines.append(f"  {_percent(verdict.during)} of those that came while workers changed")
     return "\n".join(lines)
+
+
+def _told(change: Decided, done: float | None) -> str:
+    took = "not carried out to the end" if done is None else f"done after {done - change.at_s:.1f} s"
+    return f"  {change.at_s:5.1f} s  {change.by}: {change.to}, {took}; {change.why}"
 
 
 def _arm(verdict: Verdict) -> str:

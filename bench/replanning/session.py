@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.replanning.measure import Run, measure
 from bench.replanning.report import Report, verdict_of
-from bench.replanning.shift import Phase, Shift, best_split, kinds, most_rate, rates_that_matter
+from bench.replanning.shift import Phase, Shift, best_of, best_split, kinds, most_rate, rates_that_matter
 from cluster.config.loading import load
 from cluster.config.tree import SlipstreamConfig
 from cluster.replan_setup import Grounds, grounds_of, replanner_of
@@ -17,9 +18,13 @@ from cluster.replanning import Replan
 from core.errors import ConfigError
 from engine.checkpoints import Progress, resolve
 from engine.model_config import ModelConfig
+from placement.arranged import Predictor
 from placement.arrangement import Arrangement
+from placement.moving import way
 from placement.profile import Profile, read_profile
-from placement.reachable import arrangements
+from placement.reachable import AS_STARTED, arrangements
+from placement.replan_settings import ReplanSettings
+from placement.worker_shape import WorkerShape, parse_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,9 @@ class Asked:
     slo: str
     share: float
     workers: int
+    max_workers: int | None
+    shapes: str | None
+    further: tuple[Path, ...]
     before: str
     after: str
     rates: tuple[float, float] | None
@@ -85,8 +93,12 @@ def _shift(asked: Asked, profile: Profile) -> tuple[Arrangement, Grounds, Shift]
     replanner = replanner_of(some, grounds)
     predictor, chunk_tokens = replanner.predictor, replanner.arrangement.chunk_tokens
     works = kinds(asked.before, asked.after, asked.seed)
-    now = best_split(predictor, works[0], asked.workers, chunk_tokens, asked.share)
-    others = [to for to in arrangements(asked.workers, 1, (chunk_tokens,)) if predictor.why_not(to) is None]
+    if (shape := _first_shape(asked)) is None:
+        now = best_split(predictor, works[0], asked.workers, chunk_tokens, asked.share)
+    else:
+        alike = [*arrangements(asked.workers * shape.devices, 1, (chunk_tokens,), (shape,))]
+        now = best_of(predictor, alike, works[0], asked.share)
+    others = [*_others(replanner.settings, now, predictor)]
     rates = asked.rates or rates_that_matter(
         lambda to, phase: most_rate(predictor, to, works[phase], asked.share), now, others
     )
@@ -97,16 +109,38 @@ def _shift(asked: Asked, profile: Profile) -> tuple[Arrangement, Grounds, Shift]
     return now, grounds, Shift(before, after)
 
 
+def _others(settings: ReplanSettings, now: Arrangement, predictor: Predictor) -> Iterator[Arrangement]:
+    """That replanning may come to."""
+    least, most = settings.devices_of(now.devices)
+    for devices in range(least, most + 1):
+        for to in arrangements(devices, 1, (now.chunk_tokens,), settings.shapes or AS_STARTED):
+            there = not settings.shapes or way(now.of_shapes, to.of_shapes, settings.devices) is not None
+            if there and predictor.why_not(to) is None:
+                yield to
+
+
+def _first_shape(asked: Asked) -> WorkerShape | None:
+    return parse_shapes(asked.shapes)[0] if asked.shapes else None
+
+
 def _config(asked: Asked, profile: Profile, arrangement: Arrangement) -> SlipstreamConfig:
     if asked.workers < 2:
         raise ConfigError("--workers: one worker has no roles to change; give 2 or more", param="workers")
+    shape = _first_shape(asked) or WorkerShape(profile.setting.tp, 1)
+    optional = {
+        "quantization": profile.model.quantization,
+        "replan_max_workers": asked.max_workers,
+        "replan_shapes": asked.shapes,
+        "replan_further_profiles": asked.further or None,
+        "colocated": bool(arrangement.both) or None,
+    }
     settings: dict[str, Any] = {
         "model": asked.model,
         "device": "cpu" if profile.setting.device == "cpu" else "cuda",
         "dtype": profile.model.dtype,
-        "tensor_parallel_size": profile.setting.tp,
-        "prefill_replicas": arrangement.prefill,
-        "decode_replicas": arrangement.decode,
+        "tensor_parallel_size": shape.tp,
+        "pipeline_parallel_size": shape.pp,
+        "decode_replicas": arrangement.decode + arrangement.both,
         "handoff_min_tokens": 0,
         "max_num_batched_tokens": profile.range.tokens,
         "max_num_seqs": min(32, profile.range.sequences),
@@ -117,6 +151,6 @@ def _config(asked: Asked, profile: Profile, arrangement: Arrangement) -> Slipstr
         "replan_interval": asked.interval,
         "replan_forecast": asked.forecast,
     }
-    if profile.model.quantization is not None:
-        settings["quantization"] = profile.model.quantization
-    return load(None, settings)
+    if arrangement.prefill:
+        settings["prefill_replicas"] = arrangement.prefill
+    return load(None, settings | {name: value for name, value in optional.items() if value is not None})

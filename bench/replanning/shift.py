@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,16 @@ def kinds(before: str, after: str, seed: int) -> tuple[Workload, Workload]:
 def best_split(predictor: Predictor, workload: Workload, workers: int, chunk_tokens: int, share: float) -> Arrangement:
     """The split into prefill and decode workers that stands the highest rate. Raises ConfigError if none stands any."""
     splits = [Arrangement(count, workers - count, 0, chunk_tokens) for count in range(1, workers)]
-    able = [split for split in splits if predictor.why_not(split) is None]
+    return best_of(predictor, splits, workload, share)
+
+
+def best_of(predictor: Predictor, arrangements: Sequence[Arrangement], workload: Workload, share: float) -> Arrangement:
+    """The one that stands the highest rate. Raises ConfigError if there can be none."""
+    able = [one for one in arrangements if predictor.why_not(one) is None]
     if not able:
-        raise ConfigError(f"{workers} workers can't be split: {predictor.why_not(splits[0]) if splits else 'give 2'}")
-    return max(able, key=lambda split: most_rate(predictor, split, workload, share))
+        why = predictor.why_not(arrangements[0]) if arrangements else "give 2"
+        raise ConfigError(f"the workers can't be arranged: {why}", param="workers")
+    return max(able, key=lambda one: most_rate(predictor, one, workload, share))
 
 
 def most_rate(predictor: Predictor, arrangement: Arrangement, workload: Workload, share: float) -> float:

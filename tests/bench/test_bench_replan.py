@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 from xml.etree import ElementTree as Xml
 
 import numpy as np
@@ -13,10 +15,13 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from bench.cli import bench
-from bench.replanning.measure import Answer, Run
+from bench.replanning import session
+from bench.replanning.measure import Answer, Run, measure
 from bench.replanning.plot import svg
 from bench.replanning.report import Report, table, verdict_of
+from bench.replanning.session import Asked
 from bench.replanning.shift import Phase, Shift, best_split, kinds, most_rate, rates_that_matter
+from cluster.replan_setup import replanner_of
 from core.errors import ConfigError
 from core.replan_metrics import Decided
 from core.served import Served
@@ -27,8 +32,12 @@ from placement.latency import Coefficients, StepLatency
 from placement.layout import Role
 from placement.lengths import parse_lengths
 from placement.outcome import Targets
-from placement.profile import write_profile
+from placement.profile import Setting, read_profile, write_profile
+from placement.replanner import Replanner
+from placement.worker_shape import WorkerShape
 from placement.workload import Workload
+from tests.cluster.test_live_changes import config
+from tests.cluster.test_shapes_change import ONE, Said
 from tests.placement.layouts import group
 from tests.placement.profiles import profile
 from tests.tiny import save_byte_tokenizer, save_tiny_llama
@@ -46,12 +55,12 @@ def even(count: int) -> Workload:
     return Workload(np.full(count, 10, np.int32), np.full(count, 5, np.int32), np.ones(count))
 
 
-def run(answers: Sequence[Answer], *, replanned: bool = True) -> Run:
+def run(answers: Sequence[Answer], *, replanned: bool = True, done_s: float | None = 49.5) -> Run:
     made = Decided(
         at_s=45.0, by="reactive", to="1 prefill + 2 decode, steps of 512 tokens", why="slow", before=0.2, after=0.9,
         gain=30.0, cost=2.0, carried_out=True,
     )  # fmt: skip
-    return Run(replanned, list(answers), [made] if replanned else [])
+    return Run(replanned, list(answers), [made] if replanned else [], [done_s] if replanned else [])
 
 
 def test_each_kind_of_request_comes_in_its_time_and_at_its_rate() -> None:
@@ -112,6 +121,12 @@ def test_a_request_that_was_not_answered_whole_is_lost_and_met_nothing() -> None
     assert (verdict.lost, verdict.after) == (1, 0.5)
 
 
+@pytest.mark.parametrize(("done_s", "during"), [(49.5, 0.5), (None, 0.25)])
+def test_those_that_came_while_workers_changed_are_counted_apart(done_s: float | None, during: float) -> None:
+    answers = [answer(at, tpot_ms=50.0 if at > 47 else 10.0) for at in (44.0, 46.0, 48.0, 60.0, 70.0)]
+    assert verdict_of(run(answers, done_s=done_s), TARGETS, 0.9, 40.0, 120.0).during == during
+
+
 def report() -> Report:
     answers = [answer(at / 2) for at in range(240)]
     runs = [run(answers, replanned=False), run(answers)]
@@ -131,7 +146,8 @@ def report() -> Report:
 def test_the_table_has_a_row_for_every_ten_seconds_and_says_what_was_changed() -> None:
     text = table(report())
     assert sum(line.split()[1:] == ["100%", "100%"] for line in text.splitlines()) == 12
-    assert "45.0 s  reactive: 1 prefill + 2 decode" in text
+    assert "45.0 s  reactive: 1 prefill + 2 decode, steps of 512 tokens, done after 4.5 s; slow" in text
+    assert "100% of those that came while workers changed" in text
     assert "0 of 240 requests lost" in text
 
 
@@ -142,6 +158,47 @@ def test_the_picture_has_a_line_for_each_run_and_marks_the_shift_and_the_change(
     assert len(lines) == 2
     assert "shift, 40 s" in texts
     assert "1 prefill + 2 decode" in texts
+
+
+def test_workers_begin_with_the_first_shape_and_may_change_to_the_others(tmp_path: Path) -> None:
+    paths = tmp_path / "one.json", tmp_path / "two.json"
+    for path, tp in zip(paths, (1, 2), strict=True):
+        write_profile(profile(setting=Setting(device="cpu", tp=tp)), path)
+    asked = Asked(
+        model="small", profile=paths[0], slo="ttft=900,tpot=30", share=0.9, workers=2, max_workers=3, shapes="1x1,2x1",
+        further=paths[1:], before="prompt=100,output=4", after="prompt=10,output=20", rates=(1.0, 1.0), before_s=1.0,
+        after_s=1.0, interval=1.0, forecast="constant", repeats=1, seed=0,
+    )  # fmt: skip
+    measured = read_profile(paths[0])
+    now, grounds, _ = session._shift(asked, measured)
+    assert (now.of_shapes, now.workers) == ({WorkerShape(1, 1): 2}, 2)
+    replanner = replanner_of(session._config(asked, measured, now), grounds)
+    assert (replanner.arrangement.counts, replanner.settings.devices) == (now.counts, 3)
+    reachable = {(*other.of_shapes.items(),) for other in session._others(replanner.settings, now, replanner.predictor)}
+    assert ((WorkerShape(2, 1), 1),) in reachable
+    assert ((WorkerShape(1, 1), 3),) in reachable
+
+
+@pytest.mark.asyncio
+async def test_a_run_says_when_the_workers_were_as_decided(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    three, two = (Arrangement(0, 0, count, 256, ONE, ONE) for count in (3, 2))
+    given = {"replan": "on", "replan_slo": "ttft=1,tpot=1", "replan_profile": "unread.json", "replan_shapes": "1x1,2x1"}
+    said = Said(three, 3)
+    asyncio.get_running_loop().call_later(1.0, said.say, two)
+    found = await measure(
+        config(**given, colocated=True, decode_replicas=3),
+        tmp_path,
+        [(at / 10, 20, 8) for at in range(40)],
+        (cast("Replanner", said), "on"),
+        threads=1,
+        vocabulary=128,
+        seed=0,
+    )
+    assert all(one.whole for one in found.answers)
+    assert [change.to for change in found.changes] == [str(two)]
+    assert found.done[0] is not None
+    assert found.changes[0].at_s < found.done[0]
 
 
 @pytest.mark.parametrize(
