@@ -76,8 +76,9 @@ def config_for(
         of_all_together(goal.targets)
     named = parse_shapes(flags["replan_shapes"]) if replanning and "replan_shapes" in flags else ()
     room = _Room(topology.nodes[0].devices, (replanning and flags.get("replan_max_workers")) or 1, named)
-    stored = _profiles(given, _measured(given, drafter, asked), topology, room, replanning, say)
-    limits = _limits(given, drafter, topology, room)
+    folder = _folder(given)
+    stored = _profiles(given, folder, _measured(given, drafter, asked), topology, room, replanning, say)
+    limits = _limits(given, drafter, topology, room, ModelConfig.from_folder(folder))
     objective: Objective = "total" if asked.rate is None else "per-device"
     plan = partial(planned, stored, topology, limits, workload, goal, objective, asked.rate, drafter)
     plan = partial(plan, any_role=replanning, weights=given.speculation.weights, slo=asked.slo)
@@ -163,8 +164,18 @@ def _measured(given: SlipstreamConfig, drafter: str | None, asked: Asked) -> Set
     return found
 
 
+def _folder(given: SlipstreamConfig) -> Path:
+    """Of the model, which is fetched."""
+    from engine.checkpoints import resolve
+    from engine.checkpoints.bars import Bars
+
+    with Bars() as progress:
+        return resolve(given.model, revision=given.revision, progress=progress, check_config=ModelConfig.from_dict)
+
+
 def _profiles(
     given: SlipstreamConfig,
+    folder: Path,
     settings: Settings,
     topology: Topology,
     room: _Room,
@@ -173,12 +184,8 @@ def _profiles(
 ) -> list[Stored]:
     """One of each way to share the machine that the model can be split in, and that workers may begin with, or with
     `replanning` come to have."""
-    from engine.checkpoints import resolve
-    from engine.checkpoints.bars import Bars
     from engine.weights import fingerprint
 
-    with Bars() as progress:
-        folder = resolve(given.model, revision=given.revision, progress=progress, check_config=ModelConfig.from_dict)
     config, engine = ModelConfig.from_folder(folder), given.engine
     weights = weight_bytes(engine, folder)
     able = [way for way in ways(topology, replanning=replanning) if _fits(weights, config, way, topology)]
@@ -206,17 +213,23 @@ def _fits(weights: int, config: ModelConfig, way: Way, topology: Topology) -> bo
     """Whether the model can be split so, and all workers that compute at the same time have room for its weights, of so
     many bytes."""
     (node,) = topology.nodes
+    devices = way.tp * way.threads
+    return _splits(config, way.tp, 1) and weights < USABLE * node.memory_gb * 1e9 * devices
+
+
+def _splits(config: ModelConfig, tp: int, pp: int) -> bool:
     try:
-        check_split(config, way.tp, 1)
+        check_split(config, tp, pp)
     except ConfigError:
         return False
-    devices = way.tp * way.threads
-    return weights < USABLE * node.memory_gb * 1e9 * devices
+    return True
 
 
-def _limits(given: SlipstreamConfig, drafter: str | None, topology: Topology, room: _Room) -> Limits:
+def _limits(
+    given: SlipstreamConfig, drafter: str | None, topology: Topology, room: _Room, config: ModelConfig
+) -> Limits:
     return Limits(
-        stages=tuple(sorted({shape.pp for shape in room.named})) or _stages(topology),
+        stages=tuple(sorted({shape.pp for shape in room.named})) or _stages(topology, config),
         max_sequences=given.engine.sequences,
         kv_cache_bytes=kv_cache_bytes_on(topology, given.engine),
         handoff_min_tokens=given.cluster.handoff_min_tokens or 0,
@@ -225,10 +238,11 @@ def _limits(given: SlipstreamConfig, drafter: str | None, topology: Topology, ro
     )
 
 
-def _stages(topology: Topology) -> tuple[int, ...]:
+def _stages(topology: Topology, config: ModelConfig) -> tuple[int, ...]:
     """To try where nobody says which. On a CPU all memory is one, and a pipeline brings no more room for KV."""
     (node,) = topology.nodes
-    return (1,) if node.device == "cpu" else tuple(size for size in TENSOR_PARALLEL_SIZES if size <= node.devices)
+    most = 1 if node.device == "cpu" else node.devices
+    return tuple(size for size in TENSOR_PARALLEL_SIZES if size <= most and _splits(config, 1, size))
 
 
 def _merged(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -24,6 +25,7 @@ from cluster.stored_profiles import Settings, Way, profile_arguments, profile_of
 from core.compiler import cache_root
 from core.errors import ConfigError
 from core.types import Role
+from engine.model_config import ModelConfig
 from placement.latency import Coefficients, StepLatency
 from placement.native import load
 from placement.profile import Drafting, Setting, read_profile, write_profile
@@ -199,6 +201,13 @@ def test_replanning_may_change_to_the_shapes_that_the_plan_knew_and_no_flag_is_n
     assert config(folder)[0].replan == ReplanSection()
 
 
+def test_pipelines_are_tried_on_gpus_of_models_that_can_be_split(folder: Path) -> None:
+    model, by_its_class = ModelConfig.from_folder(folder), cast("ModelConfig", SimpleNamespace(architecture="Other"))
+    assert by_targets._stages(gpus(4), model) == (1, 2), "it has three layers"
+    assert by_targets._stages(gpus(4), by_its_class) == (1,)
+    assert by_targets._stages(of_cores(4, 8 * 10**9, 10.0), model) == (1,)
+
+
 @pytest.mark.parametrize(("shapes", "known"), [("1x1", [Way(1)]), ("2x1,1x1", [Way(1), Way(2)]), ("1x2,1x1", [Way(1)])])
 def test_shapes_that_are_named_limit_what_is_measured_planned_and_changed_to(
     folder: Path, measured: list[Way], monkeypatch, shapes: str, known: list[Way]
@@ -350,8 +359,9 @@ def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path
     """Of 406 KB as it is stored, and 127 as int8."""
     room, one = of_cores(1, 300_000, 10.0), by_targets._Room(1, 1, ())
     with pytest.raises(ConfigError, match=r"the model does not fit: 0\.000406 GB of weights"):
-        by_targets._profiles(load_config(None, {"model": str(folder)}), {}, room, one, False, str)
-    by_targets._profiles(load_config(None, {"model": str(folder), "quantization": "int8"}), {}, room, one, False, str)
+        by_targets._profiles(load_config(None, {"model": str(folder)}), folder, {}, room, one, False, str)
+    quantized = load_config(None, {"model": str(folder), "quantization": "int8"})
+    by_targets._profiles(quantized, folder, {}, room, one, False, str)
     assert measured == [Way(1, 1, 0)]
 
 
