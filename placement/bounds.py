@@ -53,11 +53,11 @@ def most_rate(group: Group, demand: Demand, goal: Goal) -> float:
     if group.role is Role.PREFILL:
         busy_ms = _prompt_ms(group, demand.handed_tokens, demand.handed_squares)
     elif group.role is Role.DECODE:
-        busy_ms = demand.later_tokens * _token_ms(group, demand, goal)
+        busy_ms = _decode_ms(group, demand, goal)
     else:  # what a step with both saves is taken off what either takes
         busy_ms = max(
             _prompt_ms(group, demand.prompt_tokens, demand.squares, prompts)
-            + demand.later_tokens * _token_ms(group, demand, goal, decodes)
+            + _decode_ms(group, demand, goal, decodes)
             for prompts, decodes in ((saved, 0.0), (0.0, saved))
         )
     return group.stages * 1000.0 / busy_ms / goal.least if busy_ms > 0 else float("inf")
@@ -76,6 +76,11 @@ def _prompt_ms(group: Group, tokens: float, squares: float, saved: float = 0.0) 
 def _per_token(fixed: float, each: float, least: float, most: float) -> float:
     """Of steps that take `fixed` and `each` for each of their tokens, as many as are best."""
     return max(0.0, fixed / (most if fixed > 0 else least) + each)
+
+
+def _decode_ms(group: Group, demand: Demand, goal: Goal, saved: float = 0.0) -> float:
+    """Of a request. Answers of one token need none, however long a step takes."""
+    return demand.later_tokens * _token_ms(group, demand, goal, saved) if demand.later_tokens else 0.0
 
 
 def _token_ms(group: Group, demand: Demand, goal: Goal, saved: float = 0.0) -> float:

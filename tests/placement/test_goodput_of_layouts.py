@@ -187,6 +187,14 @@ def test_prompts_that_are_not_handed_over_cost_prefill_groups_nothing() -> None:
     assert most_rate(replace(BOTH, role=Role.PREFILL), none, GOAL) == float("inf")
 
 
+@pytest.mark.parametrize("role", [Role.BOTH, Role.DECODE])
+def test_answers_of_one_token_wait_for_no_decode_however_long_one_takes(role: Role) -> None:
+    short = replace(REQUESTS, output_tokens=np.ones_like(REQUESTS.output_tokens))
+    goal = Goal(Targets(5000.0, 1e-3), 0.9)
+    rate = most_rate(replace(BOTH, role=role), Demand.of(short, 0), goal)
+    assert rate == (float("inf") if role is Role.DECODE else most_rate(BOTH, Demand.of(short, 0), GOAL))
+
+
 def test_a_cached_prefix_is_no_work() -> None:
     cached = Workload(REQUESTS.prompt_tokens, REQUESTS.output_tokens, REQUESTS.gaps, REQUESTS.prompt_tokens - 1)
     assert Demand.of(cached, 0).prompt_tokens == 1.0
