@@ -56,8 +56,7 @@ def most_rate(group: Group, demand: Demand, goal: Goal) -> float:
         busy_ms = _decode_ms(group, demand, goal)
     else:  # what a step with both saves is taken off what either takes
         busy_ms = max(
-            _prompt_ms(group, demand.prompt_tokens, demand.squares, prompts)
-            + _decode_ms(group, demand, goal, decodes)
+            _prompt_ms(group, demand.prompt_tokens, demand.squares, prompts) + _decode_ms(group, demand, goal, decodes)
             for prompts, decodes in ((saved, 0.0), (0.0, saved))
         )
     return group.stages * 1000.0 / busy_ms / goal.least if busy_ms > 0 else float("inf")
