@@ -83,6 +83,13 @@ def test_an_offer_nobody_asks_for_expires_after_the_lease() -> None:
     assert machine.handle(states.Tick(), 10) == [Release(Outcome.EXPIRED, "not asked for or renewed within 10 s")]
 
 
+def test_who_reads_keeps_the_lease() -> None:
+    machine, _ = giver(*GIVEN)
+    assert machine.handle(states.ReadStarted(), 9) == []
+    assert machine.handle(states.Tick(), 11) == []
+    assert machine.wake_at == 19
+
+
 def test_renewals_keep_the_lease_and_are_answered() -> None:
     machine, _ = giver(*GIVEN)
     assert machine.handle(states.Renewal(sent_at=77), now=9) == [states.SendRenewed(77)]
