@@ -13,14 +13,19 @@ from kv_transfer.transports.pacing import unpace_within_host
 
 
 def tcp_loop_rate(
-    nbytes: int = 8 << 20, rounds: int = 24, sender_host: Host = LOOPBACK, own_host: Host = LOOPBACK
+    nbytes: int = 8 << 20,
+    rounds: int = 24,
+    sender_host: Host = LOOPBACK,
+    own_host: Host = LOOPBACK,
+    *,
+    paced: bool = False,
 ) -> float:
     """Bytes per second of `sendall` in one process and `recv_into` in another, by default over loopback, from one
     buffer into one buffer of `nbytes`, `rounds` times. Connecting and the first round are not counted. As of the
-    transport, the kernel paces it between hosts only."""
+    transport, the kernel paces it between hosts only, unless it is `paced`: as the system has it for any socket."""
     with socket.create_server((own_host.address, 0)) as listener:
         port = listener.getsockname()[1]
-        arguments = [own_host.address, str(port), str(nbytes), str(rounds)]
+        arguments = [own_host.address, str(port), str(nbytes), str(rounds), str(int(paced))]
         command = sender_host.command(sys.executable, "-m", "bench.transfer.baselines", *arguments)
         with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as sender:  # noqa: S603  this very module
             try:
@@ -47,10 +52,11 @@ def _receive(connection: socket.socket, nbytes: int, rounds: int) -> float:
     return nbytes * (rounds - 1) / (time.perf_counter() - started)
 
 
-def _send(address: str, port: int, nbytes: int, rounds: int) -> None:
+def _send(address: str, port: int, nbytes: int, rounds: int, paced: int) -> None:
     buffer = bytearray(nbytes)
     with socket.create_connection((address, port)) as connection:
-        unpace_within_host(connection)
+        if not paced:
+            unpace_within_host(connection)
         for _ in range(rounds):
             connection.sendall(buffer)
         connection.recv(1)  # until the other end has read it all

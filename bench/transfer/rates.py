@@ -30,6 +30,7 @@ CACHED_BYTES = 8 * MIB
 """A bare loop over one buffer of this size has it in the processor's cache."""
 BARE_BYTES = 1 << 30
 """Moved by a bare loop over large buffers."""
+_SHARES = {"cached": "share", "same_size": "share_same_size", "paced": "share_paced"}
 COMPUTE_FACTOR = 3.0
 """A prefill that takes this many times as long as the transfer of its KV: the compute is longer than the wire."""
 
@@ -38,7 +39,8 @@ def measure_rates(sizes_mib: list[float], rounds: int, layout: KVLayout | None =
     """For each transport and size in MiB, medians of `rounds`: bytes per second from the word that the KV is complete
     to the commit, everything included, and of the transport `alone`. `share` is of the bare loop of the transport's
     primitive over one buffer that stays in the cache, `share_same_size` of one over as many bytes as the transfer has,
-    so that as much memory is read and written; both loops run right before and after. `layout` is the demo model's by
+    so that as much memory is read and written, `share_paced` of the same over TCP as the system paces any socket; the
+    loops run right before and after. `layout` is the demo model's by
     default."""
     layout = layout or layout_of(30, 3, 64, "bfloat16")
     sizes = {f"{mib:g}": max(1, int(mib * MIB) // layout.token_bytes) for mib in sizes_mib}
@@ -63,7 +65,7 @@ async def _measure(lender: Lender, pool: KVPool, name: TransportName, num_tokens
 
     def rates(seconds: float) -> dict[str, float]:
         rate = nbytes / seconds
-        shares = {"share": rate / bare["cached"], "share_same_size": rate / bare["same_size"]}
+        shares = {_SHARES[loop]: rate / bare_rate for loop, bare_rate in bare.items()}
         return {"ms": 1e3 * seconds, "bytes_per_s": rate, **shares}
 
     return {
@@ -80,7 +82,12 @@ def _bare(name: TransportName, nbytes: int) -> dict[str, float]:
     """Bytes per second of the bare loop."""
     loop = PRIMITIVE[name]
     sizes = {"cached": CACHED_BYTES, "same_size": nbytes}
-    return {key: loop(size, max(4, min(24, BARE_BYTES // size))) for key, size in sizes.items()}
+    found = {key: loop(size, _bare_rounds(size)) for key, size in sizes.items()}
+    return found | ({"paced": tcp_loop_rate(nbytes, _bare_rounds(nbytes), paced=True)} if name == "tcp" else {})
+
+
+def _bare_rounds(nbytes: int) -> int:
+    return max(4, min(24, BARE_BYTES // nbytes))
 
 
 async def _take_all(

@@ -42,6 +42,8 @@ def test_every_transport_is_measured_beside_its_bare_primitive(report: dict[str,
             assert found_rates["share_same_size"] == pytest.approx(
                 found_rates["bytes_per_s"] / one["bare_bytes_per_s"]["same_size"]
             )
+    tcp = report["transports"]["tcp"]["1"]
+    assert tcp["share_paced"] == pytest.approx(tcp["bytes_per_s"] / tcp["bare_bytes_per_s"]["paced"])
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
