@@ -178,5 +178,5 @@ def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no-such-folder/values\.yaml can't be written: No such file"):
+    with pytest.raises(ConfigError, match=r"no-such-folder/values\.yaml can't be written: there is no folder"):
         planned(tmp_path, "no-such-folder/values.yaml")
