@@ -78,9 +78,8 @@ class WithReplay(click.Command):
 @click.option("--json/--table", "as_json", default=False, help="How it is printed. [default: table]")
 def plan(out: Path | None, plot: Path | None, as_json: bool, **flags: Any) -> None:
     """Find the layout that serves MODEL best within its targets, and say what it will reach."""
-    for path, flag in ((out, "out"), (plot, "plot")):
-        if path is not None:
-            check_writable(path, flag)
+    check_writable(out, "out")
+    check_writable(plot, "plot")
     found = searched(**flags)
     able = found.settle()
     if out is not None:

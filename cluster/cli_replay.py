@@ -57,8 +57,7 @@ def replay(plot: Path | None, as_json: bool, **flags: Any) -> None:
     from cluster.replaying import Asked, replayed
     from placement.replay_shown import svg, table
 
-    if plot is not None:
-        check_writable(plot, "plot")
+    check_writable(plot, "plot")
     found = replayed(Asked(**flags))
     if plot is not None:
         write_text(plot, svg(found), "plot")

@@ -20,8 +20,7 @@ def topology(ray_address: str | None, measure: bool, out: Path | None) -> None:
     """Describe nodes, devices and links for slipstream plan --topology."""
     if measure and ray_address is None:
         raise ConfigError("--measure has no meaning without --ray-address; leave it out", param="measure")
-    if out is not None:
-        check_writable(out, "out")
+    check_writable(out, "out")
     text = to_yaml(topology_here() if ray_address is None else of_cluster(ray_address, measure))
     if out is None:
         click.echo(text, nl=False)

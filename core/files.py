@@ -8,8 +8,11 @@ from pathlib import Path
 from core.errors import ConfigError
 
 
-def check_writable(path: Path, flag: str) -> None:
-    """Before that is worked for which is to be written there. Raises ConfigError, by the flag that named the file."""
+def check_writable(path: Path | None, flag: str) -> None:
+    """Before that is worked for which is to be written there, if anything is. Raises ConfigError, by the flag that
+    named the file."""
+    if path is None:
+        return
     if not path.parent.is_dir():
         why = f"there is no folder {path.parent}"
     elif path.is_dir():
