@@ -49,8 +49,8 @@ def parse_sizes(text: str) -> list[float]:
 @click.option("--link", help="Between two hosts, network namespaces, with links like 1gbit,10gbit; needs root.")
 @click.option("--delay-ms", default=0.0, type=click.FloatRange(0, 1000), help="Of such a link, in each direction.")
 @click.option("--prompt-tokens", default=512, type=click.IntRange(16), help="Of requests to servers. [default: 512]")
-@click.option("--num-requests", default=15, type=click.IntRange(3), help="To each server. [default: 15]")
-@click.option("--servers", default=2, type=click.IntRange(0), help="Times each server is started; 0: no servers.")
+@click.option("--num-requests", default=15, type=click.IntRange(3), help="To each server, each time. [default: 15]")
+@click.option("--servers", default=2, type=click.IntRange(0), help="Times two servers are started; 0: none.")
 @click.option("--dataset-path", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL with turns.")
 @click.option("--num-prompts", default=60, type=click.IntRange(1), help="Spread over the file. [default: 60]")
 @click.option("--max-tokens", default=64, type=click.IntRange(2), help="Of each output, at most. [default: 64]")
@@ -138,12 +138,17 @@ def speed_table(result: dict[str, Any]) -> str:
                 f"{unsummed['share_same_size']:>10.0%}"
             )
     if (gap := result.get("gap")) is not None:
-        extra, ttft = gap["first_gap_extra_added_ms"], gap["ttft_added_ms"]
+        extra, ttft = (_added(gap, name) for name in ("first_gap_extra", "ttft"))
         lines.append(
-            f"{gap['prompt_tokens']} tokens: a hand-off adds {extra:+.1f} ms to the gap after the first token and "
-            f"{ttft:+.1f} ms to the time to it"
+            f"{gap['prompt_tokens']} tokens: a hand-off adds {extra} to the gap after the first token and {ttft} to "
+            f"the time to it (median of the starts of the servers, least to most)"
         )
     return "\n".join(lines)
+
+
+def _added(gap: dict[str, Any], name: str) -> str:
+    of_starts = gap[f"{name}_added_by_start_ms"]
+    return f"{gap[f'{name}_added_ms']:+.1f} ms ({min(of_starts):+.1f} to {max(of_starts):+.1f})"
 
 
 def link_table(result: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ import asyncio
 import random
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -16,47 +16,69 @@ from bench.cost import running
 
 NUM_TOKENS = 8
 """Of an answer. The gaps after the second token are ordinary ones."""
+WARM_UP = 3
 CORES = ["--cpus-per-worker", "1"]
 HANDED_OVER = ["--handoff-min-tokens", "0", *CORES]
 COLOCATED = ["--colocated", *CORES]
 
 
-@dataclass(slots=True)
-class Seen:
-    """Milliseconds, one of each per request."""
+class Seen(NamedTuple):
+    """Milliseconds of one request."""
 
-    ttft: list[float] = field(default_factory=list)
-    extra: list[float] = field(default_factory=list)
+    ttft: float
+    first_gap_extra: float
     """First gap less the median of the others."""
 
-    def medians(self) -> dict[str, float]:
-        return {"ttft_ms": statistics.median(self.ttft), "first_gap_extra_ms": statistics.median(self.extra)}
+
+def measure_gap(model: str, num_prompt_tokens: int, num_requests: int, starts: int) -> dict[str, Any]:
+    """Two servers with one core per worker, one that hands over and one that does not, side by side and asked by turns,
+    one request at a time. Both are started so often, as servers of one kind differ more than their requests do."""
+    pairs: list[tuple[Seen, Seen]] = []
+    added: dict[str, list[float]] = {key: [] for key in Seen._fields}
+    for start in range(starts):
+        with running(model, HANDED_OVER) as (first, _, _), running(model, COLOCATED) as (second, _, _):
+            found = asyncio.run(_ask_by_turns((first, second), model, num_prompt_tokens, num_requests, start))
+        pairs += found
+        for key, values in zip(Seen._fields, _added(found), strict=True):
+            added[key].append(statistics.median(values))
+    result: dict[str, Any] = {"prompt_tokens": num_prompt_tokens}
+    for name, seen in zip(("handed_over", "colocated"), zip(*pairs, strict=True), strict=True):
+        result[name] = {f"{key}_ms": statistics.median(getattr(one, key) for one in seen) for key in Seen._fields}
+    for key, of_starts in added.items():
+        result[f"{key}_added_ms"] = statistics.median(of_starts)
+        result[f"{key}_added_by_start_ms"] = of_starts
+    return result
 
 
-def measure_gap(model: str, num_prompt_tokens: int, num_requests: int, rounds: int) -> dict[str, Any]:
-    """One request at a time against servers with one core per worker, one that hands over and one that does not, by
-    turns; each is started `rounds` times."""
-    seen = {"handed_over": Seen(), "colocated": Seen()}
-    rng = random.Random(0)
-    for _ in range(rounds):
-        for name, flags in (("handed_over", HANDED_OVER), ("colocated", COLOCATED)):
-            prompts = [[rng.randrange(100, 40_000) for _ in range(num_prompt_tokens)] for _ in range(num_requests + 2)]
-            with running(model, flags) as (url, _, _):
-                asyncio.run(_ask(url, model, prompts, seen[name]))
-    found = {name: one.medians() for name, one in seen.items()}
-    handed_over, colocated = found["handed_over"], found["colocated"]
-    added = {key.replace("_ms", "_added_ms"): handed_over[key] - colocated[key] for key in handed_over}
-    return {"prompt_tokens": num_prompt_tokens, **found, **added}
+def _added(pairs: Sequence[tuple[Seen, Seen]]) -> Iterator[list[float]]:
+    """For each field of Seen, by how much the first of a pair exceeds the second."""
+    for place in range(len(Seen._fields)):
+        yield [handed_over[place] - colocated[place] for handed_over, colocated in pairs]
 
 
-async def _ask(url: str, model: str, prompts: list[list[int]], seen: Seen) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-        for index, prompt in enumerate(prompts):
-            times = await _token_times(client, model, prompt)
-            if index >= 2:  # the first ones warm up
-                gaps = [after - before for before, after in pairwise(times[1:])]
-                seen.ttft.append(1e3 * (times[1] - times[0]))
-                seen.extra.append(1e3 * (gaps[0] - statistics.median(gaps[1:])))
+async def _ask_by_turns(
+    urls: tuple[str, str], model: str, num_prompt_tokens: int, num_requests: int, seed: int
+) -> list[tuple[Seen, Seen]]:
+    """The first ones warm up. Neither server always comes first: what the machine does from time to time hits both."""
+    rng = random.Random(seed)
+    pairs = []
+    async with (
+        httpx.AsyncClient(base_url=urls[0], timeout=60) as handed_over,
+        httpx.AsyncClient(base_url=urls[1], timeout=60) as colocated,
+    ):
+        for index in range(WARM_UP + num_requests):
+            seen = {}
+            for client in (handed_over, colocated)[:: 1 if index % 2 else -1]:
+                prompt = [rng.randrange(100, 40_000) for _ in range(num_prompt_tokens)]
+                seen[client] = _seen(await _token_times(client, model, prompt))
+            if index >= WARM_UP:
+                pairs.append((seen[handed_over], seen[colocated]))
+    return pairs
+
+
+def _seen(times: Sequence[float]) -> Seen:
+    gaps = [after - before for before, after in pairwise(times[1:])]
+    return Seen(1e3 * (times[1] - times[0]), 1e3 * (gaps[0] - statistics.median(gaps[1:])))
 
 
 async def _token_times(client: httpx.AsyncClient, model: str, prompt: list[int]) -> list[float]:

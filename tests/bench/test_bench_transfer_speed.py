@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from msgspec.structs import replace
 
 from bench.cli import bench
 from bench.hosts import namespaces, relay, shaped
-from bench.transfer import rates, wire
+from bench.transfer import gap, rates, wire
 from bench.transfer.cli import link_table, speed_table
 from bench.transfer.gloo_loop import gloo_loop_rate, memcpy_rate
 from bench.transfer.lender import layout_of
@@ -70,12 +73,34 @@ def test_bare_loops_move_something() -> None:
 
 
 def test_the_table_names_transports_sizes_and_the_gap(report: dict[str, Any]) -> None:
-    gap = {"prompt_tokens": 512, "first_gap_extra_added_ms": 1.25, "ttft_added_ms": -0.5}
-    text = speed_table(report | {"gap": gap})
+    seen: dict[str, Any] = {"prompt_tokens": 512}
+    seen |= {"first_gap_extra_added_ms": 1.25, "first_gap_extra_added_by_start_ms": [2.0, 1.25, 0.5]}
+    seen |= {"ttft_added_ms": -0.5, "ttft_added_by_start_ms": [-2.0, -0.5, 1.0]}
+    text = speed_table(report | {"gap": seen})
     assert "shared_memory" in text
     assert "unsummed" in text
-    assert "+1.2 ms to the gap" in text
-    assert "-0.5 ms to the time to it" in text
+    assert "+1.2 ms (+0.5 to +2.0) to the gap" in text
+    assert "-0.5 ms (-2.0 to +1.0) to the time to it" in text
+
+
+def test_what_a_hand_off_adds_is_told_for_each_start_of_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = itertools.cycle([20.0, 40.0])  # one start of two is on slow memory
+
+    async def ask(*_: Any) -> list[tuple[gap.Seen, gap.Seen]]:
+        extra = next(slow)
+        return [(gap.Seen(300 + extra + i, 3), gap.Seen(300 + i, 1)) for i in (0, 50, 7)]
+
+    @contextmanager
+    def running(*_: Any) -> Iterator[tuple[str, None, float]]:
+        yield "http://a", None, 0.0
+
+    monkeypatch.setattr(gap, "running", running)
+    monkeypatch.setattr(gap, "_ask_by_turns", ask)
+    found = gap.measure_gap("demo", 512, 3, 2)
+    assert found["ttft_added_by_start_ms"] == [20, 40]
+    assert found["ttft_added_ms"] == 30
+    assert found["first_gap_extra_added_ms"] == 2
+    assert found["colocated"] == {"ttft_ms": 307, "first_gap_extra_ms": 1}
 
 
 @pytest.mark.parametrize(
