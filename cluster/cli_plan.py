@@ -9,21 +9,13 @@ import click
 import msgspec
 
 from cluster.planning import searched
-from core.errors import ConfigError
+from cluster.sizes import parse_sizes
 from core.files import check_writable, write_text
 from placement.plan_plot import svg
 from placement.plan_table import table
 
 _path = click.Path(path_type=Path)
 _positive = click.FloatRange(min=0, min_open=True)
-
-
-def parse_sizes(_: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4)."""
-    sizes = [part.strip() for part in text.split(",")]
-    if not all(size.isdecimal() and 1 <= int(size) <= 2**20 for size in sizes):
-        raise ConfigError(f"--{(option.name or '').replace('_', '-')}: {text!r} is not a list of sizes, such as 1,2,4")
-    return tuple(dict.fromkeys(int(size) for size in sizes))
 
 
 class WithReplay(click.Command):

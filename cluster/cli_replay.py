@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from cluster.cli_plan import parse_sizes
+from cluster.sizes import parse_sizes
 from core.files import check_writable, write_text
 from placement.forecast_names import NAMES
 

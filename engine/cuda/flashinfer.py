@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from engine.attention import Part, Scoring
-from engine.cuda.attention import rows_of, tables_of
 from engine.cuda.inputs import Inputs, Packed
+from engine.cuda.tables import rows_of, tables_of
 from engine.cuda.transfer import to_device
 from engine.step import StepBatch
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from engine.attention import Part, Scoring
-from engine.cuda.attention import rows_of, tables_of
 from engine.cuda.inputs import Inputs, Packed
 from engine.cuda.kernels import Tables, Tiles, attend, rows_per_tile, splits_for
+from engine.cuda.tables import rows_of, tables_of
 from engine.cuda.transfer import to_device
 from engine.step import StepBatch
 
