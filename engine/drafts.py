@@ -1,6 +1,6 @@
 """Drafts in a step: tokens that are proposed to follow the last one of a sequence, computed with it in one forward and
-then accepted or not. Who proposes and who judges is the Speculator's business; the engine gives it room, runs the step
-and keeps what was accepted.
+then accepted or not. Who proposes and who judges is the Speculator's business (engine.speculator); the engine gives it
+room, runs the step and keeps what was accepted.
 
 Row 0 of a drafted sequence is its last token, row 1 + n node n of the tree. Each row has its KV at a logical index of
 its own, behind the context, and the rows that are accepted are moved to where a plain decode would have put them, in
@@ -11,18 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.draft_state import DraftStates
 from core.types import TokenLogprobs
 from engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from engine.schedule import Schedule
-    from engine.step import StepBatch, StepOutput
 
 Mask = NDArray[np.uint32]
 """As SamplingRow.allowed."""
@@ -72,49 +66,6 @@ class Candidate:
 
     sequence: Sequence
     room: int
-
-
-class Speculator(Protocol):
-    """Called on the loop's thread only."""
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Layers whose hidden states it wants to see of every step (StepBatch.taps)."""
-        ...
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether it wants the logits of the step that is built next, of which `propose` has seen the candidates."""
-        ...
-
-    def rests(self, schedule: Schedule) -> bool:
-        """Whether nothing is proposed for this step, without being asked. Called once for each, before `propose`."""
-        ...
-
-    def propose(self, candidates: SequenceOf[Candidate], num_other_tokens: int) -> SequenceOf[Draft | None] | None:
-        """A draft, no longer than there is room, for each candidate of a step that has so many tokens besides. None if
-        there is none at all."""
-        ...
-
-    def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:
-        """Of each chunk that samples the drawn token, or the verdict on its draft. Called for steps with drafts."""
-        ...
-
-    def settle(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> None:
-        """The sequences of a step have their new tokens."""
-        ...
-
-    def forget(self, sequence: Sequence) -> None:
-        """It has ended, or is computed elsewhere from now on; perhaps it was never a candidate."""
-        ...
-
-    def pack(self, sequence: Sequence) -> DraftStates:
-        """What a speculator elsewhere needs to go on with it, once its prompt is computed and settled."""
-        ...
-
-    def unpack(self, sequence: Sequence, states: DraftStates) -> None:
-        """`pack` of another speculator, before the sequence is a candidate here. What does not fit is left aside."""
-        ...
 
 
 def moves_of(slots: NDArray[np.int64], path: SequenceOf[int]) -> NDArray[np.int64] | None:

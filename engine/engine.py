@@ -25,10 +25,11 @@ from core.errors import InternalError, InvalidRequest
 from core.types import Finish
 from engine.batching import build_batch, of_plain_rows
 from engine.counters import Counters, EngineStats
-from engine.drafts import Speculator, Verdict
+from engine.drafts import Verdict
 from engine.schedule import Chunk, Opened
 from engine.scheduler import Schedule, Scheduler, SequenceUpdate
 from engine.sequence import Sequence, Status
+from engine.speculator import Speculator
 from engine.step import Runner, StepBatch, StepOutput
 
 if TYPE_CHECKING:

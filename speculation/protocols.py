@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.drafts import Speculator
+from engine.speculator import Speculator
 from speculation.acceptance import Acceptance
 from speculation.laws import DraftLaw
 from speculation.rounds import (

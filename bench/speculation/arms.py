@@ -16,12 +16,13 @@ from cluster.config.engine import EngineSection
 from core.errors import SlipstreamError
 from core.types import FinishReason, PromptLogprobs, Request, Role, SamplingParams, TokenLogprobs
 from engine.block_manager import BlockManager
-from engine.drafts import Draft, Speculator, Verdict
+from engine.drafts import Draft, Verdict
 from engine.engine import Engine, Report
 from engine.runner import ModelRunner
 from engine.schedule import Schedule, SchedulerConfig
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
+from engine.speculator import Speculator
 from engine.step import StepBatch, StepOutput
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from core.types import Finish, PromptLogprobs, Request, SamplingParams, TokenLogprobs
 from engine.block_manager import BlockManager
-from engine.drafts import Speculator
 from engine.engine import Engine, Report
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence
+from engine.speculator import Speculator
 from engine.step import Runner, StepBatch, StepOutput
 from engine.structured.grammars import Grammars
 from tests.engine.driver import tokens

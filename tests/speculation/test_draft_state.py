@@ -19,12 +19,13 @@ from core.errors import TransferError
 from core.types import Grammar, GrammarKind, Request, SamplingParams
 from core.wire import decoder, encode
 from engine.block_manager import BlockManager
-from engine.drafts import Candidate, Draft, Speculator
+from engine.drafts import Candidate, Draft
 from engine.engine import Engine, Report
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import Status
+from engine.speculator import Speculator
 from engine.structured.grammars import Grammars
 from kv_transfer.messages import SequenceState
 from speculation.drafters.registry import DRAFTERS, find_drafter
