@@ -50,6 +50,13 @@ class Arima:
             known, told = [*known, found[-1]][1:], [*told, 0.0][1:]
         return level + (sum(found) if self._d else found[-1])
 
+    def relevel(self, value: float) -> None:
+        """As if all had been on the new level."""
+        if self._last:
+            further = value - self.ahead(1)
+            self._last = deque((one + further for one in self._last), maxlen=self._last.maxlen)
+            self._foreseen = None
+
     @property
     def weights(self) -> tuple[list[float], list[float]]:
         """Of values and of surprises, the last one first; for a series that is long enough."""

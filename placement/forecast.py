@@ -34,6 +34,11 @@ class Forecast(Protocol):
         """The value `steps` intervals after the last that was observed, 1 or more; NaN before any was."""
         ...
 
+    def relevel(self, value: float) -> None:
+        """From its next value on, which will be about this one, the series has another level. What was learnt of how it
+        goes around its level stays; who has learnt nothing of that begins anew."""
+        ...
+
 
 class Constant:
     """As on average in the last few intervals."""
@@ -46,6 +51,9 @@ class Constant:
 
     def ahead(self, steps: int) -> float:  # noqa: ARG002 - the same at any distance
         return float(np.mean(self._last)) if self._last else math.nan
+
+    def relevel(self, value: float) -> None:  # noqa: ARG002 - what comes tells more than what is known by now
+        self._last.clear()
 
 
 class HoltWinters:
@@ -83,6 +91,12 @@ class HoltWinters:
         faded = self._trend * sum(self._damping**step for step in range(1, steps + 1))
         return self._level + faded + self._offsets[(steps - 1) % len(self._offsets)]
 
+    def relevel(self, value: float) -> None:
+        """The season stays. While it is still being learnt, a change of the level can't be told from it, so that what
+        has come for it stays too."""
+        self._level = value - self._offsets[0] if len(self._offsets) > 1 else math.nan
+        self._trend = 0.0
+
     def _smooth(self, value: float) -> None:
         level, trend, seasonal = self._weights
         before, slope, offset = self._level, self._damping * self._trend, self._offsets.popleft()
@@ -100,6 +114,9 @@ class HoltWinters:
         self._offsets = deque(detrended.tolist())
 
 
+_UNSURE = np.diag([1.0, 1.0])
+
+
 class Kalman:
     """The local linear trend model: level and slope walk at random, and what is observed is the level with noise
     (Harvey, 1989, 2.3.3). `level` and `slope` are the variances of their steps relative to that of the noise; only
@@ -110,7 +127,7 @@ class Kalman:
         self._noise = np.diag([level, slope])
         self._damping = damping
         self._state: NDArray[np.float64] | None = None  # [level, slope]
-        self._variance = np.diag([1.0, 1.0])
+        self._variance = _UNSURE
 
     def observe(self, value: float) -> None:
         if self._state is None:
@@ -127,6 +144,9 @@ class Kalman:
             return math.nan
         level, slope = self._state
         return float(level + slope * sum(self._damping**step for step in range(1, steps + 1)))
+
+    def relevel(self, value: float) -> None:  # noqa: ARG002 - what comes tells more than what is known by now
+        self._state, self._variance = None, _UNSURE
 
 
 def season_of(seconds: float | None, period_s: float, setting: str) -> int:

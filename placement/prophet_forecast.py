@@ -46,6 +46,13 @@ class Prophet:
             self._foreseen = self._fitted(steps)
         return self._foreseen[steps - 1]
 
+    def relevel(self, value: float) -> None:
+        """As if all had been on the new level."""
+        if self._last:
+            further = value - self.ahead(1)
+            self._last = deque((one + further for one in self._last), maxlen=self._last.maxlen)
+            self._foreseen = []
+
     def _fitted(self, steps: int) -> list[float]:
         """The next values."""
         import pandas

@@ -61,32 +61,30 @@ def history(trace: Trace, period_s: float) -> list[Period]:
 
 class Traffic:
     """Forecasts are made of one value each `predictive_s`: rate, mean prompt and mean output of that time. After a
-    change of the rate that of the rate begins anew, with what has come since; after one of the lengths theirs."""
+    change of the rate that of the rate goes on from what has come since, with the season that it has learnt; after one
+    of the lengths theirs do."""
 
     def __init__(self, settings: ReplanSettings, forecast: Maker, before: Iterable[Period] = ()) -> None:
         """`before`: what forecasts have seen already, in times of `predictive_s` (`history`)."""
-        self._settings, self._make = settings, forecast
+        self._settings = settings
         self._log = LiveLog(max(settings.window_s, settings.recent_s, KNOWN_S))
         self._watches: tuple[RateWatch, LengthWatch] | None = None
         """None until there is a plan for what comes now."""
         self._observed_s = self._known_s = -math.inf
         """Up to which forecasts know the rate, and lengths."""
-        self._begin_rate(-math.inf)
-        self._begin_lengths(-math.inf)
+        self._rate_since_s = self._since_s = -math.inf
+        """Of the last change of the rate, and of the lengths."""
+        self._rate, self._prompt, self._output = forecast(), forecast(), forecast()
+        self._last: Period | None = None
+        """That was foreseen from."""
         for period in before:
             self._foresee(period)
-
-    def _begin_rate(self, since_s: float) -> None:
-        """What came before is not what comes from now on."""
-        self._rate_since_s, self._rate = since_s, self._make()
-
-    def _begin_lengths(self, since_s: float) -> None:
-        self._since_s, self._prompt, self._output = since_s, self._make(), self._make()
 
     def _foresee(self, period: Period) -> None:
         self._rate.observe(period.rate)
         self._prompt.observe(period.prompt)
         self._output.observe(period.output)
+        self._last = period
 
     def tell(self, now_s: float, ended: Iterable[Served], in_flight: int) -> str | None:
         """What has changed since `planned`, if something has."""
@@ -168,16 +166,23 @@ class Traffic:
         self._observed_s, self._known_s = now_s, max(self._known_s, known_s)
         if rate is not None and came:
             self._foresee(Period.of(rate, _workload(came)))
+        elif rate is not None and self._last is not None:  # a season goes on while nobody comes
+            self._foresee(replace(self._last, rate=rate))
 
     def _changed(self, now_s: float, tick: Tick) -> str | None:
         if self._watches is None:
             return None
         rates, lengths = self._watches
         if (for_s := rates.tell(tick.arrived, tick.seconds)) is not None:
-            self._begin_rate(now_s - for_s)
-            return f"the rate is no longer {rates.rate:.3g}/s but {self._log.rate(self._rate_since_s):.3g}/s"
+            self._rate_since_s = now_s - for_s
+            rate = self._log.rate(self._rate_since_s) or 0.0
+            self._rate.relevel(rate)
+            return f"the rate is no longer {rates.rate:.3g}/s but {rate:.3g}/s"
         if (since_s := lengths.look(now_s, self._log)) is not None:
-            self._begin_lengths(since_s)
+            self._since_s = since_s
+            self._last = Period.of(0.0, _workload(self._log.came(since_s, math.inf)))
+            self._prompt.relevel(self._last.prompt)
+            self._output.relevel(self._last.output)
             return "other lengths come than before"
         return None
 

@@ -66,6 +66,51 @@ def test_a_season_is_known_once_it_was_seen_twice(trend: float) -> None:
         forecast.observe(series[place])
 
 
+@pytest.mark.parametrize("place", [40, 43, 46])
+def test_a_season_outlives_a_change_of_the_level(place: int) -> None:
+    forecast = after(HoltWinters(8), seasonal(place))
+    higher = [value + 30 for value in seasonal(place + 16)[place:]]
+    forecast.relevel(higher[0])
+    assert [forecast.ahead(steps) for steps in range(1, 17)] == pytest.approx(higher)
+    assert squared_error(forecast, higher) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_season_is_learnt_though_its_own_swings_are_taken_for_changes_of_the_level() -> None:
+    series, forecast = seasonal(24), HoltWinters(8)
+    for place, value in enumerate(series[:16]):
+        if place % 4 == 1:
+            forecast.relevel(value)
+        forecast.observe(value)
+    assert [forecast.ahead(steps) for steps in range(1, 9)] == pytest.approx(series[16:])
+
+
+@pytest.mark.parametrize("d", [0, 1])
+def test_weights_of_arima_outlive_a_change_of_the_level(d: int) -> None:
+    series = walk([0.7], [0.4], 200)
+    series = (np.cumsum(np.array(series) - 100.0) + 100.0).tolist() if d else series
+    forecast = Arima(1, d, 1)
+    after(forecast, series)
+    weights, further = forecast.weights, [forecast.ahead(steps) + 50.0 for steps in range(1, 6)]
+    forecast.relevel(further[0])
+    assert [forecast.ahead(steps) for steps in range(1, 6)] == pytest.approx(further)
+    assert np.concatenate(forecast.weights) == pytest.approx(np.concatenate(weights), abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [Constant, Kalman, HoltWinters])
+def test_who_knows_no_season_begins_anew_with_another_level(make) -> None:
+    forecast = after(make(), [7.0] * 30)
+    forecast.relevel(20.0)
+    assert math.isnan(forecast.ahead(1))
+    assert after(forecast, [21.0]).ahead(3) == pytest.approx(21.0)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_another_level_of_nothing_is_nothing(name: str) -> None:
+    forecast = maker(name)()
+    forecast.relevel(5.0)
+    assert after(forecast, [3.0]).ahead(1) == pytest.approx(3.0)
+
+
 def test_a_season_in_noise_is_foreseen_better_than_without_one() -> None:
     rng = np.random.default_rng(0)
     series = [value + rng.normal(0, 3) for value in seasonal(200)]
@@ -178,3 +223,6 @@ def test_prophet_foresees_a_season_and_a_trend() -> None:
     assert falling.ahead(20) == 0.0
     assert after(maker("prophet")(), [3.0, 4.0, 5.0]).ahead(2) == 4.0
     assert math.isnan(maker("prophet")().ahead(1))
+    found.relevel(50.0)
+    more = [value - expected[0] + 50.0 for value in expected]
+    assert [found.ahead(steps) for steps in range(1, 7)] == pytest.approx(more, abs=1.5)

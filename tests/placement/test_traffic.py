@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 
 from core.served import Served
 from placement.drift import LOOK_S
-from placement.forecast import Constant
+from placement.forecast import Constant, Forecast, HoltWinters
 from placement.goodput import Goal
 from placement.outcome import Targets
 from placement.replan_settings import ReplanSettings
-from placement.traffic import Expected, Traffic
+from placement.traffic import Expected, Period, Traffic
 from placement.workload import Workload
 from tests.placement.served import served
 
@@ -22,6 +23,9 @@ AT_S = 400
 """By when every interval has had a plan: the longest makes its first after 360 s."""
 REQUESTS = Workload(np.full(50, 100, np.int32), np.full(50, 10, np.int32), np.ones(50))
 TPOT_S = 0.1
+
+PERIOD_S, DAY = 30, 20
+"""Of forecasts, and in such periods of what repeats itself."""
 
 Second = tuple[list[Served], int]
 """Requests that ended in it, and how many are under way at its end."""
@@ -105,3 +109,52 @@ def test_an_hour_of_a_steady_rate_is_no_change(interval_s: float) -> None:
 def test_that_requests_take_long_is_no_change_of_their_lengths(interval_s: float) -> None:
     """Those that came last and have ended are the short ones."""
     assert [at_s for at_s, _ in told(interval_s, 10.0, ending(10.0, 900)) if at_s > AT_S] == []
+
+
+class Forgetful(HoltWinters):
+    def relevel(self, value: float) -> None:
+        super().__init__(DAY)
+
+
+def daily(now: float) -> float:
+    """Requests/s: by day four times as many as by night, and from the middle of a day on ten more."""
+    more = 10.0 if now >= DAY * PERIOD_S / 2 else 0.0
+    return 10 + 6 * math.sin(2 * math.pi * now / (DAY * PERIOD_S)) + more
+
+
+def lived(make: Callable[[], Forecast], rate: Callable[[float], float], periods: int) -> tuple[Traffic, list[float]]:
+    """After two days like the first half of this one; what was expected after each period, until the middle of the
+    horizon, less what comes then."""
+    goal = Goal(Targets(1000.0, 50.0))
+    settings = ReplanSettings(goal=goal, chunk_tokens=(512,), predictive_s=PERIOD_S)
+    before = [Period(rate((place % DAY - DAY) * PERIOD_S), 100.0, 10.0) for place in range(2 * DAY)]
+    traffic, step, rng, off = Traffic(settings, make, before), PERIOD_S // 3, np.random.default_rng(0), []
+    traffic.tell(0, [], 0)
+    for now in range(step, periods * PERIOD_S + 1, step):
+        came = rng.poisson(rate(now - step / 2) * step)
+        changed = traffic.tell(now, [served(0.0, 100, 10, 100.0, 10.0)] * came, 0)
+        if changed or now % PERIOD_S == 0:
+            expected = traffic.expected(now)
+            assert expected is not None
+            traffic.planned(now, expected, anew=False)
+            off.append(expected.rate - rate(now + settings.horizon_s / 2))
+    return traffic, off
+
+
+def test_a_season_is_foreseen_after_the_rate_has_changed_too() -> None:
+    """The day goes on around another level."""
+    (_, known), (_, forgotten) = (lived(make, daily, 2 * DAY) for make in (lambda: HoltWinters(DAY), Forgetful))
+    of_known, of_forgotten = (np.square(off[DAY // 2 + 2 :]).mean() for off in (known, forgotten))
+    assert of_known < 0.7 * of_forgotten
+
+
+def test_a_season_goes_on_while_nobody_comes() -> None:
+    """By night. What follows is the morning, of 20 requests/s."""
+
+    def rate(now: float) -> float:
+        return 0.0 if now // PERIOD_S % DAY >= DAY / 2 else 20.0
+
+    traffic, _ = lived(lambda: HoltWinters(DAY), rate, DAY - 1)
+    morning = traffic.expected(PERIOD_S * (DAY - 1))
+    assert morning is not None
+    assert morning.rate == pytest.approx(20.0, rel=0.2)
