@@ -43,6 +43,12 @@ class Arrangement(Struct, frozen=True, omit_defaults=True):
         """The same, where shapes may change."""
         return {shape: count for shape, count in self.counts.items() if shape is not None}
 
+    def reshaped_in(self, to: Arrangement) -> bool:
+        """Whether workers of some shapes give way there to workers of others."""
+        before, after = self.counts, to.counts
+        more = [after.get(shape, 0) - before.get(shape, 0) for shape in {*before, *after}]
+        return min(more, default=0) < 0 < max(more, default=0)
+
     def of(self, role: Role) -> int:
         """Workers with this role."""
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.BOTH: self.both}[role]

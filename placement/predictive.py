@@ -43,6 +43,8 @@ class Outlook:
     """Requests that wait already."""
     startup_s: float | None = None
     """Until a new worker serves; None: as the settings have it."""
+    shapes_stay: bool = False
+    """Workers of no shape give way to those of another for now."""
     _crowded: dict[tuple[Arrangement, float], float] = field(default_factory=dict, init=False)
     """Attainment of what serves while others change."""
 
@@ -70,7 +72,10 @@ class Outlook:
         return arrangements(devices, settings.least_workers, settings.chunk_tokens, settings.shapes or AS_STARTED)
 
     def way(self, now: Arrangement, to: Arrangement) -> Way | None:
-        """From the shapes of the one to those of the other, on which somebody always serves; None: there is none."""
+        """From the shapes of the one to those of the other, on which somebody always serves; None: there is none, or
+        none is to be taken."""
+        if self.shapes_stay and now.reshaped_in(to):
+            return None
         if not self.settings.shapes:
             return Way(int(to.workers > now.workers), 1.0)
         return way(now.of_shapes, to.of_shapes, max(self.settings.devices, now.devices))

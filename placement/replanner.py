@@ -6,6 +6,8 @@ one (predictive.py) simulates what is expected, at its pace or as soon as traffi
 nothing is decided until it has settled, nor while workers are missing, so neither loop acts on what it has caused.
 What was left is not gone back to for as long as leaving it was to pay, the horizon, unless there is new evidence:
 traffic has changed since, or requests do worse than was foretold. Giving up a worker is held back by `spare` instead.
+Other shapes of workers are paid for with all that is not served while these start, so as long as that is to pay shapes
+stay as they have become, unless targets are missed.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ class Replanner:
         self._settled_s = self._reactive_s = self._predictive_s = -math.inf
         """When each may be looked at next."""
         self._adopted_s = -math.inf
+        self._reshaped_s = self._whole_s = -math.inf
+        """When workers were last given other shapes, and since when all of them are there and have settled."""
         self._missing_s: float | None = None
         """Since when workers are, and none of them comes."""
         self._coming: list[dict[WorkerShape, int]] = []
@@ -94,6 +98,8 @@ class Replanner:
         """The workers are being used so from now on, by a Change or by hand."""
         if self._proposed is not None and arrangement == self._proposed.to:
             self._left[self.arrangement] = now_s
+        if self.arrangement.reshaped_in(arrangement):
+            self._reshaped_s, self._whole_s = now_s, math.inf
         self.arrangement, self._adopted_s = arrangement, now_s
         self._settle(now_s)
 
@@ -108,6 +114,7 @@ class Replanner:
         self._correction.drafts(load.drafted)
         if now_s < self._settled_s or self._missing(now_s, load):
             return None
+        self._whole_s = min(self._whole_s, now_s)
         change = self._predict(now_s, load) or self._react(now_s, load)
         if change is not None:
             self._proposed = change
@@ -123,6 +130,15 @@ class Replanner:
         missed = min(1.0, 1 - min(self._proposed.before, self._proposed.after) + self.settings.margin)
         by_chance = 2 * math.sqrt(missed * (1 - missed) * met.judged)
         return met.judged < LEAST_COMPARED or met.missed <= missed * met.judged + by_chance
+
+    def _shapes_stay(self, now_s: float) -> bool:
+        """Whether the last change of shapes is still to pay, and targets are met: of those who came when all workers
+        were there and had settled no more miss them than the goal allows, or than can be chance."""
+        if now_s - self._reshaped_s >= self.settings.horizon_s:
+            return False
+        met, allowed = self.traffic.met_since(self._whole_s), 1 - self.settings.goal.share
+        by_chance = 2 * math.sqrt(allowed * (1 - allowed) * met.judged)
+        return met.judged < LEAST_COMPARED or met.missed <= allowed * met.judged + by_chance
 
     def _settle(self, now_s: float) -> None:
         self._settled_s = now_s + self.settings.settle_s
@@ -166,7 +182,7 @@ class Replanner:
         if (expected := self.traffic.expected(now_s)) is None:
             return None
         self._correct(now_s)
-        outlook = self._outlook(expected, load)
+        outlook = self._outlook(expected, load, shapes_stay=self._shapes_stay(now_s))
         change = better(outlook, self.arrangement, load)
         if self._goes_back(change, now_s):
             change = None
@@ -180,8 +196,8 @@ class Replanner:
         self._predictive_s = now_s + self.settings.predictive_s
         return change if change is None or changed is None else replace(change, why=f"{changed}; {change.why}")
 
-    def _outlook(self, expected: Expected, load: Load) -> Outlook:
-        return Outlook(self.settings, self.predictor, expected, load.waiting_requests, self.startup_s)
+    def _outlook(self, expected: Expected, load: Load, *, shapes_stay: bool = False) -> Outlook:
+        return Outlook(self.settings, self.predictor, expected, load.waiting_requests, self.startup_s, shapes_stay)
 
     def _react(self, now_s: float, load: Load) -> Change | None:
         if now_s < self._reactive_s:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from core.served import Served
 from core.types import Role
 from placement.arrangement import Arrangement
 from placement.live_log import Met
@@ -14,7 +16,7 @@ from placement.outcome import Outcome
 from placement.predictive import Outlook, better
 from placement.reachable import arrangements
 from placement.reactive import Look
-from placement.replanner import Replanner
+from placement.replanner import Replanner, ReplanSettings
 from placement.seen import Seen
 from placement.startups import Startups
 from placement.traffic import Expected
@@ -22,6 +24,7 @@ from placement.worker_shape import WorkerShape
 from placement.workload import Workload
 from tests.placement.pipelines import workload
 from tests.placement.replanned import Fed, settings
+from tests.placement.served import served
 
 ONE, TWO, STAGES = WorkerShape(1, 1), WorkerShape(2, 1), WorkerShape(1, 2)
 P, D, B = Role.PREFILL, Role.DECODE, Role.BOTH
@@ -156,15 +159,19 @@ def of_shapes(**roles: dict[WorkerShape, int]) -> Load:
     return Load(roles=there, in_flight=0)
 
 
-def proposed(cluster: Fed) -> Arrangement | None:
-    """By the load of a cluster whose workers are as arranged."""
+def following(cluster: Fed) -> Fed:
+    """Whose workers are as arranged."""
 
     def load(**_: int) -> Load:
         now = cluster.replanner.arrangement
         return of_shapes(**{r.value: {now.shape(r): now.of(r)} for r in Role if now.of(r)})  # type: ignore[dict-item]
 
     cluster.load = load  # type: ignore[method-assign]
-    changes = cluster.run(90)
+    return cluster
+
+
+def proposed(cluster: Fed) -> Arrangement | None:
+    changes = following(cluster).run(90)
     return changes[0][1].to if changes else None
 
 
@@ -172,6 +179,59 @@ def test_traffic_that_another_shape_serves_better_changes_the_shape_and_once() -
     cluster = fed()
     assert proposed(cluster) == PAIR
     assert cluster.run(200) == []
+
+
+class Fickle(Powers):
+    """Finds another shape the best every ten seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(one=1.0, two=1.0)
+        self.best = ONE
+
+    def attainment(self, arrangement: Arrangement, workload: Workload, rate: float) -> float:
+        return 0.97 if arrangement.counts.keys() == {self.best} else 0.6
+
+
+def reshaped(like: Served, horizon_s: float, interval_s: float = 0.5) -> list[float]:
+    """When shapes are changed in two minutes by one who looks every half second."""
+    pace = ReplanSettings.paced(
+        interval_s,
+        goal=settings().goal,
+        chunk_tokens=(512,),
+        horizon_s=horizon_s,
+        least_workers=1,
+        most_workers=0,
+        shapes=(ONE, TWO, STAGES),
+        devices=4,
+        ending_s=0.0,
+    )
+    predictor = Fickle()
+    replanner = Replanner(pace, predictor, FOUR)
+    replanner.started(0.5)
+    cluster = following(Fed(replanner, rate=lambda _: 8.0, like=like))
+    for second in range(0, 120, 10):
+        predictor.best = (ONE, TWO, STAGES)[second // 10 % 3]
+        cluster.run(10, step=0.5)
+    return [at_s for at_s, _ in cluster.changes]
+
+
+def test_a_change_of_shape_is_followed_by_another_only_once_it_has_paid_or_targets_are_missed() -> None:
+    """However short the times between looks are."""
+    calm = reshaped(served(), horizon_s=50.0)
+    assert 2 <= len(calm) <= 3
+    assert all(later - earlier >= 50.0 for earlier, later in pairwise(calm))
+    assert len(reshaped(served(ttft_ms=5000.0), horizon_s=50.0)) > 6
+
+
+def test_roles_change_while_shapes_stay() -> None:
+    stay = Outlook(settings(shapes=(ONE, TWO), devices=4), TWICE, outlook(8.0, TWICE).expected, shapes_stay=True)
+    assert better(stay, FOUR, IDLE) is None
+    apart = Arrangement(2, 2, 0, 512, ONE, ONE)
+    assert stay.way(FOUR, apart) is not None
+    assert stay.way(both(3, ONE), FOUR) is not None, "one more displaces nobody"
+    assert not apart.reshaped_in(FOUR)
+    assert FOUR.reshaped_in(PAIR)
+    assert FOUR.reshaped_in(Arrangement(2, 1, 0, 512, ONE, TWO))
 
 
 def test_starts_that_were_seen_decide_instead_of_those_foretold() -> None:
