@@ -102,8 +102,8 @@ async def run_case(folder: Path, case: Case, references: list[Reference], max_to
             "max_num_batched_tokens": case.chunk,
             "max_num_seqs": min(case.batch, case.chunk),
             "prefix_caching": False,
-            "handoff_min_tokens": 0,
-        },
+        }
+        | ({} if case.colocated else {"handoff_min_tokens": 0}),
     )
     counts = {"equal": 0, "excused": 0, "different": 0}
     room = asyncio.Semaphore(case.batch)

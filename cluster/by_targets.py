@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.checks import weight_bytes
 from cluster.config.cluster import PREFILL_SHAPE
-from cluster.config.loading import load, overlaid, read_tree
+from cluster.config.loading import load, of_plan, read_tree
 from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import topology_here
 from cluster.planned import on_devices_alike
@@ -77,8 +77,9 @@ def config_for(
     named = parse_shapes(flags["replan_shapes"]) if replanning and "replan_shapes" in flags else ()
     room = _Room(topology.nodes[0].devices, (replanning and flags.get("replan_max_workers")) or 1, named)
     folder = _folder(given)
-    stored = _profiles(given, folder, _measured(given, drafter, asked), topology, room, replanning, say)
-    limits = _limits(given, drafter, topology, room, ModelConfig.from_folder(folder))
+    model = ModelConfig.from_folder(folder)
+    stored = _profiles(given, folder, model, _measured(given, drafter, asked), topology, room, replanning, say)
+    limits = _limits(given, drafter, topology, room, model)
     objective: Objective = "total" if asked.rate is None else "per-device"
     plan = partial(planned, stored, topology, limits, workload, goal, objective, asked.rate, drafter)
     plan = partial(plan, any_role=replanning, weights=given.speculation.weights, slo=asked.slo)
@@ -176,6 +177,7 @@ def _folder(given: SlipstreamConfig) -> Path:
 def _profiles(
     given: SlipstreamConfig,
     folder: Path,
+    config: ModelConfig,
     settings: Settings,
     topology: Topology,
     room: _Room,
@@ -186,8 +188,7 @@ def _profiles(
     `replanning` come to have."""
     from engine.weights import fingerprint
 
-    config, engine = ModelConfig.from_folder(folder), given.engine
-    weights = weight_bytes(engine, folder)
+    engine, weights = given.engine, weight_bytes(given.engine, folder)
     able = [way for way in ways(topology, replanning=replanning) if _fits(weights, config, way, topology)]
     if not able:
         raise ConfigError(f"the model does not fit: {weights / 1e9:.3g} GB of weights; {topology.source}")
@@ -254,7 +255,9 @@ def _merged(
         tree["replan"] = dict(found.made.plan.replan or {})
     for name, value in (read_tree(file) if file is not None else {}).items():
         tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
-    config = overlaid(tree, flags, file)
+    config, idle = of_plan(tree, flags, file)
+    if idle:
+        say(f"nothing is handed over in this layout, so {', '.join(idle)} will do nothing")
     if len(config.replan.shapes) > 1:
         say(f"workers may change to {', '.join(config.replan.shapes)} (TP x PP); --replan-shapes limits them")
     return config

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from cluster.config.loading import load, overlaid
+from cluster.config.loading import load, of_plan
 from cluster.one_line import one_line
 from cluster.options import ListOptions, config_options
 from core.errors import ConfigError
@@ -88,15 +88,18 @@ def serve(
             raise ConfigError(f"--{name} has no meaning without --slo; give targets, or leave it out", param=name)
     if plan_file is not None and (config_file is not None or slo is not None):
         raise ConfigError("--plan: it is a configuration too; give it, or --config, or --slo", param="plan")
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     if slo is not None:
         from cluster.by_targets import Asked, config_for
 
-        say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         config = config_for(Asked(slo, trace, lengths, rate, dataset), config_file, given, say)
     elif plan_file is not None:
         from cluster.planned import planned_tree
 
-        config = overlaid(planned_tree(plan_file, replanning=given.get("replan", "off") != "off"), given, plan_file)
+        tree = planned_tree(plan_file, replanning=given.get("replan", "off") != "off")
+        config, idle = of_plan(tree, given, plan_file)
+        if idle:
+            say(f"nothing is handed over in this layout, so {', '.join(idle)} will do nothing")
     else:
         config = load(config_file, given)
     from cluster.launcher import serve as run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 Tensors = dict[str, torch.Tensor]
+
+
+def all_handed_over(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with which every prompt is, where there are workers that prefill."""
+    return dict(settings) if settings.get("colocated") else {"handoff_min_tokens": 0, **settings}
 
 
 def save_tiny_llama(folder: Path) -> LlamaForCausalLM:

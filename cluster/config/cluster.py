@@ -14,6 +14,8 @@ from kv_transfer.transports.names import READS_IN_PLACE, TransportName
 
 PREFILL_SHAPE = ("prefill_tensor_parallel_size", "prefill_pipeline_parallel_size", "prefill_cpus_per_worker")
 """Settings of the cluster by which prefill workers may differ from decode workers."""
+HANDOFF = ("handoff_min_tokens", "kv_transport", "kv_codec", "lease_s")
+"""Settings of the cluster by which KV is handed over."""
 
 
 class ClusterSection(Section):

@@ -96,6 +96,12 @@ class EngineSection(Section):
             raise ValueError("gpu_memory_utilization has no meaning with device cpu; use kv_cache_memory")
         return self
 
+    @model_validator(mode="after")
+    def _adapters_have_a_rank(self) -> EngineSection:
+        if "max_lora_rank" in self.model_fields_set and not self.lora_modules:
+            raise ValueError("max_lora_rank has no meaning without lora_modules; name some, or leave it out")
+        return self
+
     @property
     def kv_cache_bytes(self) -> int | None:
         """Of one worker; None where the worker finds out, on its GPU."""

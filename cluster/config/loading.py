@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from cluster.config.cluster import HANDOFF
 from cluster.config.engine import EngineSection
 from cluster.config.tree import SECTIONS, SlipstreamConfig, leaves
 from core.errors import ConfigError
@@ -22,11 +23,31 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
 
 def overlaid(tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
     """As load, with the tree that was read from `path`."""
+    return validated(merged(tree, overrides), path)
+
+
+def merged(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with `overrides` on top."""
     where = {leaf.name: (leaf.section, leaf.field) for leaf in leaves()} | {"model": (None, "model")}
+    found = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for name, value in overrides.items():
         section, field = where[name]
-        (tree if section is None else tree.setdefault(section, {}))[field] = value
-    return validated(tree, path)
+        (found if section is None else found.setdefault(section, {}))[field] = value
+    return found
+
+
+def of_plan(
+    tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None = None
+) -> tuple[SlipstreamConfig, list[str]]:
+    """As overlaid, with a tree whose layout a plan has chosen. Settings that mean nothing in that are left out, and
+    returned by name."""
+    found = merged(tree, overrides)
+    cluster, replan = found.get("cluster", {}), found.get("replan", {})
+    idle = []
+    if cluster.get("colocated") and "colocated" not in overrides and replan.get("mode") in (None, False, "off"):
+        idle = [name for name in HANDOFF if name in cluster]
+        found["cluster"] = {name: value for name, value in cluster.items() if name not in idle}
+    return validated(found, path), idle
 
 
 def validated(tree: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:

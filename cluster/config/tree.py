@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
-from cluster.config.cluster import PREFILL_SHAPE, ClusterSection
+from cluster.config.cluster import HANDOFF, PREFILL_SHAPE, ClusterSection
 from cluster.config.engine import EngineSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.replan import ReplanSection
@@ -42,6 +42,18 @@ class SlipstreamConfig(Section):
     def _names_differ(self) -> SlipstreamConfig:
         if self.served_name in self.engine.lora_modules:
             raise ValueError(f"lora_modules {self.served_name}: that is the base model's name; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_handed_over(self) -> SlipstreamConfig:
+        """Replanning may come to."""
+        if self.cluster.colocated and self.replan.mode == "off":
+            for name in HANDOFF:
+                if name in self.cluster.model_fields_set:
+                    raise ValueError(
+                        f"{name} has no meaning with colocated, where nothing is handed over; leave one of them out, "
+                        "or let roles change with replan on"
+                    )
         return self
 
     @property

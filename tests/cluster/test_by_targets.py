@@ -111,6 +111,23 @@ def test_the_layout_is_planned_predicted_and_fits_the_machine(folder: Path, meas
     assert measured == [Way(1, 2, 0), Way(1, 1, 1)]
 
 
+def test_the_configuration_of_the_model_is_read_once(
+    folder: Path, measured: list[Way], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, from_folder = [], ModelConfig.from_folder
+    monkeypatch.setattr(ModelConfig, "from_folder", lambda path: read.append(path) or from_folder(path))
+    config(folder)
+    assert read == [folder]
+
+
+def test_what_means_nothing_without_hand_offs_is_no_reason_to_refuse_a_plan_without_them(
+    folder: Path, measured: list[Way]
+) -> None:
+    found, said = config(folder, kv_codec="fp8")
+    assert found.cluster.colocated == ("nothing is handed over in this layout, so kv_codec will do nothing" in said)
+    assert (found.cluster.kv_codec == "fp8") != found.cluster.colocated
+
+
 def test_what_was_measured_once_is_kept_until_something_changes(folder: Path, measured: list[Way], tmp_path) -> None:
     first, _ = config(folder)
     again, said = config(folder)
@@ -358,10 +375,11 @@ def test_a_file_that_decides_is_refused_alike(folder: Path, measured: list[Way],
 def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path, measured: list[Way]) -> None:
     """Of 406 KB as it is stored, and 127 as int8."""
     room, one = of_cores(1, 300_000, 10.0), by_targets._Room(1, 1, ())
+    model = ModelConfig.from_folder(folder)
     with pytest.raises(ConfigError, match=r"the model does not fit: 0\.000406 GB of weights"):
-        by_targets._profiles(load_config(None, {"model": str(folder)}), folder, {}, room, one, False, str)
+        by_targets._profiles(load_config(None, {"model": str(folder)}), folder, model, {}, room, one, False, str)
     quantized = load_config(None, {"model": str(folder), "quantization": "int8"})
-    by_targets._profiles(quantized, folder, {}, room, one, False, str)
+    by_targets._profiles(quantized, folder, model, {}, room, one, False, str)
     assert measured == [Way(1, 1, 0)]
 
 

@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cluster.config.loading import load, on_device
+from cluster.config.loading import load, of_plan, on_device
 from cluster.config.tree import SlipstreamConfig, leaves
 from cluster.groups import groups_of
 from cluster.notation import parse_bytes
@@ -52,6 +52,14 @@ def test_leaf_names_are_unique_over_the_tree() -> None:
         ("a: 2024-99-99", "cannot be read"),
         ("engine: {kv_cache_memory: '" + "9" * 400 + "'}", "more than any machine has"),
         ("cluster: {colocated: true, prefill_replicas: 7}", "prefill_replicas 7 has no meaning with colocated"),
+        *(
+            (
+                f"cluster: {{colocated: true, {setting}}}",
+                f"{setting.split(':')[0]} has no meaning with colocated, where",
+            )
+            for setting in ("kv_codec: none", "kv_transport: tcp", "handoff_min_tokens: 8", "lease_s: 5")
+        ),
+        ("engine: {max_lora_rank: 32}", "max_lora_rank has no meaning without lora_modules; name some, or"),
         ("cluster: {kv_codec: int3}", "cluster.kv_codec"),
         ("cluster: {kv_codec: int8, kv_transport: nixl}", "kv_codec int8 has no meaning with kv_transport nixl"),
         ("cluster: {kv_codec: auto, kv_transport: shared_memory}", "use kv_transport tcp or torch_distributed"),
@@ -73,6 +81,23 @@ def test_a_bad_file_is_one_line_that_names_the_setting(tmp_path: Path, text: str
         load(write(tmp_path, text), {})
     assert message in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_how_kv_goes_may_be_said_with_colocated_where_roles_may_change() -> None:
+    given = {"replan": "advise", "replan_slo": "ttft=900,tpot=40", "replan_profile": "profile.json"}
+    assert load(None, given | {"colocated": True, "kv_codec": "fp8", "lease_s": 5.0}).cluster.kv_codec == "fp8"
+
+
+def test_what_means_nothing_in_a_planned_layout_is_left_out_and_named() -> None:
+    tree = {"cluster": {"colocated": True, "decode_replicas": 2}}
+    found, idle = of_plan(tree, {"kv_codec": "fp8", "lease_s": 5.0, "port": 1})
+    assert (found.cluster.kv_codec, found.gateway.port, found.cluster.decode_replicas) == ("none", 1, 2)
+    assert sorted(idle) == ["kv_codec", "lease_s"]
+    assert of_plan({"cluster": {"prefill_replicas": 1}}, {"kv_codec": "fp8"})[1] == []
+    replanned = {"replan": "on", "replan_slo": "ttft=900,tpot=40", "replan_profile": "profile.json"}
+    assert of_plan(tree, {"kv_codec": "fp8"} | replanned)[0].cluster.kv_codec == "fp8"
+    with pytest.raises(ConfigError, match="kv_codec has no meaning with colocated"):
+        of_plan(tree, {"kv_codec": "fp8", "colocated": True})
 
 
 def test_a_file_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:

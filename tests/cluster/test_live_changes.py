@@ -28,6 +28,7 @@ from core.wire import WORKER_SERVICE, FromWorker, ToWorker
 from engine.parallel.runner import GroupRunner
 from engine.runner import ModelRunner
 from tests.held import Held
+from tests.tiny import all_handed_over
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -43,8 +44,8 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**settings: object) -> SlipstreamConfig:
-    given = {"dtype": "float32", "kv_cache_memory": "512KiB", "handoff_min_tokens": 0, "drain_timeout_s": TIMEOUT_S}
-    return load(None, given | settings)
+    given = {"dtype": "float32", "kv_cache_memory": "512KiB", "drain_timeout_s": TIMEOUT_S}
+    return load(None, all_handed_over(given | settings))
 
 
 def job(number: int) -> Request:

@@ -23,6 +23,7 @@ from core.errors import InternalError
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
 from engine.step import StepOutput
 from tests.held import Held
+from tests.tiny import all_handed_over
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -40,7 +41,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def config(**settings: Any) -> SlipstreamConfig:
-    return load(None, {"dtype": "float32", "kv_cache_memory": "4MiB", "handoff_min_tokens": 0} | settings)
+    return load(None, all_handed_over({"dtype": "float32", "kv_cache_memory": "4MiB"} | settings))
 
 
 def request(name: str, prompt: list[int], max_tokens: int = 8, **sampling: Any) -> Request:

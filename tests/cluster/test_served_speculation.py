@@ -38,6 +38,7 @@ from tests.e2e.conftest import save_tokenizer
 from tests.speculation.copier import COPIER
 from tests.speculation.failing import FAILING
 from tests.speculation.hanging import HANGING, Hanging
+from tests.tiny import all_handed_over
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -61,7 +62,7 @@ def copier() -> Iterator[None]:
 
 
 def config(**settings: Any) -> SlipstreamConfig:
-    return load(None, {"dtype": "float32", "kv_cache_memory": "4MiB", "handoff_min_tokens": 0} | settings)
+    return load(None, all_handed_over({"dtype": "float32", "kv_cache_memory": "4MiB"} | settings))
 
 
 def request(name: str, prompt: list[int], wish: SpeculationWish | None = None, **sampling: Any) -> Request:

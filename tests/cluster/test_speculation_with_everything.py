@@ -28,7 +28,7 @@ from gateway.config import GatewayConfig
 from gateway.tokenizer import ServedModel
 from speculation.rules.registry import DEFAULT_RULE
 from tests.engine.driver import tokens
-from tests.tiny import save_byte_tokenizer
+from tests.tiny import all_handed_over, save_byte_tokenizer
 
 on_one_loop = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -87,7 +87,7 @@ def stopping(features: tuple[str, ...], asked: dict[str, Any], plain: dict[str, 
 
 @contextlib.asynccontextmanager
 async def serving(folder: Path, **settings: Any) -> AsyncIterator[tuple[LocalCluster, httpx.AsyncClient]]:
-    config = load(None, {"dtype": "float32", "handoff_min_tokens": 0} | ROOM | settings)
+    config = load(None, all_handed_over({"dtype": "float32"} | ROOM | settings))
     async with local_cluster(config, folder) as cluster:
         model = ServedModel.load(folder, ["tiny"], max_model_len=96)
         metrics = GatewayMetrics(CollectorRegistry(), model_name="tiny")

@@ -86,9 +86,11 @@ def _command(process: psutil.Process) -> str:
 def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
     """Start, without waiting for anything; standard error goes to standard output."""
     command = [sys.executable, "-m", "cluster", "serve", str(folder), "--port", "0", "--served-model-name", "tiny"]
+    command += ["--kv-cache-memory", "16MiB", "--dtype", "float32"]
+    command += [] if "--colocated" in flags else ["--handoff-min-tokens", "0"]
     with _hangup_as_from_a_terminal():
         return subprocess.Popen(
-            [*command, "--kv-cache-memory", "16MiB", "--dtype", "float32", "--handoff-min-tokens", "0", *flags],
+            [*command, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

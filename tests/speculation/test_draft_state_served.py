@@ -14,7 +14,7 @@ from cluster.local import local_cluster
 from core.types import Request, SamplingParams
 from speculation import allowance
 from tests.engine.driver import tokens
-from tests.tiny import save_tiny_llama
+from tests.tiny import all_handed_over, save_tiny_llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
@@ -31,10 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def rounds(folder: Path, drafter: str, **settings: Any) -> list[list[tuple[list[int], int, int]]]:
     """Of each request its deltas: tokens, how many were drafted, and how many accepted."""
-    given = {"dtype": "float32", "kv_cache_memory": "4MiB", "handoff_min_tokens": 0, "speculation": drafter}
+    given = {"dtype": "float32", "kv_cache_memory": "4MiB", "speculation": drafter}
     weights = (f"draft_model={folder}",) if drafter == "draft_model" else ()
     fixed = {"speculation_controller": "fixed", "speculation_budget": 6, "speculation_weights": weights}
-    async with local_cluster(load(None, given | fixed | settings), folder) as cluster:
+    async with local_cluster(load(None, all_handed_over(given | fixed | settings)), folder) as cluster:
 
         async def one(name: str, prompt: list[int]) -> list[tuple[list[int], int, int]]:
             sampling = SamplingParams(max_tokens=30, temperature=0.0)
