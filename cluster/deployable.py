@@ -19,6 +19,7 @@ from core.files import write_text
 from core.types import Role
 from placement.candidates import Candidate
 from placement.packing import Seat, packed
+from placement.slo import of_all_together, parse_slo
 
 if TYPE_CHECKING:
     from cluster.planning import Searched
@@ -39,17 +40,55 @@ _ROOM = 1.25
 
 
 def write_deployable(found: Searched, layout: Candidate | None, path: Path) -> None:
-    """As the name of the file asks: …rayservice.yaml, …values.yaml, or the configuration of serve. `layout` is that of
-    the plan's configuration. Raises ConfigError if there is none, or the file can't be written."""
+    """As the name of the file asks: …rayservice.yaml, …values.yaml, or the configuration of serve. What replanning goes
+    by waits in it until that is on. `layout` is that of the plan's configuration, which is warned of what pods will not
+    have. Raises ConfigError if there is none, or the file can't be written."""
     plan, chosen = found.made.plan, found.made.candidates[0]
     if plan.serve is None or layout is None:
         raise ConfigError(f"--out: {found.why_not(chosen)}; give one --profile", param="out")
-    tree = plan.serve
+    tree = plan.serve | _waiting(plan.replan)
     if path.stem.endswith(("rayservice", "values")):
         weight_bytes = found.shapes[layout.decode.name].profile.model.weight_bytes
+        tree, missing = in_pods(tree)
+        plan.warnings += [f"--out {path.name}: {text}" for text in missing]
         values = helm_values(tree, packed(layout, found.topology), weight_bytes)
         tree = rayservice(values) if path.stem.endswith("rayservice") else values
     write_text(path, as_yaml(tree), "out")
+
+
+def _waiting(replan: dict[str, Any] | None) -> dict[str, Any]:
+    """Nothing where replanning could not be turned on by a word: for targets that have percentiles of their own."""
+    if not replan:
+        return {}
+    try:
+        of_all_together(parse_slo(replan["slo"]))
+    except ConfigError:
+        return {}
+    return {"replan": {"mode": "off"} | replan}
+
+
+def in_pods(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with profiles where pods can have them, on the volume for models; and what has to be done
+    before they have all that it names."""
+    missing, model = [], tree["model"]
+    if model != "demo" and (model.startswith(("/", ".", "~")) or Path(model).exists()):
+        missing.append(
+            f"the model is {model} of this machine, which pods don't have: copy it to the volume of modelCache and "
+            f"write its path there, {CACHE_PATH}/{Path(model).name}, or plan with the id of a Hugging Face model"
+        )
+    for name, folder in tree.get("speculation", {}).get("weights", {}).items():
+        missing.append(
+            f"weights of {name} are {folder} of this machine, which pods don't have: copy them to the volume of "
+            f"modelCache and write their path there, {CACHE_PATH}/{Path(folder).name}"
+        )
+    if (replan := tree.get("replan")) is None:
+        return tree, missing
+    files = [replan["profile"], *replan.get("further_profiles", ())]
+    first, *further = there = [f"{CACHE_PATH}/profiles/{number}-{Path(file).name}" for number, file in enumerate(files)]
+    copies = ", ".join(f"{file} as {path}" for file, path in zip(files, there, strict=True))
+    missing.append(f"before replan.mode is turned on, copy to the volume of modelCache {copies}")
+    moved = {"profile": first} | ({"further_profiles": further} if further else {})
+    return tree | {"replan": replan | moved}, missing
 
 
 def helm_values(tree: dict[str, Any], seats: Sequence[Seat], weight_bytes: int) -> dict[str, Any]:

@@ -23,7 +23,22 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
 
 def overlaid(tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
     """As load, with the tree that was read from `path`."""
-    return validated(merged(tree, overrides), path)
+    found = merged(tree, overrides)
+    _check_replanned(found, overrides)
+    return validated(found, path)
+
+
+def _check_replanned(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """What a file keeps for replanning may wait until that is on. Who names it now means it now."""
+    named = sorted(leaf.field for leaf in leaves() if leaf.section == "replan" and leaf.name in overrides)
+    if _waits(tree) and (others := [name for name in named if name != "mode"]):
+        raise ConfigError(f"replan: {others[0]} has no meaning while replan is off; use advise or on, or leave it out")
+
+
+def _waits(tree: Mapping[str, Any]) -> bool:
+    """Whether it says that replanning is off."""
+    replan = tree.get("replan")
+    return isinstance(replan, dict) and replan.get("mode", True) in (False, "off")
 
 
 def merged(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,12 +62,18 @@ def of_plan(
     if cluster.get("colocated") and "colocated" not in overrides and replan.get("mode") in (None, False, "off"):
         idle = [name for name in HANDOFF if name in cluster]
         found["cluster"] = {name: value for name, value in cluster.items() if name not in idle}
+    _check_replanned(found, overrides)
     return validated(found, path), idle
 
 
 def validated(tree: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
-    """The settings of a tree that was read from `path`, or made. Raises ConfigError, one line."""
+    """The settings of a tree that was read from `path`, or made. What stands beside `replan: {mode: off}` waits: it is
+    checked, and left out. Raises ConfigError, one line."""
     try:
+        if _waits(tree):
+            if len(tree["replan"]) > 1:
+                SlipstreamConfig.model_validate({**tree, "replan": tree["replan"] | {"mode": "advise"}})
+            tree = {name: value for name, value in tree.items() if name != "replan"}
         return SlipstreamConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from error

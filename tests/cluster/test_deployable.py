@@ -12,15 +12,17 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from cluster.cli import cli
-from cluster.config.loading import validated
-from cluster.deployable import helm_values, rayservice
+from cluster.config.loading import load, overlaid, validated
+from cluster.config.replan import ReplanSection
+from cluster.deployable import helm_values, in_pods, rayservice
 from cluster.groups import groups_of
 from core.errors import ConfigError
 from placement.packing import Seat
-from placement.profile import write_profile
+from placement.profile import Setting, write_profile
 from tests.placement.profiles import profile
 
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "slipstream"
@@ -37,17 +39,23 @@ GB = 10**9
 
 def planned(tmp_path: Path, name: str, *flags: str) -> dict[str, Any]:
     """What `slipstream plan --out` writes for two nodes of four cores."""
-    write_profile(profile(), tmp_path / "profile.json")
+    said(tmp_path, name, *flags)
+    found: dict[str, Any] = yaml.safe_load((tmp_path / name).read_text())
+    return found
+
+
+def said(tmp_path: Path, name: str, *flags: str, model: str = "small") -> Result:
+    """What it prints."""
+    known = profile()
+    write_profile(replace(known, model=replace(known.model, name=model)), tmp_path / "profile.json")
     node = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8, count: 2}]"
     links = "links: [{within: here, gb_per_s: 10}, {between: [here, here], gb_per_s: 1}]"
     (tmp_path / "cluster.yaml").write_text(f"{node}\n{links}")
     known = ["--profile", str(tmp_path / "profile.json"), "--topology", str(tmp_path / "cluster.yaml")]
     asked = ["--slo", "ttft=400,tpot=60", "--lengths", "prompt=200,output=20,cv=0.3"]
-    CliRunner().invoke(
-        cli, ["plan", "small", *known, *asked, *flags, "--out", str(tmp_path / name)], catch_exceptions=False
+    return CliRunner().invoke(
+        cli, ["plan", model, *known, *asked, *flags, "--out", str(tmp_path / name)], catch_exceptions=False
     )
-    found: dict[str, Any] = yaml.safe_load((tmp_path / name).read_text())
-    return found
 
 
 def test_the_name_of_the_file_says_what_is_written(tmp_path: Path) -> None:
@@ -59,6 +67,85 @@ def test_the_name_of_the_file_says_what_is_written(tmp_path: Path) -> None:
     values = planned(tmp_path, "values.yaml")
     jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
     assert service == rayservice(values)
+
+
+def test_what_replanning_goes_by_waits_in_every_file_until_it_is_on(tmp_path: Path) -> None:
+    for tp in (1, 2):
+        write_profile(profile(setting=Setting(device="cpu", tp=tp)), tmp_path / f"tp{tp}.json")
+    further = ("--profile", str(tmp_path / "tp2.json"))
+    tree = planned(tmp_path, "serve.yaml", *further)
+    path = tmp_path / "serve.yaml"
+    assert load(path, {}).replan == ReplanSection()
+    on = load(path, {"replan": "on"})
+    assert (on.replan.slo, {*on.replan.shapes}) == ("ttft=400,tpot=60", {"1x1", "2x1"})
+    assert {on.replan.profile, *on.replan.further_profiles} == {tmp_path / "profile.json", tmp_path / "tp2.json"}
+    assert {group.shape for group in groups_of(on)} == set(on.replan.worker_shapes)
+    values = planned(tmp_path, "values.yaml", *further)
+    jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+    jsonschema.validate(rayservice(values)["spec"], SPEC)
+    kept = values["config"]["replan"]
+    assert (kept["mode"], kept["shapes"]) == ("off", tree["replan"]["shapes"])
+    assert [kept["profile"], *kept["further_profiles"]] == [
+        f"/cache/profiles/{number}-{Path(file).name}"
+        for number, file in enumerate([tree["replan"]["profile"], *tree["replan"]["further_profiles"]])
+    ]
+    assert overlaid(values["config"], {"replan": "on"}).replan.shapes == on.replan.shapes
+
+
+def test_a_plan_and_the_file_that_it_writes_are_replanned_alike(tmp_path: Path, monkeypatch) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("cluster.launcher.serve", lambda config, _console: served.append(config) or 0)
+    write_profile(profile(setting=Setting(device="cpu", tp=2)), tmp_path / "tp2.json")
+    (tmp_path / "plan.json").write_text(
+        said(tmp_path, "serve.yaml", "--profile", str(tmp_path / "tp2.json"), "--json").stdout
+    )
+    for flags in (["--plan", "plan.json"], ["--config", "serve.yaml"]):
+        given = ["serve", flags[0], str(tmp_path / flags[1]), "--replan", "on"]
+        CliRunner().invoke(cli, given, catch_exceptions=False)
+    assert served[0] == served[1]
+    assert len(served[0].replan.shapes) == 2
+
+
+@pytest.mark.parametrize(
+    ("replan", "message"),
+    [
+        ({"shapes": "4x1"}, "the workers begin with 1x1; name it too"),
+        ({"shapes": "half"}, "'half' is no TP and PP"),
+        ({"slo": "ttft=soon"}, "ttft"),
+        ({"chunk": 1}, "unknown setting replan.chunk"),
+    ],
+)
+def test_what_waits_for_replanning_is_checked_when_it_is_read(replan: dict[str, Any], message: str) -> None:
+    waiting = {"mode": "off", "slo": "ttft=400,tpot=60", "profile": "p.json", "shapes": "1x1,2x1"}
+    assert validated({"model": "demo", "replan": waiting}).replan == ReplanSection()
+    with pytest.raises(ConfigError, match=message):
+        validated({"model": "demo", "replan": waiting | replan})
+
+
+def test_a_flag_for_replanning_is_refused_while_what_the_file_knows_of_it_waits(tmp_path: Path) -> None:
+    planned(tmp_path, "serve.yaml")
+    with pytest.raises(ConfigError, match="interval has no meaning while replan is off; use advise or on"):
+        load(tmp_path / "serve.yaml", {"replan_interval": 1.0})
+
+
+def test_targets_with_percentiles_of_their_own_are_nothing_to_replan_by(tmp_path: Path) -> None:
+    assert "replan" not in planned(tmp_path, "serve.yaml", "--slo", "ttft=400@p95,tpot=60")
+
+
+@pytest.mark.parametrize("name", ["a.values.yaml", "a.rayservice.yaml"])
+def test_what_pods_will_not_have_is_said_with_what_to_do(tmp_path: Path, name: str) -> None:
+    here = f"the model is {tmp_path} of this machine, which pods don't have: copy it to the volume of modelCache"
+    told = " ".join(said(tmp_path, name, model=str(tmp_path)).stdout.split())
+    assert here in told
+    assert f"copy to the volume of modelCache {tmp_path}/profile.json as /cache/profiles/0-profile.json" in told
+    assert "which pods don't have" not in said(tmp_path, name, model="owner/small").stdout
+    assert "which pods don't have" not in said(tmp_path, "serve.yaml", model=str(tmp_path)).stdout
+
+
+def test_weights_of_drafters_are_not_in_pods_either() -> None:
+    tree = TREE | {"speculation": {"drafter": "draft_model", "weights": {"draft_model": "/drafts/small"}}}
+    _, (missing,) = in_pods(tree)
+    assert missing.startswith("weights of draft_model are /drafts/small of this machine, which pods don't have: copy")
 
 
 def test_pods_have_what_the_workers_on_them_take() -> None:
