@@ -217,6 +217,7 @@ class ClusterBackend:
 
     def _route(self, flight: Flight, local_to: str | None, refuse: bool = True) -> None:
         """Start the next attempt. Without a route the request ends (`refuse`) or the error is raised."""
+        self._forget(flight)  # first, or the attempt before would count where it was
         candidates = [c for s in self._sessions.values() if (c := s.candidate()) is not None]
         try:
             route = self._routes.choose(flight.way, flight.dispatch, candidates, local_to)
@@ -225,7 +226,6 @@ class ClusterBackend:
                 raise
             self._carry_out(flight, flight.dispatch.refuse(error))
             return
-        self._forget(flight)
         for worker in route.workers:
             session = self._sessions[worker.worker_id]
             session.assign(len(flight.dispatch.request.prompt_token_ids), decodes=worker is route.decode)

@@ -107,8 +107,10 @@ class LocalCluster:
         self.membership.leave(worker_id)
         node = self.nodes.pop(worker_id)
         self.stopping.add(worker_id)
-        await node.stop()
-        self.stopping.discard(worker_id)
+        try:
+            await node.stop()
+        finally:
+            self.stopping.discard(worker_id)
 
     async def retire_worker(self, worker_id: str) -> None:
         """Let a worker end what it has, within drain_timeout_s, before it is stopped."""

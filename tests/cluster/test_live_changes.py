@@ -203,6 +203,23 @@ async def test_a_worker_whose_coming_is_cancelled_is_closed(
         assert loaded[0].pool.fd is None
 
 
+async def test_a_worker_that_fails_as_it_stops_holds_no_devices_any_more(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or none would ever be started in its place."""
+    async with local_cluster(config(colocated=True, decode_replicas=2), tiny[1]) as cluster:
+        stop = cluster.nodes["both-1"].stop
+
+        async def fail() -> None:
+            await stop()
+            raise RuntimeError("it hung")
+
+        monkeypatch.setattr(cluster.nodes["both-1"], "stop", fail)
+        with pytest.raises(RuntimeError, match="it hung"):
+            await cluster.remove_worker("both-1")
+        assert not cluster.stopping
+
+
 async def test_a_worker_that_leaves_ends_what_it_has_and_gets_nothing_more(
     tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

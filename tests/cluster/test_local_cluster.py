@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ from transformers import LlamaForCausalLM
 
 from cluster.config.loading import load
 from cluster.config.tree import SlipstreamConfig
+from cluster.dispatch import Dispatch
 from cluster.local import LocalCluster, local_cluster
+from cluster.node import WorkerNode
+from cluster.router import Candidate, Route
+from cluster.routes import Way
 from core.errors import InternalError
 from core.types import Finish, FinishReason, Request, SamplingParams, TokenDelta
 from engine.step import StepOutput
@@ -339,19 +343,24 @@ async def test_requests_cancelled_at_random_moments_leave_nothing_behind(tiny: t
     assert ends.count(FinishReason.LENGTH) > 40
 
 
+def break_engine(monkeypatch: pytest.MonkeyPatch, node: WorkerNode) -> None:
+    """As it computes its next step."""
+
+    def fail(_: object) -> Future[StepOutput]:
+        future: Future[StepOutput] = Future()
+        future.set_exception(RuntimeError("device lost"))
+        return future
+
+    monkeypatch.setattr(node.runner, "submit", fail)
+
+
 @pytest.mark.parametrize("broken", ["prefill-0", "decode-0"])
 async def test_a_broken_engine_is_left_at_once_for_the_workers_that_compute(
     tiny: tuple[LlamaForCausalLM, Path], broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = tiny
     async with local_cluster(config(), folder) as cluster:
-
-        def fail(_: object) -> Future[StepOutput]:
-            future: Future[StepOutput] = Future()
-            future.set_exception(RuntimeError("device lost"))
-            return future
-
-        monkeypatch.setattr(cluster.nodes[broken].runner, "submit", fail)
+        break_engine(monkeypatch, cluster.nodes[broken])
         results = await asyncio.gather(*(run(cluster, request(f"r{i}", prompt(20))) for i in range(4)))
         assert [tokens for tokens, _ in results] == [expected(model, prompt(20), 8)] * 4
         with pytest.raises(InternalError, match="device lost"):
@@ -359,6 +368,24 @@ async def test_a_broken_engine_is_left_at_once_for_the_workers_that_compute(
         async with asyncio.timeout(TIMEOUT_S):
             while {w.worker_id for w in cluster.backend.status().workers} & {broken}:
                 await asyncio.sleep(0.01)
+
+
+async def test_an_attempt_that_failed_does_not_count_where_the_next_may_go(
+    tiny: tuple[LlamaForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local_cluster(config(), tiny[1]) as cluster:
+        routes, seen = cluster.backend._routes, list[dict[str, int]]()
+        choose = routes.choose
+
+        def looked_at(way: Way, dispatch: Dispatch, candidates: Sequence[Candidate], local_to: str | None) -> Route:
+            seen.append({candidate.worker_id: candidate.in_flight for candidate in candidates})
+            return choose(way, dispatch, candidates, local_to)
+
+        monkeypatch.setattr(routes, "choose", looked_at)
+        break_engine(monkeypatch, cluster.nodes["prefill-0"])
+        assert len((await run(cluster, request("alone", prompt(20))))[0]) == 8
+    assert len(seen) > 1
+    assert {count for candidates in seen for count in candidates.values()} == {0}
 
 
 async def test_a_request_from_which_no_token_can_be_drawn_ends_alone(tiny: tuple[LlamaForCausalLM, Path]) -> None:
