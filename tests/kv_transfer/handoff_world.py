@@ -27,11 +27,11 @@ M = TypeVar("M", GiverTransfer, TakerTransfer)
 
 
 def new_giver() -> GiverTransfer:
-    return GiverTransfer(LEASE)
+    return _known(GiverTransfer(LEASE))
 
 
 def new_taker() -> TakerTransfer:
-    return TakerTransfer(LEASE, STALL, DEADLINE)
+    return _known(TakerTransfer(LEASE, STALL, DEADLINE))
 
 
 @dataclass
@@ -68,8 +68,11 @@ class World:
     """Faults and decisions that happen at most once in a run."""
     elapsed: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.giver, self.taker = _known(self.giver), _known(self.taker)
+
     def key(self) -> tuple[object, ...]:
-        return (_TAKER(self.taker), frozenset(self.taker.verified), _GIVER(self.giver), _WORLD(self))
+        return (id(self.taker), id(self.giver), _WORLD(self))
 
     @property
     def wake_at(self) -> float:
@@ -145,7 +148,7 @@ class World:
 
     def _do(self, name: str, move: Any, *arguments: Any) -> tuple[str, World]:
         after = object.__new__(World)
-        after.__dict__.update(self.__dict__)  # the machines are copied when they change
+        after.__dict__.update(self.__dict__)  # machines do not change
         move(after, *arguments)
         return name, after
 
@@ -252,8 +255,8 @@ class World:
     # --- machines ----------------------------------------------------------------------------------------------------
 
     def feed_giver(self, event: states.Event) -> None:
-        self.giver = _copy(self.giver)
-        for instruction in self.giver.handle(event, 0.0):
+        self.giver, instructions = _fed(self.giver, event)
+        for instruction in instructions:
             match instruction:
                 case states.SendOffer():
                     self._send("to_taker", states.OfferReceived())
@@ -277,8 +280,8 @@ class World:
                     self.giver_released += (outcome,)
 
     def feed_taker(self, event: states.Event) -> None:
-        self.taker = _copy(self.taker)
-        for instruction in self.taker.handle(event, 0.0):
+        self.taker, instructions = _fed(self.taker, event)
+        for instruction in instructions:
             match instruction:
                 case states.SendExpect():
                     self._send("to_giver", states.Expected())
@@ -365,6 +368,26 @@ _GIVER, _TAKER = _all_but(GiverTransfer), _all_but(TakerTransfer, "verified")
 _WORLD = _all_but(World, "giver", "taker", "elapsed")
 
 
+_KNOWN: dict[tuple[object, ...], Any] = {}
+_FED: dict[tuple[int, states.Event], Any] = {}
+
+
+def _known(machine: M) -> M:
+    """The one of its kind and state. Such are never changed: what is done to one leads to another. So a state of
+    theirs is an id, and what an event does to it is reckoned once, however many worlds it is a part of."""
+    of_kind = _GIVER(machine) if isinstance(machine, GiverTransfer) else (*_TAKER(machine), frozenset(machine.verified))
+    return _KNOWN.setdefault((type(machine), *of_kind), machine)
+
+
+def _fed(machine: M, event: states.Event) -> tuple[M, list[states.Instruction]]:
+    """What it becomes, and says."""
+    if (found := _FED.get((id(machine), event))) is None:
+        after = _copy(machine)
+        instructions = after.handle(event, 0.0)
+        found = _FED[id(machine), event] = _known(after), instructions
+    return found
+
+
 def _copy(machine: M) -> M:
     """copy.copy, several times as fast."""
     if isinstance(machine, GiverTransfer):
@@ -377,7 +400,7 @@ def _nearer(machine: M, past: float, *names: str) -> M:
     machine = _copy(machine)
     for name in names:
         setattr(machine, name, getattr(machine, name) - past)
-    return machine
+    return _known(machine)
 
 
 _RANKS: dict[states.Event, int] = {}
