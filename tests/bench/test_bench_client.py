@@ -1,6 +1,7 @@
 """The HTTP client and the load it offers, against a scripted server."""
 
 import asyncio
+import gc
 import socket
 import threading
 
@@ -10,7 +11,7 @@ from sse_server import DONE, text, three_words, usage
 from bench.serving.client import Client, payload
 from bench.serving.datasets import Prompt
 from bench.serving.http import HttpClient
-from bench.serving.load import offer
+from bench.serving.load import _quiet_gc, offer
 from bench.serving.timeline import Timeline
 from core.errors import ConfigError
 
@@ -168,6 +169,19 @@ def test_requests_leave_at_absolute_times(server):
     run = run_requests(server.url, offsets)
     assert [t.scheduled - run.began for t in run.timelines] == pytest.approx(offsets)
     assert all(t.dispatched >= t.scheduled for t in run.timelines)
+
+
+def test_the_collector_leaves_alone_what_is_there_for_as_long_as_load_is_offered():
+    gc.unfreeze()
+    try:
+        with _quiet_gc():
+            assert gc.get_freeze_count()
+        assert not gc.get_freeze_count()
+    finally:
+        gc.freeze()  # as tests/conftest.py has it
+    with _quiet_gc():
+        pass
+    assert gc.get_freeze_count()
 
 
 def test_stopping_hangs_up_and_keeps_what_was_measured(server):
