@@ -17,6 +17,7 @@ from typing import Any
 from bench.engine_speed.roofline import copy_bandwidth, step_bytes, weight_bytes
 from bench.engine_speed.shares import shares
 from bench.engine_speed.timing import Step, timed_step
+from bench.filled import fill
 from bench.setting import setting_of
 from cluster.config.engine import EngineSection
 from core.errors import ConfigError
@@ -80,7 +81,7 @@ class Bench:
             block_size=block_size,
             num_blocks=max(*options.batches, options.prompts) * -(-longest // block_size),
         )
-        self.runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
+        fill(self.runner.pool)
         self.runner.warm_up()
         self._options = options
         self._random = random.Random(0)

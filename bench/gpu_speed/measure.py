@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bench.engine_speed.roofline import copy_bandwidth, step_bytes
+from bench.filled import fill
 from bench.gpu_speed.limits import decode_weights, matmul_rate, prefill_operations
 from bench.gpu_speed.shapes import shape_config
 from bench.gpu_speed.weights import RandomWeights
@@ -91,7 +92,7 @@ class Bench:
         blocks = max(max(options.batches) * self._each, -(-options.prefill // BLOCK_SIZE))
         self.runner = ModelRunner(config, model, KVPool(layout, blocks, device), cuda=self.settled)
         self.runner.warm_up()
-        self.runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
+        fill(self.runner.pool)
         self._options = options
         self._blocks = np.random.default_rng(0).permutation(blocks)
 

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from bench.engine_speed.roofline import weight_bytes
+from bench.filled import fill
 from bench.profiling.drafting import BATCHES, WHOLE, Effort, measure_drafting
 from bench.profiling.neighbours import Neighbours, Work, neighbours
 from bench.profiling.steps import Stepper
@@ -68,7 +69,7 @@ def measure(options: Options, progress: Progress) -> Profile:
         if options.beside and runner.pool.device.type != "cpu":
             raise ConfigError("--beside: workers on GPUs have one each; leave it out, or use --device cpu")
         if isinstance(runner.pool, KVPool):
-            runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
+            fill(runner.pool)
         alone, beside_prompts, beside_decodes = _points(options, runner, progress)
         return Profile(
             source="measured",

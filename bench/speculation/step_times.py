@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.filled import fill
 from bench.setting import setting_of
 from core.errors import ConfigError
 from core.types import SamplingParams
@@ -67,7 +68,7 @@ def measure_steps(folder: Path, options: Options) -> dict[str, Any]:
         num_blocks=max(options.batches) * blocks,
     )
     try:
-        runner.pool.data.normal_()  # memory that nobody has written to is read faster than KV is
+        fill(runner.pool)
         runner.warm_up()
         step_ms = {batch: _step_ms(runner, batch, blocks, options) for batch in options.batches}
     finally:

@@ -287,7 +287,7 @@ def beside_tests(monkeypatch) -> None:
 def planned(model: Path, folder: Path, *flags: str, **changes: object):
     facts = replace(profile().model, name=str(model), dtype="float32", max_tokens=256, weight_bytes=10**6)
     write_profile(replace(profile(**changes), model=facts), folder / "profile.json")
-    fixed = ["--slo", "ttft=5000,tpot=500", "--lengths", "prompt=20,output=6", "--kv-cache-memory", "1GiB"]
+    fixed = ["--slo", "ttft=5000,tpot=500", "--lengths", "prompt=20,output=6", "--kv-cache-memory", "64MiB"]
     return CliRunner().invoke(
         cli, ["bench", "plan", str(model), "--profile", str(folder / "profile.json"), *fixed, *flags]
     )

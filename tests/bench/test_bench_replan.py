@@ -220,7 +220,10 @@ def test_bad_flags_are_refused_by_name(flags: list[str], message: str, tmp_path:
     assert message in found.output
 
 
-def test_a_short_run_loses_nothing_and_says_so_in_json_and_in_a_picture(tmp_path: Path) -> None:
+def test_a_short_run_loses_nothing_and_says_so_in_json_and_in_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.config.engine.DEFAULT_KV_CACHE_BYTES", 16 * 2**20)
     folder, path, picture = tmp_path / "model", tmp_path / "profile.json", tmp_path / "shift.svg"
     save_tiny_llama(folder)
     save_byte_tokenizer(folder)

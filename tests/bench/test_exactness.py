@@ -31,8 +31,9 @@ def demo() -> tuple[Path, list[Reference]]:
     ids=str,
 )
 async def test_greedy_output_of_the_demo_model_is_that_of_transformers(
-    demo: tuple[Path, list[Reference]], case: Case
+    demo: tuple[Path, list[Reference]], case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cluster.config.engine.DEFAULT_KV_CACHE_BYTES", 64 * 2**20)
     counts = await run_case(demo[0], case, demo[1], MAX_TOKENS)
     assert counts["different"] == 0
     assert counts["equal"] + counts["excused"] == len(PROMPTS)

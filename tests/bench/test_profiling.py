@@ -49,6 +49,9 @@ def runner(model):
     runner.pool.close()
 
 
+SMALL = ("--quick", "--threads", 1, "--device", "cpu", "--kv-cache-memory", "16MiB")
+
+
 def profiled(*arguments: object):
     result = CliRunner().invoke(cli, ["profile", *map(str, arguments)])
     if result.exception is not None:
@@ -103,7 +106,7 @@ def test_steps_that_model_or_cache_have_no_room_for_are_left_out() -> None:
 
 def test_the_profile_says_what_was_measured_and_under_what_conditions(model, tmp_path) -> None:
     out = tmp_path / "stored.json"
-    result = profiled(model, "--quick", "--threads", 1, "--device", "cpu", "--dtype", "float32", "--out", out, "--json")
+    result = profiled(model, *SMALL, "--dtype", "float32", "--out", out, "--json")
     stored = read_profile(out)
     assert json.loads(result.stdout) == json.loads(out.read_text())
     assert stored.source == "measured"
@@ -140,7 +143,7 @@ def test_more_threads_than_cores_are_refused(model, tmp_path) -> None:
 def test_workers_that_compute_beside_the_measured_one_are_started_and_ended(model, tmp_path, monkeypatch) -> None:
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: started.append(popen(*given, **how)) or started[-1])
-    profiled(model, "--quick", "--threads", 1, "--device", "cpu", "--beside", 1, "--out", tmp_path / "stored.json")
+    profiled(model, *SMALL, "--beside", 1, "--out", tmp_path / "stored.json")
     stored = read_profile(tmp_path / "stored.json")
     assert stored.setting.beside == 1
     for points in (stored.beside_prompts, stored.beside_decodes):
@@ -151,7 +154,8 @@ def test_workers_that_compute_beside_the_measured_one_are_started_and_ended(mode
 
 
 def test_others_stand_still_while_steps_are_measured_alone(model) -> None:
-    work = Work(str(model), {"device": "cpu", "dtype": "float32"}, 1, [*QUICK.shapes()][:12])
+    engine = {"device": "cpu", "dtype": "float32", "kv_cache_memory": "16MiB"}
+    work = Work(str(model), engine, 1, [*QUICK.shapes()][:12])
     with neighbours(1, [work]) as (others,):
         (process,) = children_with("bench.profiling.neighbours")
         eventually(lambda: process.status() == psutil.STATUS_STOPPED)
@@ -194,8 +198,7 @@ def save_tokenizer_of_questions(model: Path) -> None:
 
 def test_a_profile_says_what_serving_adds_and_what_a_drafter_brings(model, tmp_path) -> None:
     save_tokenizer_of_questions(model)
-    flags = ["--quick", "--threads", 1, "--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
-    flags += ["--serving", "--speculation", "prompt_lookup", "--draft-tokens", 3]
+    flags = [*SMALL, "--dtype", "float32", "--serving", "--speculation", "prompt_lookup", "--draft-tokens", 3]
     profiled(model, *flags, "--out", tmp_path / "stored.json")
     stored = read_profile(tmp_path / "stored.json")
     assert stored.serving is not None
@@ -214,8 +217,7 @@ def test_drafts_are_measured_by_a_worker_that_has_timed_its_steps(model, tmp_pat
         "bench.profiling.measure.measure_drafting",
         lambda runner, *given: timed.append(list(runner.row_times)) or measure_drafting(runner, *given),
     )
-    flags = ["--quick", "--threads", 1, "--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
-    flags += ["--speculation", "prompt_lookup", "--draft-tokens", 3]
+    flags = [*SMALL, "--dtype", "float32", "--speculation", "prompt_lookup", "--draft-tokens", 3]
     profiled(model, *flags, "--out", tmp_path / "stored.json")
     assert [max(time.rows for time in times) for times in timed] == [4]
 
