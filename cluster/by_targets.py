@@ -20,9 +20,9 @@ from cluster.stored_profiles import Settings, Way, profile_of, ways
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.parallel.split import check_split
+from placement.candidates import Objective
 from placement.goodput import Goal
 from placement.plan_table import summary
-from placement.search import Objective
 from placement.shapes import USABLE, Limits, Shape
 from placement.slo import of_all_together, parse_slo
 from placement.topology import Topology

@@ -15,13 +15,12 @@ from cluster.planned import config_of, on_devices_alike, why_not
 from cluster.planned_shapes import Stored, replan_section
 from core.errors import ConfigError
 from engine.kv_layout import DEFAULT_KV_CACHE_BYTES
-from placement.candidates import Candidate, Space
+from placement.candidates import Candidate, Objective, Space
 from placement.goodput import Goal
 from placement.latency import Speculation
 from placement.layout import Role
 from placement.plan import Made, make_plan
 from placement.profile import Profile, read_profile
-from placement.search import Objective
 from placement.shapes import Limits, Shape, shapes, space_of
 from placement.slo import parse_slo
 from placement.topology import Topology, read_topology

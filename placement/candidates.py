@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, product, takewhile
+from typing import Literal
 
 from core.errors import ConfigError
 from placement.latency import StepLatency
 from placement.layout import Group, Layout, Link, Role
 from placement.room import most_beside, shared_out
+
+Objective = Literal["per-device", "per-dollar", "total"]
+"""What goodput is divided by."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,14 @@ class Candidate:
         return self.nodes * (prefill + self.decode.dollars_per_hour * self.decodes)
 
     @property
+    def totals(self) -> tuple[int, int]:
+        """Groups that prefill only, and those that decode, on all nodes."""
+        return self.nodes * self.prefills, self.nodes * self.decodes
+
+    def cost(self, objective: Objective) -> float:
+        return {"per-device": float(self.devices), "per-dollar": self.dollars_per_hour, "total": 1.0}[objective]
+
+    @property
     def kinds(self) -> tuple[object, ...]:
         """Equal for candidates that differ in how many groups they have only."""
         return self.prefill and self.prefill.name, self.decode.name, self.chunk_tokens
@@ -161,7 +173,7 @@ class Candidate:
         """As a person would say it: `4 prefill TP2 + 2 decode TP4, near`."""
         if self.prefill is None:
             return f"{self.decodes} x {self.decode.name}, chunks of {self.chunk_tokens}"
-        counts = self.prefills * self.nodes, self.decodes * self.nodes
+        counts = self.totals
         nodes = f"each of {self.nodes} nodes" if self.nodes > 1 else "a node"
         place = f"together on {nodes}" if self.near else "anywhere"
         roles = f"{counts[0]} prefill {self.prefill.name} + {counts[1]} decode {self.decode.name}"

@@ -11,28 +11,17 @@ import msgspec
 import numpy as np
 
 from core.errors import ConfigError
-from placement.candidates import Candidate, Space
+from placement.candidates import Candidate, Objective, Space
 from placement.crowding import not_measured_together
 from placement.goodput import REPLICATIONS, Goal, half_width
+from placement.lasting import LONGER_RUN, NUM_RANKED, Ranked, best_of_kinds, lasting, ranking
 from placement.latency import Speculation
 from placement.layout import Role
 from placement.packing import Seat, packed
 from placement.pareto import Point, front, point
 from placement.prediction import predict
 from placement.profile import ModelFacts
-from placement.search import (
-    LONGER_RUN,
-    NUM_RANKED,
-    Found,
-    Nothing,
-    Objective,
-    Ranked,
-    cheapest,
-    lasting,
-    look,
-    search,
-    sweep,
-)
+from placement.search import Looked, Nothing, cheapest, look, search
 from placement.shapes import Shape
 from placement.slo import shown
 from placement.topology import Topology
@@ -123,18 +112,20 @@ def make_plan(
         raise ConfigError("--objective per-dollar: nodes: dollars_per_hour is missing in the topology", param="nodes")
     model, asked = shapes[0].profile.model, len(workload)
     workload = workload.no_longer_than(model.max_tokens)
-    searched = {roles: look(space(roles), workload, goal, objective) for roles in (TOGETHER, APART)}
-    found = [result for result in searched.values() if isinstance(result, Found)]
+    together = look(space(TOGETHER), workload, goal, objective)
+    beside = best_of_kinds(together.evaluated) if isinstance(together, Looked) else []
+    searched = together, look(space(APART), workload, goal, objective, beside)
+    found = [result for result in searched if isinstance(result, Looked)]
     if not found:
         search(space(TOGETHER | APART), workload, goal, objective)  # raises, for all of them together
         raise ConfigError("no layout attains the targets")
-    ranked = sorted((entry for result in found for entry in result.ranked), key=lambda entry: -entry.score)
+    ranked = ranking([result.evaluated for result in found], workload, goal, objective)
     chosen = ranked[0].candidate
     if rate is not None:
         chosen = cheapest(space(TOGETHER | APART), workload, goal, rate, objective)
     at = ranked[0].goodput if rate is None else rate
     entry = next((entry for entry in ranked if entry.candidate == chosen), None)
-    requests = entry.requests if rate is None and entry else len(lasting(chosen, workload, at, goal))
+    requests = entry.requests if rate is None and entry else lasting(chosen, workload, at, goal)
     by_name = {shape.name: shape for shape in shapes}
     plan = Plan(
         model=model.name,
@@ -147,11 +138,11 @@ def make_plan(
         rate_rps=at,
         chosen=_entry(chosen, entry, topology.priced),
         why=_why(ranked, rate, chosen, objective, found),
-        verdict=_verdict(searched),
+        verdict=_verdict(*searched, ranked),
         drafts=_drafts(ranked, shapes),
         predicted=_predicted(chosen, workload, at, goal, max(requests, len(workload))),
         ranking=[_entry(entry.candidate, entry, topology.priced) for entry in ranked[:NUM_RANKED]],
-        refused={name: why for result in searched.values() for name, why in result.refused.items()},
+        refused={name: why for result in searched for name, why in result.refused.items()},
         warnings=[
             *_left_out(asked - len(workload), asked, model),
             *(doubt for doubt in dict.fromkeys(shape.profile.doubt() for shape in shapes) if doubt),
@@ -159,7 +150,7 @@ def make_plan(
         ],
         e2e_ms=goal.targets.e2e_ms if "e2e" in goal.targets.metrics else None,
         percentiles=goal.targets.percentiles,
-        pareto=_pareto(found, workload, goal, topology.priced),
+        pareto=_pareto(ranked, workload, goal, topology.priced),
     )
     try:
         plan.placed = packed(chosen, topology)
@@ -179,14 +170,16 @@ def _entry(candidate: Candidate, ranked: Ranked | None, priced: bool) -> Entry:
     )
 
 
-def _why(ranked: list[Ranked], rate: float | None, chosen: Candidate, objective: str, found: Sequence[Found]) -> str:
+def _why(ranked: list[Ranked], rate: float | None, chosen: Candidate, objective: str, found: Sequence[Looked]) -> str:
     if rate is not None:
         cost = f"{chosen.devices} devices" if objective != "per-dollar" else f"${chosen.dollars_per_hour:g} an hour"
         sure = f"in {1 + REPLICATIONS} draws of the requests and a run {LONGER_RUN} times as long"
         return f"with {cost} it is the cheapest that attains the targets at {rate:g} requests/s, {sure}"
     tried = sum(len(result.evaluated) for result in found)
     left_out = sum(result.pruned for result in found)
+    between = sum(result.between for result in found)
     counts = f"{tried} layouts were simulated, {left_out} could not beat the best by their bounds"
+    counts += f", {between} lie between these, of which those around the best were tried" if between else ""
     if len(ranked) == 1:
         return f"no other kind of layout attains the targets; {counts}"
     best, second = ranked[0], ranked[1]
@@ -198,14 +191,17 @@ def _why(ranked: list[Ranked], rate: float | None, chosen: Candidate, objective:
     return f"{gain:.0%} more goodput {objective} than the next, {second.candidate.name}{sure}; {counts}"
 
 
-def _verdict(searched: dict[frozenset[Role], Found | Nothing]) -> str:
+def _verdict(together: Looked | Nothing, apart: Looked | Nothing, ranked: list[Ranked]) -> str:
     """Disaggregated against colocated."""
-    together, apart = searched[TOGETHER], searched[APART]
     if isinstance(together, Nothing):
         return f"disaggregate: colocated, {together.error.message}"
     if isinstance(apart, Nothing):
         return f"colocate: disaggregated, {apart.error.message}"
-    one, other = together.ranked[0], apart.ranked[0]
+    one = next((entry for entry in ranked if entry.candidate.prefill is None), None)
+    other = next((entry for entry in ranked if entry.candidate.prefill is not None), None)
+    if one is None or other is None:
+        words = ("disaggregate", "colocated") if one is None else ("colocate", "disaggregated")
+        return f"{words[0]}: {words[1]}, no layout attains the targets in runs that last"
     word = "colocate" if one.score >= other.score else "disaggregate"
     gain = max(one.score, other.score) / min(one.score, other.score)
     return (
@@ -239,11 +235,11 @@ def _brings(drafts: Speculation) -> str:
     return f"a step brings {drafts.acceptance_length:.3g} tokens for {drafts.rows} rows"
 
 
-def _pareto(found: Sequence[Found], workload: Workload, goal: Goal, priced: bool) -> list[Point]:
-    ranked = {one.candidate.name: one for result in found for one in result.ranked}
-    swept = {one.candidate.name: one for result in found for one in sweep(result, workload, goal)}
-    known = [one for one in (swept | ranked).values() if one.goodput > 0.0]
-    return front(point(one.candidate, one.goodput, workload.of_length(one.requests), goal, priced) for one in known)
+def _pareto(ranked: Sequence[Ranked], workload: Workload, goal: Goal, priced: bool) -> list[Point]:
+    best = {one.candidate.name: (one.candidate, one.goodput, one.requests) for one in ranked}
+    sizes = {one.candidate.name: one for entry in ranked for one in entry.sizes}
+    known = [(one, rate, requests) for one, rate, requests in (sizes | best).values() if rate > 0.0]
+    return front(point(one, rate, workload.of_length(requests), goal, priced) for one, rate, requests in known)
 
 
 def _predicted(candidate: Candidate, workload: Workload, rate: float, goal: Goal, requests: int) -> dict[str, Spread]:

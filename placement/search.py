@@ -8,29 +8,19 @@ would need is left at that; the others are bisected.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Literal, NamedTuple
 
 import numpy as np
 
 from core.errors import ConfigError
 from placement.bounds import Demand
-from placement.candidates import Candidate, Option, Space, candidates
-from placement.goodput import (
-    UNLOADED,
-    Goal,
-    Interval,
-    attains,
-    draws,
-    goodput,
-    goodput_near,
-    interval,
-    limits_of,
-    next_rate,
-)
-from placement.layout import Layout, Role
+from placement.candidates import Candidate, Objective, Option, Space, candidates
+from placement.goodput import UNLOADED, Goal, attains, draws, goodput, limits_of, next_rate
+from placement.lasting import LONGER_RUN, NUM_RANKED, OF_EITHER, Evaluated, Ranked, lasting, order, ranking
+from placement.layout import Role
 from placement.native import serve
 from placement.outcome import Outcome
 from placement.pools import most_each, sized, why_none
@@ -38,63 +28,35 @@ from placement.refusals import by_reason, reached, too_slow
 from placement.slo import shown
 from placement.workload import Workload
 
-Objective = Literal["per-device", "per-dollar", "total"]
-NUM_RANKED = 5
-"""Kinds of layouts, by shapes and chunks, that are told with a confidence interval."""
-LONGER_RUN = 3
-STEADY = 0.05
-MOST_REQUESTS = 270_000
-"""Of a run; a layout whose goodput still falls then is told as not steady."""
-_LASTING = 20
-"""Times the target for the first token: what falls behind by a twentieth is late by that much then."""
 _DECODES_REACH = 0.8
 """Of its bound, where a group that prefills reaches all of it."""
 _REASONS = 8
 """That an error tells."""
-_BUDGETS = 8
-"""Numbers of devices, or prices, for which the layouts of a kind are compared."""
+_MANY = 128
+"""Layouts of a kind. Of one with more those with round numbers of groups are looked at."""
+
+
+_Bounded = tuple[float, float, Candidate]
+"""Score and rate that a layout cannot pass."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """`goodput` in requests/s; `score` is that by the objective. Where `exact` is false, it is what the layout was not
-    good enough for: it is below."""
+class Looked:
+    """`evaluated`: every layout that was simulated; `pruned`: how many could not get there by their bounds; `refused`:
+    what cannot run, or is too slow for the targets at any rate, and why; `between`: how many were left to be looked at
+    around the best (lasting.py)."""
 
-    candidate: Candidate
-    goodput: float
-    score: float
-    exact: bool = True
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """`goodput` is the mean of the interval: one run alone may be lucky in its requests. `steady`: its runs, of so many
-    `requests`, are so long that one three times as long gives the same goodput within 5 %."""
-
-    candidate: Candidate
-    goodput: float
-    score: float
-    interval: Interval
-    steady: bool
-    requests: int
-
-    def as_long(self, one: Candidate, workload: Workload) -> Workload:
-        """Requests for runs of another layout of this kind that take about as long: of fast groups fewer may come and
-        go within their targets, however far the layout is behind."""
-        times = self.requests / len(sized(workload, self.candidate.stages))
-        return workload.of_length(min(MOST_REQUESTS, round(times * len(sized(workload, one.stages)))))
-
-
-@dataclass(frozen=True)
-class Found:
-    """`ranked`: the best layout of each of the best kinds, best first; `evaluated`: every layout that was simulated;
-    `pruned`: how many could not get there by their bounds; `refused`: what cannot run, or is too slow for the targets
-    at any rate, and why."""
-
-    ranked: list[Ranked]
     evaluated: list[Evaluated]
     pruned: int
     refused: dict[str, str] = field(default_factory=dict)
+    between: int = 0
+
+
+@dataclass(frozen=True)
+class Found(Looked):
+    """`ranked`: the best layout of each of the best kinds, best first."""
+
+    ranked: list[Ranked] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,25 +69,35 @@ class Nothing:
 
 def search(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> Found:
     """Raises ConfigError if no layout can run, or none reaches the goal at any rate: then it says what is reachable."""
-    found = look(space, workload, goal, objective)
-    if isinstance(found, Nothing):
-        raise found.error
-    return found
+    looked = look(space, workload, goal, objective)
+    if isinstance(looked, Nothing):
+        raise looked.error
+    ranked = ranking([looked.evaluated], workload, goal, objective)
+    return Found(looked.evaluated, looked.pruned, looked.refused, looked.between, ranked)
 
 
-def look(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> Found | Nothing:
-    """As search, for who wants to know of each kind of layout why none will do."""
+def look(
+    space: Space,
+    workload: Workload,
+    goal: Goal,
+    objective: Objective = "per-device",
+    beside: Sequence[Evaluated] = (),
+) -> Looked | Nothing:
+    """The best of each kind of layout in short runs; exactly, of those that are to be ranked: NUM_RANKED of these and
+    of what another search found, the best of each of its kinds, `beside` this one, and OF_EITHER of these at least."""
     refused, most = _refused(space), _Most(space, workload, goal)
     try:
-        bounded = _bounded(most, objective, refused)
+        every = _bounded(most, objective, refused)
     except ConfigError as error:
         return Nothing(error, refused)
+    bounded = _thinned(every)
     found: dict[int, Evaluated] = {}
     best: dict[tuple[object, ...], float] = {}
+    others = [one.score for one in beside]
     pruned = 0
     for place in _likely_first(bounded, most, objective):
         score, bound, candidate = bounded[place]
-        to_beat = max(best.get(candidate.kinds, 0.0), _last_ranked(best))
+        to_beat = max(best.get(candidate.kinds, 0.0), _last_ranked([*best.values()], others))
         if score <= to_beat:
             pruned += 1
             continue
@@ -136,10 +108,26 @@ def look(space: Space, workload: Workload, goal: Goal, objective: Objective = "p
     if not any(best.values()):
         return _unreachable(most, refused, [(bound, candidate) for _, bound, candidate in bounded])
     evaluated = [found[place] for place in sorted(found)]
-    return Found(ranking(evaluated, workload, goal, objective), evaluated, pruned, refused | most.slow)
+    return Looked(evaluated, pruned, refused | most.slow, len(every) - len(bounded))
 
 
-def _likely_first(bounded: list[tuple[float, float, Candidate]], most: _Most, objective: Objective) -> list[int]:
+def _thinned(bounded: list[_Bounded]) -> list[_Bounded]:
+    """Without those between round numbers, of kinds with many: each is next to one that is left, at an eighth of its
+    groups at the most."""
+    of_kind = Counter(candidate.kinds for *_, candidate in bounded)
+
+    def looked_at(one: Candidate) -> bool:
+        return of_kind[one.kinds] <= _MANY or all(map(_is_round, (one.prefills, one.decodes)))
+
+    return [entry for entry in bounded if looked_at(entry[2])]
+
+
+def _is_round(count: int) -> bool:
+    """Its binary digits after the first three are 0."""
+    return count % (1 << max(0, count.bit_length() - 3)) == 0
+
+
+def _likely_first(bounded: list[_Bounded], most: _Most, objective: Objective) -> list[int]:
     """Places in the order in which to look. Of each kind the layout that is likely to be the best comes first: the more
     is known to be beaten, the fewer have to be looked at for long. Groups that decode mostly stay further below their
     bound than those that prefill."""
@@ -149,26 +137,30 @@ def _likely_first(bounded: list[tuple[float, float, Candidate]], most: _Most, ob
 
     first: dict[tuple[object, ...], tuple[float, int]] = {}
     for place, (score, _, candidate) in enumerate(bounded):
-        expected = candidate.most_rate(likely, 0.0) / _cost(candidate, objective)
+        expected = candidate.most_rate(likely, 0.0) / candidate.cost(objective)
         if score > 0.0 and (expected, -place) > first.get(candidate.kinds, (0.0, 0)):
             first[candidate.kinds] = expected, -place
     chosen = [-place for _, place in sorted(first.values(), reverse=True)]
     return [*dict.fromkeys([*chosen, *range(len(bounded))])]
 
 
-def _last_ranked(best: dict[tuple[object, ...], float]) -> float:
+def _last_ranked(best: list[float], others: list[float]) -> float:
     """What a kind of layout has to reach to be ranked."""
-    return sorted(best.values(), reverse=True)[NUM_RANKED - 1] if len(best) >= NUM_RANKED else 0.0
+
+    def last(scores: list[float], ranked: int) -> float:
+        return sorted(scores, reverse=True)[ranked - 1] if len(scores) >= ranked else 0.0
+
+    return min(last([*best, *others], NUM_RANKED), last(best, OF_EITHER))
 
 
 def exhaustive(space: Space, workload: Workload, goal: Goal, objective: Objective = "per-device") -> list[Evaluated]:
-    """Every layout bisected, best first: what `search` is checked against."""
+    """Every layout that `look` has to do with bisected, best first: what `search` is checked against."""
     most = _Most(space, workload, goal)
     found = [
         _evaluate(candidate, bound, 0.0, most, objective)
-        for _, bound, candidate in _bounded(most, objective, _refused(space))
+        for _, bound, candidate in _thinned(_bounded(most, objective, _refused(space)))
     ]
-    return sorted(found, key=_order)
+    return sorted(found, key=order)
 
 
 def cheapest(
@@ -178,7 +170,7 @@ def cheapest(
     Raises ConfigError with the highest rate found if none does."""
     bounded = _bounded(_Most(space, workload, goal), "total", _refused(space))
     able = [candidate for _, bound, candidate in bounded if bound >= rate]
-    for candidate in sorted(able, key=lambda candidate: _cost(candidate, objective)):
+    for candidate in sorted(able, key=lambda candidate: candidate.cost(objective)):
         if _surely_attains(candidate, workload, rate, goal):
             return candidate
     best = search(space, workload, goal, "total").ranked[0]
@@ -192,16 +184,9 @@ def cheapest(
 
 def _surely_attains(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> bool:
     """As the workload comes, in each of the other draws, and in a run that is LONGER_RUN times as long."""
-    layout, requests = candidate.layout, lasting(candidate, workload, rate, goal)
+    layout, requests = candidate.layout, workload.of_length(lasting(candidate, workload, rate, goal))
     longer = workload.of_length(LONGER_RUN * len(requests))
     return all(attains(layout, drawn, rate, goal) for drawn in chain([requests], draws(requests), [longer]))
-
-
-def lasting(candidate: Candidate, workload: Workload, rate: float, goal: Goal) -> Workload:
-    """Requests for a run at this rate in which a layout that is too slow by a twentieth would be late; one that is
-    LONGER_RUN times as long has no more than MOST_REQUESTS."""
-    least = min(MOST_REQUESTS // LONGER_RUN, math.ceil(rate * _LASTING * goal.targets.ttft_ms / 1e3))
-    return workload.of_length(max(len(sized(workload, candidate.stages)), least))
 
 
 def _refused(space: Space) -> dict[str, str]:
@@ -209,7 +194,7 @@ def _refused(space: Space) -> dict[str, str]:
     return dict(space.refused) | {name: why for name, why in reasons.items() if why is not None}
 
 
-def _bounded(most: _Most, objective: Objective, refused: dict[str, str]) -> list[tuple[float, float, Candidate]]:
+def _bounded(most: _Most, objective: Objective, refused: dict[str, str]) -> list[_Bounded]:
     """Score and rate that each candidate cannot pass, highest score first. Of equals the dearest is first, as many
     groups share their luck, so that it is mostly the best and the others need one look; then the fewest devices."""
     space, workload = most.space, most.workload
@@ -225,8 +210,8 @@ def _bounded(most: _Most, objective: Objective, refused: dict[str, str]) -> list
         raise ConfigError(f"the model can't be placed on these devices: {'; '.join(by_reason(refused, _REASONS))}")
     if free := [candidate.name for rate, candidate in rated if math.isinf(rate)]:
         raise ConfigError(f"by its latency model {free[0]} serves any rate: profile it", param="latency")
-    scored = [(rate / _cost(candidate, objective), rate, candidate) for rate, candidate in rated]
-    return sorted(scored, key=lambda entry: (-round(entry[0], 9), -_cost(entry[2], objective), entry[2].devices))
+    scored = [(rate / candidate.cost(objective), rate, candidate) for rate, candidate in rated]
+    return sorted(scored, key=lambda entry: (-round(entry[0], 9), -entry[2].cost(objective), entry[2].devices))
 
 
 @dataclass
@@ -297,7 +282,7 @@ def _why_not(candidate: Candidate, workload: Workload) -> str | None:
 
 
 def _evaluate(candidate: Candidate, bound: float, to_beat: float, most: _Most, objective: Objective) -> Evaluated:
-    cost = _cost(candidate, objective)
+    cost = candidate.cost(objective)
     if to_beat == 0.0 and not most.attains_alone(candidate):
         return Evaluated(candidate, 0.0, 0.0)
     needed = next_rate(to_beat * cost) if to_beat > 0.0 else 0.0
@@ -305,85 +290,6 @@ def _evaluate(candidate: Candidate, bound: float, to_beat: float, most: _Most, o
     if found < needed:
         return Evaluated(candidate, needed, needed / cost, exact=False)
     return Evaluated(candidate, found, found / cost)
-
-
-def _settled(layout: Layout, workload: Workload, goal: Goal, near: float) -> tuple[float, bool, int]:
-    """Goodput, about `near`, in longer and longer runs, until the next agrees: that goodput, whether one did, and the
-    requests of its run. No bound holds it down: a run that is so short that any rate attains the goal in it would agree
-    with the next then."""
-    requests = len(workload)
-    found = goodput_near(layout, workload, goal, near)
-    while found > 0.0 and LONGER_RUN * requests <= MOST_REQUESTS:
-        again = goodput_near(layout, workload.of_length(LONGER_RUN * requests), goal, found)
-        if abs(again - found) <= STEADY * found:
-            return found, True, requests
-        found, requests = again, LONGER_RUN * requests
-    return found, False, requests
-
-
-def _cost(candidate: Candidate, objective: Objective) -> float:
-    return {"per-device": float(candidate.devices), "per-dollar": candidate.dollars_per_hour, "total": 1.0}[objective]
-
-
-def ranking(evaluated: list[Evaluated], workload: Workload, goal: Goal, objective: Objective) -> list[Ranked]:
-    """The best of each kind, of NUM_RANKED kinds, by their goodput in longer runs."""
-    exact = sorted((result for result in evaluated if result.exact and result.goodput > 0.0), key=_order)
-    of_kind: dict[tuple[object, ...], Evaluated] = {}
-    for result in exact:
-        of_kind.setdefault(result.candidate.kinds, result)
-    best = [_ranked(result, workload, goal, objective) for result in [*of_kind.values()][:NUM_RANKED]]
-    return sorted(best, key=lambda ranked: (-ranked.score, ranked.candidate.devices))
-
-
-def _order(result: Evaluated) -> tuple[float, int]:
-    return -result.score, result.candidate.devices
-
-
-def _ranked(result: Evaluated, workload: Workload, goal: Goal, objective: Objective) -> Ranked:
-    candidate = result.candidate
-    asked = lasting(candidate, workload, result.goodput, goal)
-    found, steady, requests = _settled(candidate.layout, asked, goal, result.goodput)
-    spread = interval(candidate.layout, workload.of_length(requests), goal, near=found)
-    mean = spread.mean or found
-    return Ranked(candidate, mean, mean / _cost(candidate, objective), spread, steady, requests)
-
-
-class Swept(NamedTuple):
-    """A layout, its goodput, and the requests of the runs that tell it."""
-
-    candidate: Candidate
-    goodput: float
-    requests: int
-
-
-def sweep(found: Found, workload: Workload, goal: Goal) -> list[Swept]:
-    """Of each ranked kind the layout with the highest score that can be expected, for a few budgets: what there is to
-    choose from besides the best. Goodput of one draw of the requests."""
-    swept: list[Swept] = []
-    for ranked in found.ranked:
-        space, kinds = ranked.candidate.space, ranked.candidate.kinds
-        alike = sorted((one for one in candidates(space) if one.kinds == kinds), key=lambda one: one.devices)
-        budgets = {max(1, round(alike[-1].devices * part / _BUDGETS)) for part in range(1, _BUDGETS + 1)}
-        chosen = (_likeliest(alike, budget, ranked.candidate) for budget in sorted(budgets))
-        swept += [_near(one, ranked, workload, goal) for one in {one.name: one for one in chosen if one}.values()]
-    return swept
-
-
-def _likeliest(alike: list[Candidate], budget: int, best: Candidate) -> Candidate | None:
-    """Of layouts of a kind that take no more devices than the budget, the largest that shares them out most as the
-    best one does."""
-    within = [one for one in alike if one.devices <= budget]
-    return min(within, key=lambda one: budget - one.devices + abs(_share(one) - _share(best)) * budget, default=None)
-
-
-def _share(candidate: Candidate) -> float:
-    """Of the groups, that decode."""
-    return candidate.decodes / (candidate.prefills + candidate.decodes)
-
-
-def _near(one: Candidate, ranked: Ranked, workload: Workload, goal: Goal) -> Swept:
-    expected, requests = ranked.goodput * one.devices / ranked.candidate.devices, ranked.as_long(one, workload)
-    return Swept(one, goodput_near(one.layout, requests, goal, expected), len(requests))
 
 
 def _unreachable(most: _Most, refused: dict[str, str], tried: list[tuple[float, Candidate]]) -> Nothing:

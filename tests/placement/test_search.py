@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from placement.candidates import Candidate, Fabric, Option, Space, candidates
+from placement.candidates import Candidate, Fabric, Objective, Option, Space, candidates
 from placement.goodput import Goal, attains, draws, goodput, goodput_near
+from placement.lasting import Evaluated, Ranked, best_of_kinds, lasting, ranking
 from placement.latency import Coefficients, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Role
 from placement.lengths import parse_lengths
 from placement.native import serve
 from placement.outcome import Targets
 from placement.packing import packed
-from placement.search import Evaluated, Found, Nothing, Objective, cheapest, exhaustive, look, ranking, search, sweep
+from placement.search import Found, Looked, Nothing, cheapest, exhaustive, look, search
 from placement.serving import Served
 from placement.topology import NodeKind, Topology, Wire
 from placement.workload import Workload
@@ -71,7 +72,7 @@ def searched_exhaustively(goal: Goal = GOAL) -> list[Evaluated]:
     ],
 )
 def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
-    best, found = ranking(searched_exhaustively(goal), REQUESTS, goal, "per-device")[0], searched(goal)
+    best, found = ranking([searched_exhaustively(goal)], REQUESTS, goal, "per-device")[0], searched(goal)
     assert found.ranked[0].candidate == best.candidate
     assert found.ranked[0].score == best.score
     assert found.pruned > 0
@@ -91,11 +92,11 @@ def test_where_a_target_is_at_the_edge_of_reach_it_finds_what_an_exhaustive_sear
 ) -> None:
     """Attainment comes and goes with the rate there."""
     requests, few = parse_lengths(lengths, burstiness=burstiness), space(**changes)
-    found = best_of_kinds(search(few, requests, goal).evaluated)
-    assert found == best_of_kinds(exhaustive(few, requests, goal))
+    found = best_scores(search(few, requests, goal).evaluated)
+    assert found == best_scores(exhaustive(few, requests, goal))
 
 
-def best_of_kinds(evaluated: list[Evaluated]) -> list[float]:
+def best_scores(evaluated: list[Evaluated]) -> list[float]:
     """Scores of the five best."""
     best: dict[tuple[object, ...], float] = {}
     for one in evaluated:
@@ -133,7 +134,7 @@ def test_of_pools_with_prices_it_finds_what_an_exhaustive_search_finds(targets: 
     """The same kinds of layouts, each as good as the best of its kind is."""
     goal = Goal(targets)
     found = search(two_pools(), REQUESTS, goal, objective)
-    best = ranking(exhaustive(two_pools(), REQUESTS, goal, objective), REQUESTS, goal, objective)
+    best = ranking([exhaustive(two_pools(), REQUESTS, goal, objective)], REQUESTS, goal, objective)
     assert found.ranked[0].candidate == best[0].candidate
     assert [(one.candidate.kinds, one.score) for one in found.ranked] == [
         (one.candidate.kinds, one.score) for one in best
@@ -177,10 +178,94 @@ def test_sizes_of_a_kind_are_told_of_runs_as_long_as_those_of_its_best() -> None
     found = search(quick(), REQUESTS, GOAL)
     best = {ranked.candidate.kinds: ranked for ranked in found.ranked}
     assert all(ranked.steady and ranked.requests > len(REQUESTS) for ranked in found.ranked)
-    swept = sweep(found, REQUESTS, GOAL)
-    assert len({one.candidate.devices for one in swept}) > 5
-    for one in swept:
+    sizes = [one for ranked in found.ranked for one in ranked.sizes]
+    assert len({one.candidate.devices for one in sizes}) > 5
+    for one in sizes:
         assert one.goodput / one.candidate.devices < 1.1 * best[one.candidate.kinds].score
+
+
+APART = frozenset({Role.PREFILL, Role.DECODE})
+
+
+def long_answers(devices: int, **changes: Any) -> Space:
+    """Groups that prefill 166 requests a second, or decode 160, each for 24 s: longer than a short run takes."""
+    decode = Coefficients(20.0, 0.0, 0.005)
+    latency = StepLatency(Coefficients(1.0, 0.005, 0.0), decode, decode, large_rows=95)
+    group = Group(Role.BOTH, latency, 100_000_000, max_sequences=100_000)
+    only = Option("TP1", 1, group)
+    values = {"options": (only,), "nodes": {"default": (devices,)}, "chunk_tokens": (2**20,), "roles": APART}
+    return space(**(values | changes))
+
+
+LONG_ANSWERS = parse_lengths("prompt=1000,output=600,cv=0.3")
+UNHURRIED = Goal(Targets(500.0, 40.0))
+
+
+@cache
+def with_long_answers() -> Found:
+    return search(long_answers(8), LONG_ANSWERS, UNHURRIED)
+
+
+def long_run(candidate: Candidate, near: float) -> float:
+    return goodput_near(candidate.layout, LONG_ANSWERS.of_length(50_000), UNHURRIED, near) / candidate.devices
+
+
+def test_numbers_of_groups_are_those_that_do_best_in_runs_that_last() -> None:
+    """In short runs all of a decode group's requests are there before the first of them has ended, so that one seems
+    to be enough for each that prefills."""
+    shortly, ranked = best_of_kinds(with_long_answers().evaluated)[0], with_long_answers().ranked[0]
+    lasts = long_run(ranked.candidate, ranked.goodput)
+    assert shortly.candidate.totals == (1, 1)
+    assert shortly.score > 1.1 * lasts
+    assert ranked.candidate.decodes > ranked.candidate.prefills
+    assert ranked.score == pytest.approx(lasts, rel=0.05)
+    assert all(long_run(one, lasts * one.devices) < 1.03 * lasts for one in candidates(long_answers(8)))
+
+
+def test_all_that_is_told_of_a_kind_is_of_runs_that_last() -> None:
+    ranked = with_long_answers().ranked[0]
+    assert ranked.steady
+    assert len(ranked.sizes) > 3
+    for one in ranked.sizes:
+        rate = one.goodput
+        assert one.requests >= lasting(one.candidate, LONG_ANSWERS, rate, UNHURRIED)
+        assert rate / one.candidate.devices == pytest.approx(long_run(one.candidate, rate), rel=0.06)
+        assert rate / one.candidate.devices < 1.05 * ranked.score
+
+
+def test_of_kinds_with_many_layouts_round_numbers_are_looked_at_and_then_what_is_next_to_the_best() -> None:
+    many = space(24, options=(option(1),), roles=APART, chunk_tokens=(2048,))
+    found = search(many, REQUESTS, GOAL)
+    shares = [one.candidate for one in found.evaluated]
+    assert found.between > 0 < found.pruned
+    assert len(found.evaluated) + found.pruned + found.between == len(list(candidates(many)))
+    assert all(count in {*range(1, 9), 10, 12, 14, 16, 20} for one in shares for count in (one.prefills, one.decodes))
+    best = found.ranked[0]
+    around = [one for one in candidates(many) if distance(one, best.candidate) <= 1]
+    assert len(around) > 2
+    requests = REQUESTS.of_length(best.requests)
+    near = goodput_near(best.candidate.layout, requests, GOAL, best.goodput)
+    for one in around:
+        alike = goodput_near(one.layout, requests, GOAL, best.goodput)
+        assert alike / one.devices < 1.02 * near / best.candidate.devices
+
+
+def distance(one: Candidate, other: Candidate) -> int:
+    return sum(abs(a - b) for a, b in zip(one.totals, other.totals, strict=True))
+
+
+def test_beside_another_search_only_kinds_that_may_be_ranked_are_bisected_and_a_few() -> None:
+    """Four kinds apart are told whatever the other search found, as a plan says which way is better."""
+    apart = space(8, roles=APART)
+    alone = look(apart, REQUESTS, GOAL)
+    assert isinstance(alone, Looked)
+    dreams = [replace(one, score=1e3) for one in best_of_kinds(alone.evaluated)]
+    beside = look(apart, REQUESTS, GOAL, beside=dreams)
+    assert isinstance(beside, Looked)
+    assert beside.pruned > alone.pruned
+    assert best_scores(beside.evaluated)[-4:] == best_scores(alone.evaluated)[-4:]
+    ranked: list[Ranked] = ranking([dreams, beside.evaluated], REQUESTS, GOAL, "per-device")
+    assert len(ranked) >= 5
 
 
 def test_total_goodput_takes_all_devices_and_dollars_count() -> None:
@@ -261,7 +346,7 @@ def test_every_layout_has_a_place_where_groups_do_not_divide_nodes() -> None:
 
 def test_the_best_of_those_that_have_a_place_is_found() -> None:
     wide = uneven(roles=frozenset({Role.BOTH}))
-    best = ranking(exhaustive(wide, REQUESTS, GOAL, "total"), REQUESTS, GOAL, "total")
+    best = ranking([exhaustive(wide, REQUESTS, GOAL, "total")], REQUESTS, GOAL, "total")
     found = search(wide, REQUESTS, GOAL, "total").ranked
     assert found[0].candidate == best[0].candidate
     assert {ranked.candidate.name for ranked in found} >= {"3 x TP2 PP1, chunks of 2048"}
