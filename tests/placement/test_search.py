@@ -256,13 +256,13 @@ def distance(one: Candidate, other: Candidate) -> int:
 
 def test_beside_another_search_only_kinds_that_may_be_ranked_are_bisected_and_a_few() -> None:
     """Four kinds apart are told whatever the other search found, as a plan says which way is better."""
-    apart = space(8, roles=APART)
+    apart = space(8, options=(option(1), option(2)), roles=APART, chunk_tokens=(512, 2048))
     alone = look(apart, REQUESTS, GOAL)
     assert isinstance(alone, Looked)
     dreams = [replace(one, score=1e3) for one in best_of_kinds(alone.evaluated)]
     beside = look(apart, REQUESTS, GOAL, beside=dreams)
     assert isinstance(beside, Looked)
-    assert beside.pruned > alone.pruned
+    assert sum(one.exact for one in beside.evaluated) < sum(one.exact for one in alone.evaluated)
     assert best_scores(beside.evaluated)[-4:] == best_scores(alone.evaluated)[-4:]
     ranked: list[Ranked] = ranking([dreams, beside.evaluated], REQUESTS, GOAL, "per-device")
     assert len(ranked) >= 5
