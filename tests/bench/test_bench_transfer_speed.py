@@ -153,7 +153,7 @@ def over_links(links: dict[str, Link]) -> tuple[dict[str, Any], str]:
 
 
 def check_links(found: dict[str, Any], text: str, bits_per_s: float) -> None:
-    """Of one link."""
+    """Of one link. Who pauses finds the link's bucket full, which goes at once: a part of so short transfers."""
     ((name, link),) = found["links"].items()
     assert set(link["transports"]) == {"tcp", "torch_distributed"}
     for transport, by_size in link["transports"].items():
