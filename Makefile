@@ -12,12 +12,16 @@ serve: $(DEMO)
 	$(BIN)/slipstream serve demo $(ARGS)
 
 # Three at a time, which keep two cores busy: many a test waits for a process that it has started. In the order of
-# tests/conftest.py, not that of xdist, where files of few and long tests come last. Hundreds of processes are started,
-# which would compile what they import, so none is to leave out the cache.
+# tests/conftest.py, not that of xdist, where files of few and long tests come last. Tests that start clusters or kill
+# processes come after these, two at a time. Hundreds of processes are started, which would compile what they import, so
+# none is to leave out the cache.
+ALONE  := tests/e2e tests/chaos
+
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(DEMO)
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
