@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.checks import weight_bytes
 from cluster.config.cluster import PREFILL_SHAPE
-from cluster.config.loading import load, of_plan, read_tree
+from cluster.config.loading import load, read_tree, said_of_plan
 from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import topology_here
 from cluster.planned import on_devices_alike
@@ -255,9 +255,7 @@ def _merged(
         tree["replan"] = dict(found.made.plan.replan or {})
     for name, value in (read_tree(file) if file is not None else {}).items():
         tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
-    config, idle = of_plan(tree, flags, file)
-    if idle:
-        say(f"nothing is handed over in this layout, so {', '.join(idle)} will do nothing")
+    config = said_of_plan(tree, flags, file, say)
     if len(config.replan.shapes) > 1:
         say(f"workers may change to {', '.join(config.replan.shapes)} (TP x PP); --replan-shapes limits them")
     return config

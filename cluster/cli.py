@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from cluster.config.loading import load, of_plan
+from cluster.config.loading import load, said_of_plan
 from cluster.one_line import one_line
 from cluster.options import ListOptions, config_options
 from core.errors import ConfigError
@@ -97,9 +97,7 @@ def serve(
         from cluster.planned import planned_tree
 
         tree = planned_tree(plan_file, replanning=given.get("replan", "off") != "off")
-        config, idle = of_plan(tree, given, plan_file)
-        if idle:
-            say(f"nothing is handed over in this layout, so {', '.join(idle)} will do nothing")
+        config = said_of_plan(tree, given, plan_file, say)
     else:
         config = load(config_file, given)
     from cluster.launcher import serve as run

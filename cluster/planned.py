@@ -100,9 +100,10 @@ def _cluster(candidate: Candidate, shapes: dict[str, Shape], limits: Limits, sev
     if candidate.prefill is None:
         cluster: dict[str, Any] = {"colocated": True, "decode_replicas": candidate.decodes}
     else:
+        prefills, decodes = candidate.totals
         cluster = {
-            "prefill_replicas": candidate.prefills * candidate.nodes,
-            "decode_replicas": candidate.decodes * candidate.nodes,
+            "prefill_replicas": prefills,
+            "decode_replicas": decodes,
             "handoff_min_tokens": limits.handoff_min_tokens,
         }
         if candidate.near and several_nodes:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,8 +39,8 @@ def measure_gap(model: str, num_prompt_tokens: int, num_requests: int, starts: i
         with running(model, HANDED_OVER) as (first, _, _), running(model, COLOCATED) as (second, _, _):
             found = asyncio.run(_ask_by_turns((first, second), model, num_prompt_tokens, num_requests, start))
         pairs += found
-        for key, values in zip(Seen._fields, _added(found), strict=True):
-            added[key].append(statistics.median(values))
+        for place, key in enumerate(Seen._fields):
+            added[key].append(statistics.median(one[place] - other[place] for one, other in found))
     result: dict[str, Any] = {"prompt_tokens": num_prompt_tokens}
     for name, seen in zip(("handed_over", "colocated"), zip(*pairs, strict=True), strict=True):
         result[name] = {f"{key}_ms": statistics.median(getattr(one, key) for one in seen) for key in Seen._fields}
@@ -48,12 +48,6 @@ def measure_gap(model: str, num_prompt_tokens: int, num_requests: int, starts: i
         result[f"{key}_added_ms"] = statistics.median(of_starts)
         result[f"{key}_added_by_start_ms"] = of_starts
     return result
-
-
-def _added(pairs: Sequence[tuple[Seen, Seen]]) -> Iterator[list[float]]:
-    """For each field of Seen, by how much the first of a pair exceeds the second."""
-    for place in range(len(Seen._fields)):
-        yield [handed_over[place] - colocated[place] for handed_over, colocated in pairs]
 
 
 async def _ask_by_turns(

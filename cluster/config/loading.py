@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,16 +23,15 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> SlipstreamConfig:
 
 def overlaid(tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
     """As load, with the tree that was read from `path`."""
-    found = merged(tree, overrides)
-    _check_replanned(found, overrides)
-    return validated(found, path)
+    return _checked(merged(tree, overrides), overrides, path)
 
 
-def _check_replanned(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+def _checked(tree: Mapping[str, Any], overrides: Mapping[str, Any], path: Path | None) -> SlipstreamConfig:
     """What a file keeps for replanning may wait until that is on. Who names it now means it now."""
     named = sorted(leaf.field for leaf in leaves() if leaf.section == "replan" and leaf.name in overrides)
     if _waits(tree) and (others := [name for name in named if name != "mode"]):
         raise ConfigError(f"replan: {others[0]} has no meaning while replan is off; use advise or on, or leave it out")
+    return validated(tree, path)
 
 
 def _waits(tree: Mapping[str, Any]) -> bool:
@@ -62,8 +61,17 @@ def of_plan(
     if cluster.get("colocated") and "colocated" not in overrides and replan.get("mode") in (None, False, "off"):
         idle = [name for name in HANDOFF if name in cluster]
         found["cluster"] = {name: value for name, value in cluster.items() if name not in idle}
-    _check_replanned(found, overrides)
-    return validated(found, path), idle
+    return _checked(found, overrides, path), idle
+
+
+def said_of_plan(
+    tree: dict[str, Any], overrides: Mapping[str, Any], path: Path | None, say: Callable[[str], None]
+) -> SlipstreamConfig:
+    """As of_plan, which says what it leaves out."""
+    config, idle = of_plan(tree, overrides, path)
+    if idle:
+        say(f"nothing is handed over in this layout, so {', '.join(idle)} will do nothing")
+    return config
 
 
 def validated(tree: Mapping[str, Any], path: Path | None = None) -> SlipstreamConfig:
