@@ -20,7 +20,7 @@ from cluster.checks import hold_port
 from cluster.deployable import NAME
 
 pytestmark = pytest.mark.e2e
-START_S = 150.0
+START_S = 120.0
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ import pytest
 from core.errors import ConfigError
 from placement.candidates import Candidate, Fabric, Objective, Option, Space, candidates
 from placement.goodput import Goal, attains, draws, goodput, goodput_near
-from placement.lasting import Evaluated, Ranked, best_of_kinds, lasting, ranking
-from placement.latency import Coefficients, Speculation, StepLatency
-from placement.layout import Group, Layout, Link, Role
+from placement.lasting import Evaluated, Ranked, best_of_kinds, ranking
+from placement.latency import Speculation
+from placement.layout import Layout, Link, Role
 from placement.lengths import parse_lengths
 from placement.native import serve
 from placement.outcome import Targets
@@ -25,31 +24,10 @@ from placement.serving import Served
 from placement.topology import NodeKind, Topology, Wire
 from placement.workload import Workload
 from tests.placement.pipelines import azure_like
+from tests.placement.spaces import option, space
 
 REQUESTS = azure_like(2000)
 GOAL = Goal(Targets(500.0, 50.0), 0.9)
-
-
-def option(tp: int, stages: int = 1, **changes: Any) -> Option:
-    """Twice the devices are a little less than twice as fast."""
-    speed = tp**0.8
-    latency = StepLatency(
-        Coefficients(6 + 9 / speed, 0.1 / speed, 7e-6 / speed),
-        Coefficients(6 + 12 / speed, 0.0006 / speed, 0.04 / speed),
-        Coefficients(4 + 6 / speed, 0.0006 / speed, 0.1 / speed),
-        large_rows=95,
-        shared_ms=6.0,
-    )
-    group = Group(Role.BOTH, latency, 60_000 * (2 * tp * stages - 1), stages=stages, hop_ms=0.5)
-    return Option(**({"name": f"TP{tp} PP{stages}", "tp": tp, "group": group} | changes))
-
-
-def space(devices: int = 4, **changes: Any) -> Space:
-    options = tuple(option(tp, stages) for tp, stages in product((1, 2), (1, 2)) if tp * stages <= devices)
-    fabric = Fabric(Link(0.003, 0.1), Link(0.03, 0.5))
-    nodes = {"default": (4,) * (devices // 4)}
-    values = {"options": options, "nodes": nodes, "fabric": fabric}
-    return Space(**(values | changes))
 
 
 @cache
@@ -185,52 +163,6 @@ def test_sizes_of_a_kind_are_told_of_runs_as_long_as_those_of_its_best() -> None
 
 
 APART = frozenset({Role.PREFILL, Role.DECODE})
-
-
-def long_answers(devices: int, **changes: Any) -> Space:
-    """Groups that prefill 166 requests a second, or decode 160, each for 24 s: longer than a short run takes."""
-    decode = Coefficients(20.0, 0.0, 0.005)
-    latency = StepLatency(Coefficients(1.0, 0.005, 0.0), decode, decode, large_rows=95)
-    group = Group(Role.BOTH, latency, 100_000_000, max_sequences=100_000)
-    only = Option("TP1", 1, group)
-    values = {"options": (only,), "nodes": {"default": (devices,)}, "chunk_tokens": (2**20,), "roles": APART}
-    return space(**(values | changes))
-
-
-LONG_ANSWERS = parse_lengths("prompt=1000,output=600,cv=0.3")
-UNHURRIED = Goal(Targets(500.0, 40.0))
-
-
-@cache
-def with_long_answers() -> Found:
-    return search(long_answers(8), LONG_ANSWERS, UNHURRIED)
-
-
-def long_run(candidate: Candidate, near: float) -> float:
-    return goodput_near(candidate.layout, LONG_ANSWERS.of_length(50_000), UNHURRIED, near) / candidate.devices
-
-
-def test_numbers_of_groups_are_those_that_do_best_in_runs_that_last() -> None:
-    """In short runs all of a decode group's requests are there before the first of them has ended, so that one seems
-    to be enough for each that prefills."""
-    shortly, ranked = best_of_kinds(with_long_answers().evaluated)[0], with_long_answers().ranked[0]
-    lasts = long_run(ranked.candidate, ranked.goodput)
-    assert shortly.candidate.totals == (1, 1)
-    assert shortly.score > 1.1 * lasts
-    assert ranked.candidate.decodes > ranked.candidate.prefills
-    assert ranked.score == pytest.approx(lasts, rel=0.05)
-    assert all(long_run(one, lasts * one.devices) < 1.03 * lasts for one in candidates(long_answers(8)))
-
-
-def test_all_that_is_told_of_a_kind_is_of_runs_that_last() -> None:
-    ranked = with_long_answers().ranked[0]
-    assert ranked.steady
-    assert len(ranked.sizes) > 3
-    for one in ranked.sizes:
-        rate = one.goodput
-        assert one.requests >= lasting(one.candidate, LONG_ANSWERS, rate, UNHURRIED)
-        assert rate / one.candidate.devices == pytest.approx(long_run(one.candidate, rate), rel=0.06)
-        assert rate / one.candidate.devices < 1.05 * ranked.score
 
 
 def test_of_kinds_with_many_layouts_round_numbers_are_looked_at_and_then_what_is_next_to_the_best() -> None:
