@@ -25,7 +25,9 @@ START_S = 120.0
 
 @contextmanager
 def deployed(file: Path, app_dir: Path) -> Iterator[None]:
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(file), "--app-dir", str(app_dir)]
+    """On a Ray cluster of its own, not on one of another test's that runs here just now."""
+    serve = str(Path(sys.executable).with_name("serve"))
+    command = [serve, "run", str(file), "--app-dir", str(app_dir), "--address", "local"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             yield
