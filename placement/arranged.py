@@ -10,7 +10,7 @@ from typing import Protocol
 
 from core.errors import ConfigError
 from placement.arrangement import Arrangement
-from placement.latency import Speculation, StepLatency
+from placement.latency import Contention, Speculation, StepLatency
 from placement.layout import NO_SPECULATION, Group, Layout, Link, Role
 from placement.load import RoleLoad
 from placement.native import serve
@@ -101,6 +101,8 @@ class Simulated(BySimulation):
     most_tokens: int
     prefill_latency: StepLatency | None = None
     """In the role of prefill, where it is another."""
+    decode_contention: Contention | None = None
+    """In the role of decode, where it is another."""
     inside: Link = FREE
     across: Link = FREE
     """Over which KV leaves a worker, for one of its node, and beyond."""
@@ -180,12 +182,14 @@ class Simulated(BySimulation):
     def worker(self, role: Role, chunk_tokens: int, host: int, *, crowded: bool) -> Group:
         """`crowded`: together the workers of the host want more cores than it has."""
         latency = self.prefill_latency if role is Role.PREFILL else None
+        contention = self.decode_contention if role is Role.DECODE else None
         return replace(
             self.group,
             role=role,
             chunk_tokens=chunk_tokens,
             host=host,
             latency=latency or self.group.latency,
+            contention=contention or self.group.contention,
             speculation=self._with_room(chunk_tokens),
             cores=self.cores if crowded else 0.0,
         )
@@ -222,6 +226,7 @@ def simulated(
         targets=targets,
         most_tokens=profile.model.max_tokens,
         prefill_latency=option.prefill_latency,
+        decode_contention=option.decode_contention,
         inside=inside,
         across=across,
         workers_per_node=max(1, devices // option.devices),

@@ -9,7 +9,7 @@ from itertools import accumulate, product, takewhile
 from typing import Literal
 
 from core.errors import ConfigError
-from placement.latency import StepLatency
+from placement.latency import Contention, StepLatency
 from placement.layout import Group, Layout, Link, Role
 from placement.room import most_beside, shared_out
 
@@ -29,6 +29,8 @@ class Option:
     pool: str = "default"
     prefill_latency: StepLatency | None = None
     """In the role of prefill, where it is another."""
+    decode_contention: Contention | None = None
+    """In the role of decode, where it is another."""
     overhead_ms: float = 0.0
     handoff_ms: float = 0.0
     """As measured where it serves: around its groups, and of a hand-off beyond the link."""
@@ -247,6 +249,8 @@ class Candidate:
         group = replace(option.group, role=role, chunk_tokens=self.chunk_tokens, island=island, host=host)
         if role is Role.PREFILL and option.prefill_latency is not None:
             return replace(group, latency=option.prefill_latency)
+        if role is Role.DECODE and option.decode_contention is not None:
+            return replace(group, contention=option.decode_contention)
         return group
 
 

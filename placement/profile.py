@@ -71,6 +71,9 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sequence_ms: float
     handoff_step_ms: float = 0.0
     handoff_gap_ms: float = 0.0
+    handoff_decode: float | None = None
+    """How many times as long decodes take while a prompt is computed beside them that is handed over to their worker:
+    KV is taken meanwhile. None if it was not measured."""
     contention: Contention | None = None
     contention_quartiles: tuple[Contention, Contention] | None = None
 
@@ -160,6 +163,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return fit_contention(self.points, self.beside_prompts, self.beside_decodes, self.setting.beside)
 
     @property
+    def decode_contention(self) -> Contention:
+        """Of workers that only decode what is handed over to them."""
+        found, around = self.contention, self.serving
+        if around is None or around.handoff_decode is None:
+            return found
+        return replace(found, decode=(max(found.decode[0], around.handoff_decode), found.decode[1]))
+
+    @property
     def range(self) -> Range:
         most = {name: max(getattr(point, name) for point in self.points) for name in Range.__struct_fields__}
         return Range(**most)
@@ -220,6 +231,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             for place, what in enumerate(("prompts", "decodes")):
                 prompt, decode = (self._beside(kind, place) for kind in ("prompt", "decode"))
                 rows.append(f"beside another's {what} prompts take {prompt} times as long, decodes {decode}")
+        if self.serving is not None and (more := self.serving.handoff_decode) is not None:
+            rows.append(f"beside prompts that are handed over to their worker decodes take {more:.2f} times as long")
         return "\n".join(rows)
 
     def _beside(self, kind: str, place: int) -> str:

@@ -136,6 +136,7 @@ def _option(shape: Shape, topology: Topology, limits: Limits, kv_bytes: int) -> 
         (price or 1.0) * devices,
         setting.device,
         prefill_latency=profile.served(Role.PREFILL),
+        decode_contention=profile.decode_contention,
         overhead_ms=around.overhead_ms if around else 0.0,
         handoff_ms=around.handoff_gap_ms if around else 0.0,
     )

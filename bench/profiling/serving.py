@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -52,10 +53,10 @@ def measure_serving(
 
     with served(colocated=True, decode_replicas=1) as server:
         around = asked.around(server)
-    step_ms, gap_ms, beside = 0.0, 0.0, None
+    handed, beside = None, None
     if 2 * profile.setting.devices <= cores:
         with served(prefill_replicas=1, decode_replicas=1, handoff_min_tokens=0) as server:
-            step_ms, gap_ms = asked.handed_over_ms(server, model.max_tokens)
+            handed = asked.handed_over(server, model.max_tokens)
     together = asked.together(around, model.max_tokens)
     if others and together.lasts:
         with served(colocated=True, decode_replicas=1 + others) as server:
@@ -66,8 +67,9 @@ def measure_serving(
         prompt_token_ms=around.prompt_token_ms,
         step_ms=around.step_ms,
         sequence_ms=around.sequence_ms,
-        handoff_step_ms=step_ms,
-        handoff_gap_ms=gap_ms,
+        handoff_step_ms=handed.step_ms if handed else 0.0,
+        handoff_gap_ms=handed.gap_ms if handed else 0.0,
+        handoff_decode=handed.decode if handed else None,
         contention=beside.contention if beside else None,
         contention_quartiles=beside.quartiles if beside else None,
     )
@@ -104,6 +106,15 @@ class _Around:
     sequence_ms: float
     ttft_ms: float
     gap_ms: float
+
+
+class HandedOver(NamedTuple):
+    """As in Serving: what hand-offs add to the steps of prompts, and to the gap after the first token, and how many
+    times as long decodes take where KV comes; None if no answer went on meanwhile."""
+
+    step_ms: float
+    gap_ms: float
+    decode: float | None
 
 
 @dataclass(frozen=True)
@@ -151,18 +162,18 @@ class _Asked:
         decode_ms = self.latency.step_ms(0, 0.0, prompt + output, 1, 1)
         return max(_LEAST_GAP_S, 1.3e-3 * (self.latency.prompt_ms(prompt, prompt**2) + output * decode_ms))
 
-    def handed_over_ms(self, server: Asked, most_tokens: int) -> tuple[float, float]:
-        """What hand-offs add to the steps of prompts, and to the gap after the first token. Answers of a token end
-        where the prompt is computed: they are what there is without, and come right before those or right after, as a
-        machine is not as fast at all times. Meanwhile another answer is computed, for as long as one of `most_tokens`
-        goes on: where KV leaves and where it comes somebody computes then, and who seals and copies it is in the
-        way. The gap is that of prompts alone: beside others a step has to end first, which is none of a hand-off."""
+    def handed_over(self, server: Asked, most_tokens: int) -> HandedOver:
+        """Answers of a token end where the prompt is computed: they are what there is without hand-offs, and come right
+        before those or right after, as a machine is not as fast at all times. Meanwhile another answer is computed, for
+        as long as one of `most_tokens` goes on: where KV leaves and where it comes somebody computes then, and who
+        seals and copies it is in the way. Its own tokens tell what decodes take meanwhile. The gap is that of prompts
+        alone: beside others a step has to end first, which is none of a hand-off."""
         turns = [(1, _HANDED), (_HANDED, 1)] * (_PAIRS // 2)
         asked = [(length, output) for turn in turns for length in self.lengths for output in turn]
         gap_s = self._gap_s(asked)
         lasts = round(_SPARE * len(asked) * gap_s * 1e3 / self.latency.step_ms(0, 0.0, self.lengths[0], 1, 1))
         asked.insert(0, (_SHORT, min(lasts, most_tokens - _SHORT)))
-        server.timelines(_at_once(asked[1:]), 1.0)
+        server.timelines(_at_once(asked[1 : 1 + 2 * len(self.lengths)]), 1.0)  # each kind once: it takes longer then
         beside, *found = server.timelines(_at_once(asked).with_gaps(np.full(len(asked), gap_s)), 1.0)
         pairs = [sorted(pair, key=lambda t: len(t.chunks)) for pair in zip(found[::2], found[1::2], strict=True)]
         pairs = [pair for pair in pairs if max(t.end for t in pair) <= beside.end] or pairs
@@ -170,7 +181,7 @@ class _Asked:
         few = _at_once([(self.lengths[0], _HANDED)] * _ALONE)
         alone = server.timelines(few.with_gaps(np.full(_ALONE, gap_s)), 1.0)
         gap_ms = statistics.median(t.itl[0] for t in alone) * 1e3 - _gap_ms(alone)
-        return max(0.0, step_ms), max(0.0, gap_ms)
+        return HandedOver(max(0.0, step_ms), max(0.0, gap_ms), _slower(beside, found))
 
     def together(self, around: _Around, max_tokens: int) -> Together:
         """With the longer prompts."""
@@ -187,3 +198,21 @@ def _gap_ms(timelines: Sequence[Timeline]) -> float:
     """Of the later half of the gaps between tokens the mean, which is what the time per token is made of: some steps
     take longer than most. Of the requests the median."""
     return statistics.median(statistics.fmean(t.itl[len(t.itl) // 2 :]) for t in timelines) * 1e3
+
+
+def _slower(answer: Timeline, prompts: Sequence[Timeline]) -> float | None:
+    """How many times as long tokens of an answer take while prompts are computed that are handed over to where it is,
+    as right before each of them, when nothing else was asked: of these the median. Never below 1; None if there are
+    none."""
+    gaps = [*pairwise(answer.chunks)]
+    ends = [answer.chunks[0], *(t.end for t in prompts)]
+    ratios = []
+    for end, prompt in zip(ends, prompts, strict=False):
+        if len(prompt.chunks) > 1:
+            idle, beside = (
+                [two - one for one, two in gaps if began <= one and two <= ended]
+                for began, ended in ((end, prompt.start), (prompt.start, prompt.chunks[0]))
+            )
+            if idle and beside:
+                ratios.append(statistics.fmean(beside) / statistics.fmean(idle))
+    return max(1.0, statistics.median(ratios)) if ratios else None

@@ -172,7 +172,8 @@ def test_what_is_around_steps_does_not_hang_on_how_fast_the_machine_is(slower: f
 
 class Apart:
     """Prompts and answers apart: an answer of a token needs no hand-off, which takes 7 ms, and 9 before the second
-    token; but 4 and 3 as long as no other answer is computed."""
+    token; but 4 and 3 as long as no other answer is computed. The first answer's tokens come every 10 ms, and every 11
+    while a prompt is computed that is handed over."""
 
     def timelines(self, workload: Workload, rate: float) -> list[Timeline]:
         columns = (
@@ -189,6 +190,13 @@ class Apart:
             one.chunks = [one.start + (ttft + more) / 1e3 for more in later]
             one.end = one.chunks[-1]
             found.append(one)
+        first, *others = found
+        steps = [(t.start, t.chunks[0]) for t in others if len(t.chunks) > 1]
+        at = first.chunks[0]
+        for n in range(1, len(first.chunks)):
+            at += 0.011 if any(began <= at < ended for began, ended in steps) else 0.010
+            first.chunks[n] = at
+        first.end = first.chunks[-1]
         return found
 
 
@@ -196,5 +204,9 @@ def test_a_hand_off_costs_what_the_same_prompts_take_longer_than_where_there_is_
     """And while another answer is computed, for as long as that can be."""
     asked = _Asked(STEP, [64, 256])
     for most_tokens in (8192, 100):
-        assert asked.handed_over_ms(Apart(), most_tokens) == pytest.approx((7.0, 3.0))  # type: ignore[arg-type]
-    assert asked.handed_over_ms(Apart(), 17) == pytest.approx((4.0, 3.0))  # type: ignore[arg-type]
+        found = asked.handed_over(Apart(), most_tokens)  # type: ignore[arg-type]
+        assert (found.step_ms, found.gap_ms) == pytest.approx((7.0, 3.0))
+        assert found.decode == pytest.approx(1.1)
+    found = asked.handed_over(Apart(), 17)  # type: ignore[arg-type]
+    assert (found.step_ms, found.gap_ms) == pytest.approx((4.0, 3.0))
+    assert found.decode is None, "nothing went on beside them"

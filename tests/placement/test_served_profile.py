@@ -6,9 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from core.errors import ConfigError
+from placement.arranged import simulated
 from placement.candidates import candidates
 from placement.latency import Contention
 from placement.layout import Role
+from placement.outcome import Targets
 from placement.profile import Drafting, Serving, Setting, read_profile, write_profile
 from placement.shapes import Limits, shapes, space_of
 from placement.topology import NodeKind, Topology, Wire
@@ -80,6 +82,23 @@ def test_what_workers_that_serve_cost_each_other_counts_for_more_than_what_their
     assert read_profile(tmp_path / "stored.json").contention == served
     assert {group.contention for layout in layouts(measured).values() for group in layout.groups} == {served}
     assert "beside another's decodes prompts take 1.12 times as long, decodes 1.26" in measured.table()
+
+
+def test_decodes_take_longer_beside_prompts_that_are_handed_over_to_them() -> None:
+    served = Contention(prompt=(1.03, 1.12), decode=(1.02, 1.26))
+    around = replace(AROUND, contention=served, handoff_decode=1.1)
+    name = "1 prefill cpu TP1 + 1 decode cpu TP1, together on a node, chunks of 2048"
+    found = layouts(profile(serving=around))
+    apart = found[name]
+    assert [group.contention for group in apart.groups] == [served, Contention(served.prompt, (1.1, 1.26))]
+    assert "handed over to their worker decodes take 1.10 times as long" in profile(serving=around).table()
+    replanned = simulated(profile(serving=around), HERE, Limits(), Targets(ttft_ms=1000.0, tpot_ms=100.0))
+    prefill, decode, both = replanned.layout_of([Role.PREFILL, Role.DECODE, Role.BOTH], 2048).groups
+    assert (prefill.contention, both.contention) == (served, served)
+    assert decode.contention == Contention(served.prompt, (1.1, 1.26))
+    assert {group.contention for group in found["2 x cpu TP1, chunks of 2048"].groups} == {served}
+    apart = layouts(profile(serving=replace(around, handoff_decode=None)))[name]
+    assert {group.contention for group in apart.groups} == {served}
 
 
 def test_how_far_rounds_were_apart_is_stored_and_told(tmp_path) -> None:
