@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.kv_cache import Pool
+from kv_transfer import native_rows
 from kv_transfer.coding import Coding, checksum_of
 from kv_transfer.messages import Piece
 from kv_transfer.pieces import Extent, Rows, Slots, rows_of, seal, tokens_of
@@ -33,6 +34,7 @@ class Source:
 
     @staticmethod
     def of(pool: Pool, threads: Executor) -> Source:
+        native_rows.load()  # as by the taker
         return Source(pool, rows_of(pool), threads)
 
     def is_quick(self, extents: Sequence[Extent], coding: Coding) -> bool:

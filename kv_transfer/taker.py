@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from core.errors import LeaseExpired, TransferError
 from engine.kv_cache import Pool
+from kv_transfer import native_rows
 from kv_transfer.codecs.policy import CodecPolicy, LinkCodec
 from kv_transfer.counters import TransferCounters
 from kv_transfer.messages import REVISION, Hello
@@ -44,6 +45,7 @@ class Taker:
         self.counters = TransferCounters()
         self._pool = pool
         self._rows = rows_of(pool)
+        native_rows.load()  # compiled now, if it has to be, and not while KV waits
         self._transports = transports
         self._codecs = codecs or CodecPolicy("none", pool.layout, pool.device)
         self._stall_s = stall_s

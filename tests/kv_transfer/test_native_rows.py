@@ -10,12 +10,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.native import library
 from kv_transfer import native_rows
 from kv_transfer.native_rows import Memory, move
 from kv_transfer.pieces import checksum, copy, copy_summed, runs
 
-needs_kernels = pytest.mark.skipif(library._why_not() is not None, reason="needs AVX512-BF16 and a C++ compiler")
+needs_kernels = pytest.mark.skipif(native_rows.load() is None, reason="needs AVX2 and a C++ compiler")
 
 
 def rows(layers: int, slots: int, width: int, seed: int) -> Memory:
@@ -65,9 +64,14 @@ def test_memory_that_may_not_be_written_is_read(tmp_path: Path) -> None:
 def test_runs_that_are_not_in_the_cache_are_refused(run: list[int]) -> None:
     target = rows(1, 8, 128, 2)
     before = target.copy()
-    with pytest.raises(RuntimeError, match="not in the cache"):
+    with pytest.raises(IndexError, match="not in the cache"):
         move(rows(1, 8, 128, 1), target, np.array([run]), summed=False)
     np.testing.assert_array_equal(target, before)
+
+
+def test_rows_of_unlike_shapes_are_refused() -> None:
+    with pytest.raises(IndexError, match="2 layers"):
+        move(rows(2, 8, 128, 1), rows(1, 8, 128, 2), np.array([[0, 0, 8]]), summed=False)
 
 
 def test_rows_that_do_not_suit_the_kernel_are_left_to_others() -> None:
@@ -84,7 +88,7 @@ def test_without_the_kernel_it_is_all_the_same(monkeypatch: pytest.MonkeyPatch) 
     ours = np.array([5, 6, 0, 1])
     found = copy_summed(target, source, pairs), checksum(target, ours)
     copied = target.copy()
-    monkeypatch.setattr(native_rows.library, "load", lambda: False)
+    monkeypatch.setattr(native_rows, "load", lambda: None)
     again = rows(3, 8, 128, 2)
     assert (copy_summed(again, source, pairs), checksum(again, ours)) == found
     assert found[0] == found[1]

@@ -13,7 +13,6 @@
 #include "likeliest.h"
 #include "linear.h"
 #include "rope.h"
-#include "rows.h"
 
 namespace slipstream {
 namespace {
@@ -215,37 +214,6 @@ std::tuple<at::Tensor, at::Tensor> likeliest_op(const at::Tensor& logits, const 
   return {ids, logprobs};
 }
 
-Rows rows(const at::Tensor& t) {
-  TORCH_CHECK(t.scalar_type() == at::kByte && t.dim() == 4 && t.size(1) == 2 && t.stride(3) == 1 &&
-                  t.stride(2) == t.size(3) && t.size(3) % kStripe == 0 && t.stride(1) % kStripe == 0 &&
-                  t.stride(0) % kStripe == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kStripe == 0,
-              "rows must be [layers, 2, slots, bytes] of uint8, the slots side by side, all at multiples of ", kStripe);
-  return {static_cast<uint8_t*>(const_cast<void*>(t.const_data_ptr())), t.size(0), t.size(2), t.size(3), t.stride(0),
-          t.stride(1)};
-}
-
-// runs: [runs][3]: first row in the source, first row in the target, rows.
-int64_t move_rows_op(const at::Tensor& source, const std::optional<at::Tensor>& target, const at::Tensor& runs,
-                     bool summed, bool streamed) {
-  const Rows from = rows(source);
-  const Rows into = target ? rows(*target) : from;
-  TORCH_CHECK(into.layers == from.layers && into.row == from.row, "rows of unlike shapes: ", source.sizes());
-  TORCH_CHECK(runs.dim() == 2 && runs.size(1) == 3 && runs.is_contiguous(), "runs must be [runs, 3]");
-  const Run* list = reinterpret_cast<const Run*>(runs.const_data_ptr<int64_t>());
-  int64_t total = 0;
-  for (const Run* run = list; run != list + runs.size(0); ++run) {
-    TORCH_CHECK(run->length > 0 && run->source >= 0 && run->target >= 0 && run->source + run->length <= from.slots &&
-                    (!target || run->target + run->length <= into.slots),
-                "a run of ", run->length, " rows from ", run->source, " to ", run->target, " is not in the cache");
-    total += run->length;
-  }
-  TORCH_CHECK(!summed || 2 * from.layers * total * from.row >= kShortest, "too little to be summed here");
-  const auto move = !target ? move_rows<false, true, false>
-                    : summed ? (streamed ? move_rows<true, true, true> : move_rows<true, true, false>)
-                             : (streamed ? move_rows<true, false, true> : move_rows<true, false, false>);
-  return static_cast<int64_t>(move(from, &into, list, runs.size(0)));
-}
-
 }  // namespace
 }  // namespace slipstream
 
@@ -254,7 +222,6 @@ TORCH_LIBRARY(slipstream, m) {
   m.def("rotate(Tensor(a!) heads, Tensor cosines, Tensor sines, Tensor? norms, float eps) -> ()");
   m.def("attention(Tensor query, Tensor kv, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
   m.def("decoder_layer(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor[] norms, Tensor? head_norms, float eps, int queries, int inner, int activation, Tensor cosines, Tensor sines, Tensor(a!) cache, Tensor slots, Tensor spans, Tensor blocks, Tensor? masks, float scale, float softcap, int window) -> Tensor");
-  m.def("move_rows(Tensor source, Tensor(a!)? target, Tensor runs, bool summed, bool streamed) -> int");
   m.def("likeliest(Tensor logits, Tensor rows, int count) -> (Tensor, Tensor)");
   m.def("gated_linear(Tensor x, Tensor packed, int inner, Tensor? bias, Tensor? norm, float eps, int activation) -> Tensor");
 }
@@ -265,6 +232,5 @@ TORCH_LIBRARY_IMPL(slipstream, CPU, m) {
   m.impl("attention", &slipstream::attention_op);
   m.impl("decoder_layer", &slipstream::decoder_layer_op);
   m.impl("gated_linear", &slipstream::gated_op);
-  m.impl("move_rows", &slipstream::move_rows_op);
   m.impl("likeliest", &slipstream::likeliest_op);
 }

@@ -1,24 +1,23 @@
 // Rows of the KV cache copied and summed in one pass over memory: what a hand-off within a host costs.
 //
 // The sum is XXH3's 64 bits with seed 0 and its default secret (Y. Collet, xxHash, XXH3 in doc/xxhash_spec.md), for
-// inputs of more than 240 bytes that are whole stripes of 64. Eight lanes are one register.
-#pragma once
+// inputs of more than 240 bytes that are whole stripes of 64.
 
-#include <immintrin.h>
-
-#include <bit>
+#include <cstddef>
 #include <cstdint>
 
+#include "stripe.h"
+
 namespace slipstream {
+namespace {
 
 constexpr int64_t kStripe = 64;
-constexpr int64_t kShortest = 256;  // from here on inputs are long ones to XXH3
 
 class Xxh3 {
  public:
   explicit Xxh3(int64_t bytes) : bytes_(bytes), left_(bytes / kStripe) {}
 
-  void add(__m512i stripe) {
+  void add(Stripe stripe) {
     if (--left_ == 0) {
       mix(stripe, kSecret + sizeof kSecret - kStripe - 7);
       return;
@@ -28,8 +27,8 @@ class Xxh3 {
   }
 
   uint64_t digest() const {
-    alignas(64) uint64_t lanes[8];
-    _mm512_store_si512(lanes, lanes_);
+    alignas(kStripe) uint64_t lanes[8];
+    lanes_.store(lanes);
     uint64_t sum = static_cast<uint64_t>(bytes_) * kPrime64[0];
     for (int pair = 0; pair < 4; ++pair) {
       const unsigned __int128 product = static_cast<unsigned __int128>(lanes[2 * pair] ^ word(11 + 16 * pair)) *
@@ -66,22 +65,20 @@ class Xxh3 {
     return value;
   }
 
-  void mix(__m512i stripe, const uint8_t* secret) {
-    const __m512i key = _mm512_xor_si512(stripe, _mm512_loadu_si512(secret));
-    const __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
-    const __m512i crossed = _mm512_shuffle_epi32(stripe, static_cast<_MM_PERM_ENUM>(0x4e));
-    lanes_ = _mm512_add_epi64(lanes_, _mm512_add_epi64(product, crossed));
+  void mix(Stripe stripe, const uint8_t* secret) {
+    const Stripe key = stripe ^ Stripe::load(secret);
+    lanes_ = lanes_ + key.times_low(key.right<32>()) + stripe.swapped();
   }
 
   void scramble() {
-    const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(lanes_, _mm512_srli_epi64(lanes_, 47)),
-                                           _mm512_loadu_si512(kSecret + sizeof kSecret - kStripe));
-    lanes_ = _mm512_mullo_epi64(mixed, _mm512_set1_epi64(kPrime32[0]));
+    const Stripe mixed = lanes_ ^ lanes_.right<47>() ^ Stripe::load(kSecret + sizeof kSecret - kStripe);
+    const Stripe prime = Stripe::set(kPrime32[0]);
+    lanes_ = mixed.times_low(prime) + mixed.right<32>().times_low(prime).left<32>();
     in_block_ = 0;
   }
 
-  __m512i lanes_ = _mm512_setr_epi64(kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1],
-                                     kPrime64[4], kPrime32[0]);
+  Stripe lanes_ = Stripe::set({kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1],
+                               kPrime64[4], kPrime32[0]});
   int64_t bytes_, left_;
   int in_block_ = 0;
 };
@@ -102,7 +99,7 @@ struct Run {
 // a page walk costs as much as a copied page: while one run is moved the next is asked for, into the second cache: the
 // first has places for few lines that are still to come.
 template <bool kCopied, bool kSummed, bool kStreamed>
-uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int64_t count) {
+uint64_t move(const Rows& source, const Rows* target, const Run* runs, int64_t count) {
   int64_t rows = 0;
   for (int64_t i = 0; i < count; ++i) rows += runs[i].length;
   Xxh3 sum(2 * source.layers * rows * source.row);
@@ -113,10 +110,10 @@ uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int6
       const uint8_t* next = i + 1 < count ? from + runs[i + 1].source * source.row : here;
       uint8_t* there = kCopied ? target->plane(plane) + runs[i].target * target->row : nullptr;
       for (int64_t at = 0; at < runs[i].length * source.row; at += kStripe) {
-        _mm_prefetch(next + at, _MM_HINT_T1);
-        const __m512i stripe = _mm512_loadu_si512(here + at);
-        if constexpr (kCopied && kStreamed) _mm512_stream_si512(reinterpret_cast<__m512i*>(there + at), stripe);
-        if constexpr (kCopied && !kStreamed) _mm512_store_si512(there + at, stripe);
+        _mm_prefetch(reinterpret_cast<const char*>(next + at), _MM_HINT_T1);
+        const Stripe stripe = Stripe::load(here + at);
+        if constexpr (kCopied && kStreamed) stripe.stream(there + at);
+        if constexpr (kCopied && !kStreamed) stripe.store(there + at);
         if constexpr (kSummed) sum.add(stripe);
       }
     }
@@ -125,4 +122,28 @@ uint64_t move_rows(const Rows& source, const Rows* target, const Run* runs, int6
   return kSummed ? sum.digest() : 0;
 }
 
+bool within(int64_t first, int64_t length, int64_t slots) {
+  return first >= 0 && length > 0 && length <= slots && first <= slots - length;
+}
+
+}  // namespace
 }  // namespace slipstream
+
+// Copies `runs` of rows into `target` unless it is null, and writes the sum of what was read to `sum` unless that is
+// null. Returns -1, or the place of the first run that is not in the caches, of which nothing was done then.
+extern "C" int64_t move_rows(const slipstream::Rows* source, const slipstream::Rows* target,
+                             const slipstream::Run* runs, int64_t count, bool streamed, uint64_t* sum) {
+  using namespace slipstream;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!within(runs[i].source, runs[i].length, source->slots)) return i;
+    if (target && !within(runs[i].target, runs[i].length, target->slots)) return i;
+  }
+  if (!target) {
+    *sum = move<false, true, false>(*source, target, runs, count);
+  } else if (sum) {
+    *sum = (streamed ? move<true, true, true> : move<true, true, false>)(*source, target, runs, count);
+  } else {
+    (streamed ? move<true, false, true> : move<true, false, false>)(*source, target, runs, count);
+  }
+  return -1;
+}
