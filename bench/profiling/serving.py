@@ -43,7 +43,8 @@ def measure_serving(
 ) -> Serving:
     """`engine`: settings of the workers. Hand-offs are measured where there are `cores` for two workers, and in so many
     `rounds` how workers slow each other down, if steps were measured beside others. Raises ConfigError, Unavailable."""
-    progress.begin("measuring what serving adds")
+    apart = 2 * profile.setting.devices <= cores
+    progress.begin("measuring what serving adds", 1 + apart)
     model, others = profile.model, profile.setting.beside
     longest = min(_PROMPT, model.max_tokens // 2)
     asked = _Asked(profile.latency, [longest // 4, longest])
@@ -53,10 +54,12 @@ def measure_serving(
 
     with served(colocated=True, decode_replicas=1) as server:
         around = asked.around(server)
+    progress.update(1)
     handed, beside = None, None
-    if 2 * profile.setting.devices <= cores:
+    if apart:
         with served(prefill_replicas=1, decode_replicas=1, handoff_min_tokens=0) as server:
             handed = asked.handed_over(server, model.max_tokens)
+        progress.update(2)
     together = asked.together(around, model.max_tokens)
     if others and together.lasts:
         with served(colocated=True, decode_replicas=1 + others) as server:
