@@ -12,85 +12,34 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.draft_state import DraftStates
-from core.types import TokenLogprobs
 from engine.drafts import Candidate, Draft, Verdict
-from engine.sampler import GREEDY_TEMPERATURE, sampling_law
-from engine.schedule import Chunk, Schedule
+from engine.schedule import Schedule
 from engine.sequence import Sequence as EngineSequence
-from engine.step import SamplingRow, StepBatch, StepOutput
+from engine.step import StepBatch, StepOutput
 from speculation import native
 from speculation.acceptance import Acceptance
 from speculation.allowance import Allowance
 from speculation.counters import Counters
 from speculation.crew import PATIENCE_S, Crew
-from speculation.dice import KeyedDice
 from speculation.grammars import follow_grammars
 from speculation.overlap import Overlap, overlap
 from speculation.protocols import Controller, Drafter
-from speculation.rounds import Budgets, DraftRequest, Feedback, Load, Outcome, Tally, TargetRows, Timing
+from speculation.rounds import Feedback, Load, Outcome, Tally, Timing
 from speculation.rules.registry import DEFAULT_RULE, RULES, Rule
 from speculation.seen import Step, observed
 from speculation.sounding import NO_TOKEN, TOKENS, Sounding, soundable
-from speculation.tree import DraftBatch, ranges
+from speculation.tree import DraftBatch
+from speculation.under_way import Part, Rest, Round
 from speculation.wishes import Wishes
 
 MOST_UNTOLD = 16
 """Steps whose hidden states are kept until drafters are told of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The drafts of a step that one drafter proposes and one rule judges."""
-
-    drafter: str
-    rule: Rule
-    candidates: NDArray[np.int64]  # [requests] which of the step's
-    drafts: DraftBatch
-    masks: list[tuple[NDArray[np.uint32], ...] | None]
-    """Per request, what its grammar allows after each row."""
-
-
-@dataclass(slots=True)
-class Round:
-    """A step from proposal to settlement."""
-
-    requests: list[DraftRequest]
-    load: Load
-    budgets: Budgets
-    num_tokens: int
-    """Rows of the step without drafts."""
-    began: float
-    """By time.perf_counter: before it was proposed for or, of a plain step, after nothing was."""
-    alone: bool
-    """Whether no other step was under way then."""
-    parts: list[Part] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    overlaps: list[Overlap] = field(default_factory=list)
-    soundings: list[Sounding] = field(default_factory=list)
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-
-
-@dataclass(slots=True)
-class Rest:
-    """What is left of a Budgets.rest, and whose it is."""
-
-    request_ids: list[str]
-    left: int
-
-    def covers(self, chunks: Sequence[Chunk]) -> bool:
-        return (
-            self.left > 0
-            and len(chunks) == len(self.request_ids)
-            and all(c.decodes and c.sequence.request_id == own for c, own in zip(chunks, self.request_ids, strict=True))
-        )
 
 
 class InBatch:
@@ -205,7 +154,7 @@ class InBatch:
             if part is not None and part.drafts.num_nodes:
                 round_.parts.append(part)
                 for index, place in enumerate(part.candidates):
-                    drafts[place] = _draft_of(part, index)
+                    drafts[place] = part.draft(index)
         for name in {name for name, _ in groups}:
             self._sound(name, round_, candidates)
         return drafts if round_.parts else None
@@ -261,14 +210,13 @@ class InBatch:
         round_ = self._rounds[0]
         assert round_ is not None, "there are drafts in the step"
         for part in round_.parts:
-            rows = step.logit_rows_of(part.candidates)
-            warm = _warm(part, round_)
-            target = self._target_rows(part, warm, rows, batch, output)
-            outcome = part.rule.verify(part.drafts, target, _dice(part, round_))
+            warm = round_.warm(part)
+            target = part.target_rows(warm, step.logit_rows_of(part.candidates), batch, output)
+            outcome = part.rule.verify(part.drafts, target, round_.dice(part))
             round_.outcomes.append(outcome)
             round_.overlaps.append(overlap(part.drafts, target, outcome, ~warm))
             for index, place in enumerate(part.candidates):
-                verdicts[step.sample_of(place)] = _verdict(part.drafts, outcome, index, step.logprobs_of(place))
+                verdicts[step.sample_of(place)] = part.verdict(outcome, index, step.logprobs_of(place))
         round_.verify_seconds += time.perf_counter() - started
         return verdicts
 
@@ -312,26 +260,11 @@ class InBatch:
     def unpack(self, sequence: EngineSequence, states: DraftStates) -> None:
         self._crew.unpack(sequence, states)
 
-    def _target_rows(
-        self, part: Part, warm: NDArray[np.bool_], rows: NDArray[np.int64], batch: StepBatch, output: StepOutput
-    ) -> TargetRows:
-        tokens = output.token_ids[rows]
-        if not part.rule.reads_laws or output.logits is None:
-            return TargetRows(tokens)
-        drafts = part.drafts
-        if not warm.any():
-            return TargetRows(tokens)
-        lengths = drafts.lengths + 1
-        starts = np.where(warm, np.cumsum(np.where(warm, lengths, 0)) - lengths, -1)
-        chosen = rows[ranges(drafts.root_rows[warm], lengths[warm])]
-        wanted = [row for row in (batch.sampling[index] for index in chosen) if isinstance(row, SamplingRow)]
-        return TargetRows(tokens, sampling_law(output.logits[chosen], wanted), starts)
-
     def _count(self, part: Part, outcome: Outcome, shared: Overlap, round_: Round) -> None:
         asked = round_.budgets.tokens[part.candidates]
         self._stats.observe(part.drafts, outcome, asked, [round_.load.classes[place] for place in part.candidates])
-        keys = [round_.requests[place].key for place in part.candidates]
-        free = _warm(part, round_) & np.array([mask is None for mask in part.masks])
+        keys = [request.key for request in round_.asked(part)]
+        free = round_.warm(part) & np.array([mask is None for mask in part.masks])
         self.counters.count(part.drafts, outcome, shared, free, keys)
 
     def _count_sounding(self, sounding: Sounding, round_: Round) -> None:
@@ -391,7 +324,7 @@ class InBatch:
             if part.drafter != name:
                 continue
             own.update(part.candidates.tolist())
-            requests = [round_.requests[place] for place in part.candidates] if round_ is not None else []
+            requests = round_.asked(part) if round_ is not None else []
             if self._crew.know(requests):  # else one was dropped while the step ran, and drafters have forgotten it
                 seen = observed(step, drafter.needs, *step.path_rows(part.candidates, part.drafts, outcome))
                 lessons.append(partial(drafter.observe, Feedback(requests, part.drafts, outcome, seen)))
@@ -426,28 +359,3 @@ class InBatch:
 def _tell(lessons: Sequence[Callable[[], None]]) -> None:
     for lesson in lessons:
         lesson()
-
-
-def _draft_of(part: Part, index: int) -> Draft:
-    drafts, own = part.drafts, slice(part.drafts.offsets[index], part.drafts.offsets[index + 1])
-    return Draft(drafts.tokens[own], drafts.parents[own], drafts.depths[own], part.masks[index])
-
-
-def _warm(part: Part, round_: Round) -> NDArray[np.bool_]:
-    """[requests] that are not greedy."""
-    return np.array([round_.requests[place].temperature >= GREEDY_TEMPERATURE for place in part.candidates], np.bool_)
-
-
-def _dice(part: Part, round_: Round) -> KeyedDice:
-    requests = [round_.requests[place] for place in part.candidates]
-    return KeyedDice([request.seed for request in requests], [request.position for request in requests])
-
-
-def _verdict(
-    drafts: DraftBatch, outcome: Outcome, index: int, logprobs: Sequence[TokenLogprobs | None] | None
-) -> Verdict:
-    path = outcome.path[outcome.path_offsets[index] : outcome.path_offsets[index + 1]] - drafts.offsets[index]
-    emitted = outcome.emitted[outcome.emitted_offsets[index] : outcome.emitted_offsets[index + 1]]
-    rows = (0, *(1 + node for node in path.tolist()))
-    found = None if logprobs is None else [one for row in rows if (one := logprobs[row]) is not None]
-    return Verdict(emitted.tolist(), path.tolist(), found)
