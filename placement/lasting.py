@@ -8,7 +8,7 @@ what is next to the best of them, and at a few sizes, until none of these is bet
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,22 +92,36 @@ def order(result: Evaluated) -> tuple[float, int]:
 
 
 def ranking(
-    evaluated: Sequence[Iterable[Evaluated]], workload: Workload, goal: Goal, objective: Objective
+    searches: Sequence[Callable[[float], Iterable[Evaluated]]], workload: Workload, goal: Goal, objective: Objective
 ) -> list[Ranked]:
-    """The best of each kind by runs that last: of NUM_RANKED kinds of all searches, and of OF_EITHER of each. Raises
-    ConfigError if none attains the goal in them."""
-    bests = [best_of_kinds(one) for one in evaluated]
-    first = sorted((result for best in bests for result in best), key=order)[:NUM_RANKED]
-    first += [result for best in bests for result in best[:OF_EITHER] if result not in first]
-    alike = _alike({result.candidate.kinds: result.candidate for result in first}.values())
-    kinds = [(_Kind(alike[one.candidate.kinds], workload, goal, objective), one) for one in first]
-    found = [ranked for kind, one in kinds if (ranked := kind.ranked(one)) is not None]
+    """The best of each kind by runs that last: of NUM_RANKED kinds of all searches, and of OF_EITHER of each; and of
+    further ones as long as their short runs, which mostly tell more, say that they are better than the best. A search
+    is asked for all kinds that pass a score. Raises ConfigError if none attains the goal."""
+    bests = [best_of_kinds(one(math.inf)) for one in searches]
+    chosen = sorted((result for best in bests for result in best), key=order)[:NUM_RANKED]
+    chosen += [result for best in bests for result in best[:OF_EITHER] if result not in chosen]
+    found, tried = list[Ranked](), set[tuple[object, ...]]()
+    while chosen:
+        found += _ranked(chosen, workload, goal, objective)
+        tried |= {result.candidate.kinds for result in chosen}
+        least = max((ranked.score for ranked in found), default=0.0)
+        further = (result for one in searches for result in best_of_kinds(one(least)))
+        chosen = [one for one in sorted(further, key=order) if one.score > least and one.candidate.kinds not in tried][
+            :1
+        ]
     if not found:
         raise ConfigError(
             f"no layout attains {goal.told()} at any rate in longer runs than of {LEAST_REQUESTS} requests: relax them",
             param="slo",
         )
     return sorted(found, key=lambda ranked: (-ranked.score, ranked.candidate.devices))
+
+
+def _ranked(chosen: Sequence[Evaluated], workload: Workload, goal: Goal, objective: Objective) -> list[Ranked]:
+    """Of the kinds of these layouts those that attain the goal."""
+    alike = _alike([result.candidate for result in chosen])
+    kinds = [(_Kind(alike[one.candidate.kinds], workload, goal, objective), one) for one in chosen]
+    return [ranked for kind, one in kinds if (ranked := kind.ranked(one)) is not None]
 
 
 def _alike(chosen: Collection[Candidate]) -> dict[tuple[object, ...], list[Candidate]]:

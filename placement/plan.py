@@ -119,7 +119,7 @@ def make_plan(
     if not found:
         search(space(TOGETHER | APART), workload, goal, objective)  # raises, for all of them together
         raise ConfigError("no layout attains the targets")
-    ranked = ranking([result.evaluated for result in found], workload, goal, objective)
+    ranked = ranking([result.reaching for result in found], workload, goal, objective)
     chosen = ranked[0].candidate
     if rate is not None:
         chosen = cheapest(space(TOGETHER | APART), workload, goal, rate, objective)

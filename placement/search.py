@@ -40,19 +40,59 @@ _Bounded = tuple[float, float, Candidate]
 """Score and rate that a layout cannot pass."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Looked:
-    """`evaluated`: every layout that was simulated; `pruned`: how many could not get there by their bounds; `refused`:
-    what cannot run, or is too slow for the targets at any rate, and why; `between`: how many were left to be looked at
-    around the best (lasting.py)."""
+    """The layouts of a space, as far as short runs have told them. `refused`: what cannot run, or is too slow for the
+    targets at any rate, and why; `between`: how many were left to be looked at around the best (lasting.py). Those that
+    are `bounded` are looked at in this `order`; `others`: scores of what another search found, to be ranked beside."""
 
-    evaluated: list[Evaluated]
-    pruned: int
-    refused: dict[str, str] = field(default_factory=dict)
-    between: int = 0
+    most: _Most
+    objective: Objective
+    bounded: list[_Bounded]
+    order: list[int]
+    refused: dict[str, str]
+    between: int
+    others: list[float]
+    found: dict[int, Evaluated] = field(default_factory=dict)
+    best: dict[tuple[object, ...], float] = field(default_factory=dict)
+
+    @property
+    def evaluated(self) -> list[Evaluated]:
+        """Every layout that was simulated."""
+        return [self.found[place] for place in sorted(self.found)]
+
+    @property
+    def pruned(self) -> int:
+        """How many could not get there by their bounds."""
+        return len(self.bounded) - len(self.found)
+
+    def reaching(self, score: float) -> list[Evaluated]:
+        """What is `evaluated` once the best layout of each kind is known that may be ranked, or passes the score."""
+        last = self._last(score)
+        for place in self.order:
+            most, bound, candidate = self.bounded[place]
+            to_beat = max(self.best.get(candidate.kinds, 0.0), last)
+            if most <= to_beat or self._told(place, to_beat):
+                continue
+            result = _evaluate(candidate, bound, to_beat, self.most, self.objective)
+            self.found[place] = result
+            if result.exact:
+                self.best[candidate.kinds] = result.score
+                last = self._last(score)
+        return self.evaluated
+
+    def _last(self, score: float) -> float:
+        return min(_last_ranked([*self.best.values()], self.others), score)
+
+    def _told(self, place: int, to_beat: float) -> bool:
+        """Whether it is known if the layout is better."""
+        known = self.found.get(place)
+        if known is None or known.exact:
+            return known is not None
+        return known.goodput <= _needed(known.candidate, to_beat, self.objective)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found(Looked):
     """`ranked`: the best layout of each of the best kinds, best first."""
 
@@ -72,8 +112,8 @@ def search(space: Space, workload: Workload, goal: Goal, objective: Objective = 
     looked = look(space, workload, goal, objective)
     if isinstance(looked, Nothing):
         raise looked.error
-    ranked = ranking([looked.evaluated], workload, goal, objective)
-    return Found(looked.evaluated, looked.pruned, looked.refused, looked.between, ranked)
+    ranked = ranking([looked.reaching], workload, goal, objective)
+    return Found(**vars(looked), ranked=ranked)
 
 
 def look(
@@ -84,31 +124,20 @@ def look(
     beside: Sequence[Evaluated] = (),
 ) -> Looked | Nothing:
     """The best of each kind of layout in short runs; exactly, of those that are to be ranked: NUM_RANKED of these and
-    of what another search found, the best of each of its kinds, `beside` this one, and OF_EITHER of these at least."""
+    of what another search found, the best of each of its kinds, `beside` this one, and OF_EITHER of these at least. Of
+    further ones when they are asked for."""
     refused, most = _refused(space), _Most(space, workload, goal)
     try:
         every = _bounded(most, objective, refused)
     except ConfigError as error:
         return Nothing(error, refused)
     bounded = _thinned(every)
-    found: dict[int, Evaluated] = {}
-    best: dict[tuple[object, ...], float] = {}
-    others = [one.score for one in beside]
-    pruned = 0
-    for place in _likely_first(bounded, most, objective):
-        score, bound, candidate = bounded[place]
-        to_beat = max(best.get(candidate.kinds, 0.0), _last_ranked([*best.values()], others))
-        if score <= to_beat:
-            pruned += 1
-            continue
-        result = _evaluate(candidate, bound, to_beat, most, objective)
-        found[place] = result
-        if result.exact:
-            best[candidate.kinds] = result.score
-    if not any(best.values()):
+    likely, others = _likely_first(bounded, most, objective), [one.score for one in beside]
+    looked = Looked(most, objective, bounded, likely, refused | most.slow, len(every) - len(bounded), others)
+    looked.reaching(math.inf)
+    if not any(looked.best.values()):
         return _unreachable(most, refused, [(bound, candidate) for _, bound, candidate in bounded])
-    evaluated = [found[place] for place in sorted(found)]
-    return Looked(evaluated, pruned, refused | most.slow, len(every) - len(bounded))
+    return looked
 
 
 def _thinned(bounded: list[_Bounded]) -> list[_Bounded]:
@@ -285,11 +314,16 @@ def _evaluate(candidate: Candidate, bound: float, to_beat: float, most: _Most, o
     cost = candidate.cost(objective)
     if to_beat == 0.0 and not most.attains_alone(candidate):
         return Evaluated(candidate, 0.0, 0.0)
-    needed = next_rate(to_beat * cost) if to_beat > 0.0 else 0.0
+    needed = _needed(candidate, to_beat, objective)
     found = goodput(candidate.layout, most.requests(candidate), most.goal, ceiling=bound, floor=needed)
     if found < needed:
         return Evaluated(candidate, needed, needed / cost, exact=False)
     return Evaluated(candidate, found, found / cost)
+
+
+def _needed(candidate: Candidate, to_beat: float, objective: Objective) -> float:
+    """The lowest rate of a better score; 0 if there is none to beat."""
+    return next_rate(to_beat * candidate.cost(objective)) if to_beat > 0.0 else 0.0
 
 
 def _unreachable(most: _Most, refused: dict[str, str], tried: list[tuple[float, Candidate]]) -> Nothing:

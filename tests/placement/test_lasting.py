@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -64,3 +65,26 @@ def test_all_that_is_told_of_a_kind_is_of_runs_that_last() -> None:
         assert one.requests >= lasting(one.candidate, LONG_ANSWERS, rate, UNHURRIED)
         assert rate / one.candidate.devices == pytest.approx(long_run(one.candidate, rate), rel=0.06)
         assert rate / one.candidate.devices < 1.05 * ranked.score
+
+
+def priced(name: str, prompts: float, decode: Coefficients, dollars: float) -> Option:
+    """Whose prompts take so many times as long as those of groups with long answers."""
+    known = long_answers(2).options[0]
+    prompt = known.group.latency.prompt.times(prompts)
+    latency = replace(known.group.latency, prompt=prompt, decode=decode, large_decode=decode)
+    return replace(known, name=name, dollars_per_hour=dollars, group=replace(known.group, latency=latency))
+
+
+def test_kinds_that_are_better_in_short_runs_do_not_keep_the_best_from_being_looked_at() -> None:
+    """For the price the cheap group is the best to decode in short runs, and 5 % behind in those that last; with five
+    sizes of chunks that makes five kinds."""
+    dear, cheap = Coefficients(10.0, 0.0, 0.005), Coefficients(20.0, 0.0, 0.0065)
+    options = priced("dear", 1.0, dear, 1.0), priced("cheap", 4.0, cheap, 0.39)
+    few = long_answers(2, options=options, chunk_tokens=tuple(2**20 + more for more in range(5)))
+    found = search(few, LONG_ANSWERS, UNHURRIED, "per-dollar")
+    shortly = best_of_kinds(found.evaluated)
+    assert {one.candidate.decode.name for one in shortly[:5]} == {"cheap"}
+    best = found.ranked[0]
+    assert best.candidate.kinds[:2] == ("dear", "dear")
+    flattered = next(one for one in found.ranked if one.candidate.decode.name == "cheap")
+    assert flattered.score < 0.97 * best.score

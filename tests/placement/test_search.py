@@ -50,7 +50,7 @@ def searched_exhaustively(goal: Goal = GOAL) -> list[Evaluated]:
     ],
 )
 def test_it_finds_what_an_exhaustive_search_finds(goal: Goal) -> None:
-    best, found = ranking([searched_exhaustively(goal)], REQUESTS, goal, "per-device")[0], searched(goal)
+    best, found = ranking([lambda _: searched_exhaustively(goal)], REQUESTS, goal, "per-device")[0], searched(goal)
     assert found.ranked[0].candidate == best.candidate
     assert found.ranked[0].score == best.score
     assert found.pruned > 0
@@ -112,7 +112,8 @@ def test_of_pools_with_prices_it_finds_what_an_exhaustive_search_finds(targets: 
     """The same kinds of layouts, each as good as the best of its kind is."""
     goal = Goal(targets)
     found = search(two_pools(), REQUESTS, goal, objective)
-    best = ranking([exhaustive(two_pools(), REQUESTS, goal, objective)], REQUESTS, goal, objective)
+    every = exhaustive(two_pools(), REQUESTS, goal, objective)
+    best = ranking([lambda _: every], REQUESTS, goal, objective)
     assert found.ranked[0].candidate == best[0].candidate
     assert [(one.candidate.kinds, one.score) for one in found.ranked] == [
         (one.candidate.kinds, one.score) for one in best
@@ -196,7 +197,7 @@ def test_beside_another_search_only_kinds_that_may_be_ranked_are_bisected_and_a_
     assert isinstance(beside, Looked)
     assert sum(one.exact for one in beside.evaluated) < sum(one.exact for one in alone.evaluated)
     assert best_scores(beside.evaluated)[-4:] == best_scores(alone.evaluated)[-4:]
-    ranked: list[Ranked] = ranking([dreams, beside.evaluated], REQUESTS, GOAL, "per-device")
+    ranked: list[Ranked] = ranking([lambda _: dreams, beside.reaching], REQUESTS, GOAL, "per-device")
     assert len(ranked) >= 5
 
 
@@ -278,7 +279,8 @@ def test_every_layout_has_a_place_where_groups_do_not_divide_nodes() -> None:
 
 def test_the_best_of_those_that_have_a_place_is_found() -> None:
     wide = uneven(roles=frozenset({Role.BOTH}))
-    best = ranking([exhaustive(wide, REQUESTS, GOAL, "total")], REQUESTS, GOAL, "total")
+    every = exhaustive(wide, REQUESTS, GOAL, "total")
+    best = ranking([lambda _: every], REQUESTS, GOAL, "total")
     found = search(wide, REQUESTS, GOAL, "total").ranked
     assert found[0].candidate == best[0].candidate
     assert {ranked.candidate.name for ranked in found} >= {"3 x TP2 PP1, chunks of 2048"}
