@@ -346,6 +346,7 @@ class ClusterBackend:
                         served=served,
                         in_flight=self._recorder.in_flight,
                         workers=list(self.status().workers),
+                        under_way=self._recorder.under_way(),
                     )
                 )
             except Unavailable as error:

@@ -1,15 +1,16 @@
-"""What a gateway has to tell of its requests once they have ended."""
+"""What a gateway has to tell of its requests: once they have ended, and how far the others are."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 
 from msgspec import Struct
 
 from core.replan_metrics import ReplanStatus
-from core.served import Served
+from core.served import Served, UnderWay
 from core.types import FinishReason, Request, TokenDelta
 from core.wire import WorkerStatus
 
@@ -25,6 +26,8 @@ class Report(Struct, frozen=True, kw_only=True):
     """That have ended since its last report, MOST_KEPT of them at the most."""
     in_flight: int
     workers: list[WorkerStatus]
+    under_way: list[UnderWay] = []
+    """Of those in flight the newest, MOST_KEPT of them at the most."""
 
 
 SendReport = Callable[[Report], Awaitable[ReplanStatus | None]]
@@ -35,16 +38,25 @@ class Recorder:
     """Of one gateway. When nobody asks, the oldest are forgotten."""
 
     def __init__(self) -> None:
-        self.in_flight = 0
+        self._open: dict[Record, None] = {}
         self._ended: deque[Served] = deque(maxlen=MOST_KEPT)
 
-    def begin(self, request: Request) -> Record:
-        self.in_flight += 1
-        return Record(self, request)
+    @property
+    def in_flight(self) -> int:
+        return len(self._open)
 
-    def end(self, served: Served) -> None:
-        self.in_flight -= 1
+    def begin(self, request: Request) -> Record:
+        record = Record(self, request)
+        self._open[record] = None
+        return record
+
+    def end(self, record: Record, served: Served) -> None:
+        del self._open[record]
         self._ended.append(served)
+
+    def under_way(self) -> list[UnderWay]:
+        """Those that have not ended, the newest first."""
+        return [record.so_far() for record in islice(reversed(self._open), MOST_KEPT)]
 
     def take(self) -> list[Served]:
         """Those that have ended since the last call."""
@@ -79,12 +91,16 @@ class Record:
         if delta.finish is not None:
             self.end(delta.finish.reason)
 
+    def so_far(self) -> UnderWay:
+        return UnderWay(time.perf_counter() - self._began, self._prompt_tokens, self._cached, self._tokens)
+
     def end(self, reason: FinishReason) -> None:
         """Only the first end counts."""
         if not self._open:
             return
         self._open = False
         self._recorder.end(
+            self,
             Served(
                 arrived_s=self._arrived_s,
                 prompt_tokens=self._prompt_tokens,
@@ -93,5 +109,5 @@ class Record:
                 ttft_ms=(self._first - self._began) * 1e3 if self._tokens else None,
                 tpot_ms=(self._last - self._first) * 1e3 / (self._tokens - 1) if self._tokens > 1 else None,
                 ended=reason,
-            )
+            ),
         )

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import and_
@@ -24,7 +24,7 @@ from cluster.moving import Fleet, Moving
 from cluster.recorder import Report
 from core.errors import Unavailable
 from core.replan_metrics import Decided, ReplanStatus
-from core.served import Served
+from core.served import Served, UnderWay
 from core.types import Role
 from core.wire import WorkerStatus
 from placement.arrangement import Arrangement
@@ -123,6 +123,7 @@ class Replanning:
             sum(report.in_flight for report in reports),
             self._drafts.since(workers),
             {member.worker_id: member.shape for member in self._membership.members()},
+            [request for report in reports for request in report.under_way],
         )
         loop = asyncio.get_running_loop()
         change = await loop.run_in_executor(self._thread, self._decide, served, starts, load, now)
@@ -241,9 +242,10 @@ def load_of(
     in_flight: int,
     drafted: Drafted = NOTHING,
     shapes: Mapping[str, WorkerShape | None] | None = None,
+    under_way: Sequence[UnderWay] = (),
 ) -> Load:
     """What workers say, by role; those that leave are not counted. Of a worker that several gateways tell of, the last
-    is taken. `shapes`: by worker, where they may change."""
+    is taken. `shapes`: by worker, where they may change. `under_way`: of those in flight."""
     roles: dict[Role, RoleLoad] = {}
     for worker in {worker.worker_id: worker for worker in workers if not worker.leaving}.values():
         before = roles.get(worker.role, RoleLoad())
@@ -256,7 +258,7 @@ def load_of(
             free_kv_tokens=before.free_kv_tokens + worker.num_free_blocks * worker.block_size,
             shapes=before.shapes | ({} if shape is None else {shape: before.shapes.get(shape, 0) + 1}),
         )
-    return Load(roles=roles, in_flight=in_flight, drafted=drafted)
+    return Load(roles=roles, in_flight=in_flight, under_way=list(under_way), drafted=drafted)
 
 
 def plan_of(to: Arrangement, before: Plan, configured: Arrangement) -> Plan:

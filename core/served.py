@@ -1,4 +1,4 @@
-"""What is remembered of a request that has ended."""
+"""What is remembered of a request that has ended, and known of one that has not."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ class Served(Struct, frozen=True):
         """From its arrival to its last token; 0 if none came."""
         later_ms = (self.output_tokens - 1) * self.tpot_ms if self.tpot_ms is not None else 0.0
         return ((self.ttft_ms or 0.0) + later_ms) / 1e3
+
+
+class UnderWay(Struct, frozen=True):
+    """One request that has not ended, as its gateway sees it."""
+
+    for_s: float
+    """Since it came."""
+    prompt_tokens: int
+    cached_tokens: int
+    """0 until the first token is there."""
+    output_tokens: int
+    """So far."""

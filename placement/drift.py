@@ -1,9 +1,11 @@
 """Whether traffic has changed since a plan was made for it.
 
 The rate is watched by Page's CUSUM (1954), which notices a lasting change soonest of all tests that are wrong as rarely
-(Lorden, 1971). The lengths of prompts and outputs together are compared by their energy distance (Székely and Rizzo,
-2004), which is zero for equal laws only, with a permutation test: it is wrong exactly as often as asked for, whatever
-the law.
+(Lorden, 1971). So are prompts as they come and outputs as they grow, against laws that are longer or shorter: a few
+requests of quite another kind are enough, before the first of them ends. The lengths of prompts and outputs together
+are compared by their energy distance (Székely and Rizzo, 2004), which is zero for equal laws only, with a permutation
+test: it is wrong exactly as often as asked for, whatever the law; it takes more requests, that have ended, and tells
+other changes too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from placement.arrived import Arrived
 from placement.live_log import Ended, LiveLog
+from placement.survival import Survival
 from placement.traces import served_workload
 from placement.workload import Workload
 
@@ -92,27 +96,76 @@ class LengthWatch:
         self._rng = np.random.default_rng(0)
         self.expect(-math.inf, ())
 
-    def expect(self, now_s: float, like: Iterable[Ended]) -> None:
-        """From now on."""
-        self._looked_s, self._before = now_s, list(like)
+    def expect(self, now_s: float, like: Iterable[Ended], came_s: float = -math.inf) -> None:
+        """From now on, of those that came at `came_s` or later. With too few to tell it waits to be told again: those
+        that end next are the short ones of them."""
+        self._looked_s, self._before, self._came_s = now_s, list(like), came_s
         self._lately: list[Ended] = []
+
+    @property
+    def ready(self) -> bool:
+        return len(self._before) >= LEAST_COMPARED
 
     def look(self, now_s: float, log: LiveLog) -> float | None:
         """If lengths have changed, when the first request came that has others. Looks every LOOK_S, if asked as often
         or oftener."""
-        if now_s - self._looked_s < LOOK_S:
+        if now_s - self._looked_s < LOOK_S or not self.ready:
             return None
-        told = [*self._lately, *sorted(log.ended(self._looked_s), key=lambda one: one.told_s)]
+        ended = (one for one in log.ended(self._looked_s) if one.came_s >= self._came_s)
+        told = [*self._lately, *sorted(ended, key=lambda one: one.told_s)]
         self._looked_s = now_s
         recent = sum(one.told_s > now_s - LATELY_S for one in told)
         older = max(0, len(told) - max(recent, _LEAST_LATELY))
         self._before += told[:older][: max(0, KNOWN - len(self._before))]
         self._lately = told[older:]
-        if min(len(self._before), len(self._lately)) < LEAST_COMPARED:
+        if len(self._lately) < LEAST_COMPARED:
             return None
         lately = sorted(self._lately, key=lambda one: one.came_s)
         before, now = (served_workload(one.served for one in of) for of in (self._before, lately))
         return lately[changed_at(now)].came_s if lengths_differ(before, now, rng=self._rng) else None
+
+
+_POWERS = np.array([1 / 16, 1 / 4, 1 / 2, 2.0, 4.0, 16.0])
+"""Of S, the share above a length. Lengths that vary as much as their mean are then as many times as short; those that
+are less than about 1.4 times as long or as short are nearer to what they were."""
+
+
+class SizeWatch:
+    """CUSUMs of log-likelihood ratios over requests in the order in which they came, those that are under way among
+    them: that since one of them prompts, or outputs, follow the law S ** power instead of S, for each of _POWERS. What
+    has not ended is weighed as what it is known to be, so that each sum is a martingale as outputs grow (as in Biswas
+    and Kalbfleisch, A risk-adjusted CUSUM in continuous time, 2008). As long as nothing changes a false alarm comes
+    once in `mean_requests` at the most often (Lorden), if lengths of requests have nothing to do with each other."""
+
+    def __init__(self, *, mean_requests: float = 1e5) -> None:
+        self._threshold = math.log(2 * len(_POWERS) * mean_requests)
+        self._likely = math.log(2 * len(_POWERS)) + _LIKELY
+        self.suspects_s = math.inf
+        """Since whom lengths are likely others: by chance there is somebody at one moment in 20."""
+
+    def expect(self, since_s: float, before: Arrived) -> None:
+        """Of those who come at `since_s` or later."""
+        self._since_s, self._before, self.suspects_s = since_s, before, math.inf
+        self._prompts = Survival(before.prompts, np.ones(len(before), np.bool_))
+        self._outputs = Survival(before.outputs, before.ended)
+
+    def look(self, now_s: float, log: LiveLog) -> float | None:
+        """If lengths have changed, when the first request came that has others. Who came a while ago is what is
+        expected too from then on, up to KNOWN, unless a change is likely."""
+        came = log.arrived(self._since_s)
+        if not len(came):
+            return None
+        prompts = self._prompts.likelier(came.prompts, np.ones(len(came), np.bool_), _POWERS)
+        ratios = np.concatenate([prompts, self._outputs.likelier(came.outputs, came.ended, _POWERS)])
+        sums = ratios[:, ::-1].cumsum(axis=1).max(axis=0)[::-1]  # since each of them
+        place = int(sums.argmax())
+        self.suspects_s = float(came.came_s[place]) if sums[place] > self._likely else math.inf
+        if sums[place] > self._threshold:
+            return self.suspects_s
+        older = min(int(np.searchsorted(came.came_s, now_s - LATELY_S)), len(came) - _LEAST_LATELY)
+        if older > 0 and math.isinf(self.suspects_s) and len(self._before) < KNOWN:
+            self.expect(float(came.came_s[older]), self._before.followed_by(came[:older]))
+        return None
 
 
 def lengths_differ(

@@ -1,20 +1,21 @@
 """The requests of the last while: what they were, how many came, and how many met their targets.
 
-A request is told of when it ends. How many arrive is known sooner, by counting: those that have ended since, and by how
-many more are under way.
+What became of a request is told of when it ends. How many arrive is known sooner, by counting: those that have ended
+since, and by how many more are under way. Of these the prompts are known, and how far the outputs are (arrived.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from core.served import Served
+from core.served import Served, UnderWay
 from core.types import FinishReason
+from placement.arrived import Arrived
 from placement.outcome import Targets
 
 MOST_REQUESTS = 10_000
@@ -68,13 +69,19 @@ class LiveLog:
         self._ticks: deque[Tick] = deque(maxlen=MOST_TICKS)
         self._since: tuple[float, int] | None = None
         self._ended = 0
+        self._told_s = -math.inf
+        self._under_way: Sequence[UnderWay] = ()
 
-    def tell(self, now_s: float, ended: Iterable[Served], in_flight: int) -> Tick | None:
-        """What has ended since the last call, and how many requests are under way now. Returns what has come meanwhile;
-        None the first time, which tells only who was there before, and if no time has passed."""
+    def tell(
+        self, now_s: float, ended: Iterable[Served], in_flight: int, under_way: Sequence[UnderWay] = ()
+    ) -> Tick | None:
+        """What has ended since the last call, how many requests are under way now, and of these those of whom more is
+        known. Returns what has come meanwhile; None the first time, which tells only who was there before, and if no
+        time has passed."""
         told = [Ended(now_s, now_s - one.took_s, one) for one in ended]
         self._served.extend(told)
         self._ended += len(told)
+        self._told_s, self._under_way = now_s, under_way
         self._forget(now_s)
         if self._since is not None and now_s <= self._since[0]:
             return None
@@ -116,6 +123,20 @@ class LiveLog:
         """Those of them that came at `since_s` or later, and before `until_s`. Of those that came lately only the short
         have ended, so lengths are known up to `known_until` only."""
         return [one for one in self.ended(-math.inf) if since_s <= one.came_s < until_s]
+
+    def arrived(self, since_s: float, until_s: float = math.inf) -> Arrived:
+        """Who came at `since_s` or later and before `until_s`, and has ended with a token or more or is under way."""
+        ended = (
+            (one.came_s, one.served.prompt_tokens, one.served.cached_tokens, one.served.output_tokens, True)
+            for one in self._served
+            if since_s <= one.came_s < until_s and one.served.output_tokens > 0
+        )
+        under_way = (
+            (self._told_s - one.for_s, one.prompt_tokens, one.cached_tokens, one.output_tokens, False)
+            for one in self._under_way
+            if since_s <= self._told_s - one.for_s < until_s
+        )
+        return Arrived.of([*ended, *under_way])
 
     def known_until(self, now_s: float, since_s: float) -> float:
         """Of what came before this, 19 in 20 have ended by `now_s`, if requests take as long as those that have ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from core.served import UnderWay
 from core.types import Role
 from placement.worker_shape import WorkerShape
 
@@ -37,6 +38,8 @@ class Load(Struct, frozen=True, kw_only=True):
     roles: dict[Role, RoleLoad]
     in_flight: int
     """Requests that gateways have accepted and that have not ended."""
+    under_way: list[UnderWay] = []
+    """These, as far as gateways tell of them."""
     drafted: Drafted = NOTHING
     """Since the last time."""
 

@@ -107,8 +107,8 @@ class Replanner:
         """Raises nothing: without enough requests to tell it decides nothing."""
         if math.isinf(self._predictive_s):  # what came in a moment tells no rate
             self._predictive_s = now_s + self.settings.predictive_s
-        if (changed := self.traffic.tell(now_s, self._ended, load.in_flight)) is not None:
-            self._changed = changed
+        if (changed := self.traffic.tell(now_s, self._ended, load.in_flight, load.under_way)) is not None:
+            self._changed = changed if self._changed is None else f"{self._changed} and {changed}"
             self._left.clear()
         self._ended.clear()
         self._correction.drafts(load.drafted)
@@ -193,7 +193,7 @@ class Replanner:
             change = fewer if self._spare.often(None if fewer is None else fewer.to) else None
         self.traffic.planned(now_s, expected, anew=change is not None)
         changed, self._changed = self._changed, None
-        self._predictive_s = now_s + self.settings.predictive_s
+        self._predictive_s = now_s + (self.settings.settle_s if expected.unsettled else self.settings.predictive_s)
         return change if change is None or changed is None else replace(change, why=f"{changed}; {change.why}")
 
     def _outlook(self, expected: Expected, load: Load, *, shapes_stay: bool = False) -> Outlook:

@@ -12,11 +12,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from core import types
-from core.served import Served
+from core.served import Served, UnderWay
 from placement.arranged import Simulated
 from placement.arrangement import Arrangement
 from placement.change import Change
-from placement.lanes import LaneState, Request
+from placement.lanes import At, LaneState, Request
 from placement.layout import Layout, Role
 from placement.load import Load, RoleLoad
 from placement.moving import Held, ask
@@ -57,6 +57,8 @@ class Run(ABC):
         self.changes: list[Changed] = []
         self.told = 0
         """Ended requests that the replanner knows."""
+        self.arrived, self.under_way = 0, list[Request]()
+        """How many have come, and those that have not ended."""
 
     def whole(self) -> None:
         for at_s in np.arange(TICK_S, self.arrivals[-1] / 1e3, TICK_S).tolist():
@@ -75,8 +77,10 @@ class Run(ABC):
         now_s = self.world.now / 1e3
         ended, self.told = self.world.ended[self.told :], len(self.world.ended)
         self.replanner.record([self._served(request) for request in ended])
-        arrived = int(np.searchsorted(self.arrivals, self.world.now, side="right"))
-        change = self.replanner.decide(now_s, self._load(arrived - self.told))
+        before, self.arrived = self.arrived, int(np.searchsorted(self.arrivals, self.world.now, side="right"))
+        there = [*self.under_way, *self.world.requests[before : self.arrived]]
+        self.under_way = [request for request in there if request.at is not At.DONE]
+        change = self.replanner.decide(now_s, self._load())
         if change is not None:
             self._carry_out(change.to)
             self.replanner.adopt(change.to, now_s)
@@ -95,9 +99,20 @@ class Run(ABC):
             ended=types.FinishReason.LENGTH,
         )
 
-    def _load(self, in_flight: int) -> Load:
+    def _so_far(self, request: Request) -> UnderWay:
+        """What its gateway would know: of the tokens that were delivered."""
+        lane = self.world.lanes[request.d]
+        tokens = request.emitted + (lane.emitted_by(request) if request.at is At.DECODING else 0)
+        for_s = (self.world.now - float(self.arrivals[request.index]) + self.overhead_ms) / 1e3
+        return UnderWay(for_s, request.prompt, request.cached if tokens else 0, min(tokens, request.output - 1))
+
+    def _load(self) -> Load:
         there = {role: [lanes for lanes in self.lanes if lanes[0].open and _role(lanes) is role] for role in types.Role}
-        return Load(roles={role: self._role_load(of) for role, of in there.items()}, in_flight=in_flight)
+        return Load(
+            roles={role: self._role_load(of) for role, of in there.items()},
+            in_flight=len(self.under_way),
+            under_way=[self._so_far(request) for request in self.under_way],
+        )
 
     def _role_load(self, workers: list[list[LaneState]]) -> RoleLoad:
         lanes = [lane for of in workers for lane in of]

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from core.served import Served
+from core.served import Served, UnderWay
 from placement.arrivals import burstiness, gamma_gaps
-from placement.drift import KNOWN, KNOWN_S, LEAST_COMPARED, LengthWatch, RateWatch
+from placement.arrived import Arrived
+from placement.drift import KNOWN, KNOWN_S, LEAST_COMPARED, LengthWatch, RateWatch, SizeWatch
 from placement.forecast import Maker
 from placement.live_log import Ended, LiveLog, Met, Tick
 from placement.replan_settings import ReplanSettings
-from placement.traces import Trace, served_workload
+from placement.traces import Trace
 from placement.workload import Workload
 
 LEAST_RATE = 1e-3
+MOST_GUESSED, GUESSING_S = 0.5, 10.0
+"""If more of the output tokens than this part are yet to come, no plan is made as long after a change of lengths."""
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """Requests/s, and requests to draw from."""
+    """Requests/s, and requests to draw from. `guessed`: the part of their output tokens that is yet to come."""
 
     workload: Workload
     rate: float
+    guessed: float = 0.0
+
+    @property
+    def unsettled(self) -> bool:
+        return self.guessed > MOST_GUESSED
 
     def __str__(self) -> str:
         prompt, output = self.workload.prompt_tokens.mean(), self.workload.output_tokens.mean()
@@ -68,12 +76,15 @@ class Traffic:
         """`before`: what forecasts have seen already, in times of `predictive_s` (`history`)."""
         self._settings = settings
         self._log = LiveLog(max(settings.window_s, settings.recent_s, KNOWN_S))
-        self._watches: tuple[RateWatch, LengthWatch] | None = None
+        self._rates: RateWatch | None = None
+        self._lengths: tuple[LengthWatch, SizeWatch] | None = None
         """None until there is a plan for what comes now."""
-        self._observed_s = self._known_s = -math.inf
-        """Up to which forecasts know the rate, and lengths."""
+        self._observed_s = -math.inf
+        """Up to which forecasts know what came."""
         self._rate_since_s = self._since_s = -math.inf
         """Of the last change of the rate, and of the lengths."""
+        self._new_lengths = False
+        """Forecasts of lengths do not know of their last change."""
         self._rate, self._prompt, self._output = forecast(), forecast(), forecast()
         self._last: Period | None = None
         """That was foreseen from."""
@@ -86,28 +97,34 @@ class Traffic:
         self._output.observe(period.output)
         self._last = period
 
-    def tell(self, now_s: float, ended: Iterable[Served], in_flight: int) -> str | None:
+    def tell(
+        self, now_s: float, ended: Iterable[Served], in_flight: int, under_way: Sequence[UnderWay] = ()
+    ) -> str | None:
         """What has changed since `planned`, if something has."""
-        tick = self._log.tell(now_s, ended, in_flight)
+        tick = self._log.tell(now_s, ended, in_flight, under_way)
         if tick is None:
             return None
         if math.isinf(self._observed_s):
-            self._observed_s = self._known_s = now_s - tick.seconds
-        changed = self._changed(now_s, tick)
-        if changed is not None:
-            self._watches = None
-        elif now_s - self._observed_s >= self._settings.predictive_s:
+            self._observed_s = now_s - tick.seconds
+        changed = " and ".join([*self._lengths_changed(now_s), *self._rate_changed(now_s, tick)]) or None
+        if changed is None and now_s - self._observed_s >= self._settings.predictive_s:
             self._observe(now_s)
         return changed
 
     def planned(self, now_s: float, expected: Expected, *, anew: bool) -> None:
         """A plan was made for this, or is found to do for it: changes are told against the rate that came before it was
         likely another already, and if the plan is new against the lengths that came."""
-        first = self._watches is None
-        rates, lengths = self._watches = self._watches or (RateWatch(), LengthWatch())
+        if self._new_lengths:
+            self._relevel(now_s)
         since_s = now_s - min(KNOWN_S, KNOWN / expected.rate)
-        if first or anew:
-            lengths.expect(now_s, self._log.came(max(self._since_s, since_s), self._known(now_s)))
+        anew = anew or self._lengths is None
+        laws, sizes = self._lengths = self._lengths or (LengthWatch(), SizeWatch())
+        first_s, until_s = max(self._since_s, since_s), min(now_s, sizes.suspects_s)
+        if anew:
+            sizes.expect(until_s, self._log.arrived(first_s, until_s))
+        if anew or not laws.ready:
+            laws.expect(now_s, self._log.came(first_s, self._known(now_s)), first_s)
+        rates = self._rates = self._rates or RateWatch()
         known = max(self._rate_since_s, since_s), now_s - rates.suspects_s
         if (rate := self._log.rate(*known)) is not None:
             rates.expect(max(LEAST_RATE, rate), max(1, self._log.count(*known)), self._log.burstiness(*known))
@@ -125,26 +142,29 @@ class Traffic:
         return self._log.came(self._window(now_s, came_s), self._known(now_s))
 
     def recent(self, now_s: float) -> Expected | None:
-        """What has ended lately comes as often as what came lately; None with too few requests to tell."""
+        """As many, and such, as came lately; None with too few requests to tell."""
         since_s = now_s - self._settings.recent_s
-        return self._of(self._log.ended(since_s), since_s) or self._seen(now_s)
+        return self._of(since_s, since_s) or self._seen(now_s)
 
     def expected(self, now_s: float) -> Expected | None:
         """In the middle of the horizon, and at no lower a rate than that of the last `predictive_s`; None with too few
-        requests to tell."""
+        requests to tell, or too little of them."""
         if (seen := self._seen(now_s)) is None:
+            return None
+        if self._new_lengths and seen.unsettled and now_s - self._since_s < GUESSING_S:
             return None
         steps = max(1, round(self._settings.horizon_s / 2 / self._settings.predictive_s))
         now = Period.of(seen.rate, seen.workload)
         known = (self._rate, now.rate), (self._prompt, now.prompt), (self._output, now.output)
         ahead = (forecast.ahead(steps) / value for forecast, value in known)
         rate, prompt, output = (1.0 if math.isnan(times) else times for times in ahead)
+        if self._new_lengths:
+            prompt = output = 1.0
         last = self._log.rate(max(self._rate_since_s, now_s - self._settings.predictive_s)) or 0.0
-        return Expected(seen.workload.scaled(prompt, output), max(LEAST_RATE, last, seen.rate * rate))
+        return Expected(seen.workload.scaled(prompt, output), max(LEAST_RATE, last, seen.rate * rate), seen.guessed)
 
     def _seen(self, now_s: float) -> Expected | None:
-        came = self._log.came(self._window(now_s, self._since_s), self._known(now_s))
-        return self._of(came, self._window(now_s, self._rate_since_s))
+        return self._of(self._window(now_s, self._since_s), self._window(now_s, self._rate_since_s))
 
     def _window(self, now_s: float, since_s: float) -> float:
         return max(since_s, now_s - self._settings.window_s)
@@ -152,40 +172,50 @@ class Traffic:
     def _known(self, now_s: float) -> float:
         return self._log.known_until(now_s, now_s - self._settings.recent_s)
 
-    def _of(self, requests: list[Ended], since_s: float) -> Expected | None:
-        """At random, and as many and as bursty as what has come since."""
-        rate = self._log.rate(since_s)
-        if rate is None or len(requests) < LEAST_COMPARED:
+    def _of(self, since_s: float, rate_since_s: float) -> Expected | None:
+        """At random, of those who came since the former, and as many and as bursty as came since the latter."""
+        rate, came = self._log.rate(rate_since_s), self._log.arrived(since_s)
+        if rate is None or len(came) < LEAST_COMPARED:
             return None
-        gaps = gamma_gaps(len(requests), self._log.burstiness(since_s) ** -0.5, np.random.default_rng(0))
-        return Expected(_workload(requests).with_gaps(gaps), max(LEAST_RATE, rate))
+        gaps = gamma_gaps(len(came), self._log.burstiness(rate_since_s) ** -0.5, np.random.default_rng(0))
+        whole = self._completed(since_s, came).with_gaps(gaps)
+        return Expected(whole, max(LEAST_RATE, rate), 1 - float(came.outputs.sum() / whole.output_tokens.sum()))
+
+    def _completed(self, since_s: float, came: Arrived) -> Workload:
+        return came.completed(self._log.arrived(-math.inf, since_s), np.random.default_rng(0))
+
+    def _relevel(self, now_s: float) -> None:
+        since_s = self._window(now_s, self._since_s)
+        self._last = Period.of(0.0, self._completed(since_s, self._log.arrived(since_s)))
+        self._prompt.relevel(self._last.prompt)
+        self._output.relevel(self._last.output)
+        self._new_lengths = False
 
     def _observe(self, now_s: float) -> None:
-        rate, known_s = self._log.rate(max(self._observed_s, self._rate_since_s)), self._known(now_s)
-        came = self._log.came(max(self._known_s, self._since_s), known_s)
-        self._observed_s, self._known_s = now_s, max(self._known_s, known_s)
-        if rate is not None and came:
-            self._foresee(Period.of(rate, _workload(came)))
+        rate = self._log.rate(max(self._observed_s, self._rate_since_s))
+        since_s, self._observed_s = max(self._observed_s, self._since_s), now_s
+        if rate is not None and len(came := self._log.arrived(since_s)):
+            self._foresee(Period.of(rate, self._completed(since_s, came)))
         elif rate is not None and self._last is not None:  # a season goes on while nobody comes
             self._foresee(replace(self._last, rate=rate))
 
-    def _changed(self, now_s: float, tick: Tick) -> str | None:
-        if self._watches is None:
-            return None
-        rates, lengths = self._watches
-        if (for_s := rates.tell(tick.arrived, tick.seconds)) is not None:
-            self._rate_since_s = now_s - for_s
-            rate = self._log.rate(self._rate_since_s) or 0.0
-            self._rate.relevel(rate)
-            return f"the rate is no longer {rates.rate:.3g}/s but {rate:.3g}/s"
-        if (since_s := lengths.look(now_s, self._log)) is not None:
-            self._since_s = since_s
-            self._last = Period.of(0.0, _workload(self._log.came(since_s, math.inf)))
-            self._prompt.relevel(self._last.prompt)
-            self._output.relevel(self._last.output)
-            return "other lengths come than before"
-        return None
+    def _rate_changed(self, now_s: float, tick: Tick) -> Iterator[str]:
+        """Where lengths have changed it is enough that the rate likely has too."""
+        if self._rates is None:
+            return
+        for_s = self._rates.tell(tick.arrived, tick.seconds) or (self._new_lengths and self._rates.suspects_s)
+        if not for_s:
+            return
+        self._rate_since_s = now_s - for_s
+        rate = self._log.rate(self._rate_since_s) or 0.0
+        self._rate.relevel(rate)
+        yield f"the rate is no longer {self._rates.rate:.3g}/s but {rate:.3g}/s"
+        self._rates = None
 
-
-def _workload(ended: Iterable[Ended]) -> Workload:
-    return served_workload(one.served for one in ended)
+    def _lengths_changed(self, now_s: float) -> Iterator[str]:
+        if self._lengths is None:
+            return
+        since_s = next((at for watch in self._lengths if (at := watch.look(now_s, self._log)) is not None), None)
+        if since_s is not None:
+            self._since_s, self._lengths, self._new_lengths = since_s, None, True
+            yield "other lengths come than before"

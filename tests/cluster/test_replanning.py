@@ -17,7 +17,7 @@ from cluster.recorder import MOST_KEPT, Recorder, Report
 from cluster.replanning import REPORT_TIMEOUT_S, Replanning, arrangement_of, load_of, plan_of
 from cluster.traffic_log import TrafficLog
 from core.errors import ConfigError, Unavailable
-from core.served import Served
+from core.served import Served, UnderWay
 from core.types import Finish, FinishReason, Request, Role, SamplingParams, TokenDelta
 from core.wire import WorkerCounters, WorkerStatus
 from engine.kv_layout import KVLayout
@@ -57,7 +57,13 @@ def served(number: int = 0, ended: FinishReason = FinishReason.LENGTH) -> Served
 
 
 def report(gateway: str = "g", *answers: Served, in_flight: int = 0) -> Report:
-    return Report(gateway_id=gateway, served=list(answers), in_flight=in_flight, workers=[worker("a"), worker("b", D)])
+    return Report(
+        gateway_id=gateway,
+        served=list(answers),
+        in_flight=in_flight,
+        workers=[worker("a"), worker("b", D)],
+        under_way=[UnderWay(1.0, 7, 0, tokens) for tokens in range(in_flight)],
+    )
 
 
 def change(to: Arrangement) -> Change:
@@ -123,6 +129,7 @@ async def test_what_was_reported_is_recorded_once_and_the_status_says_how_it_sta
     await world.replanning.look(2.0)
     assert world.script.recorded == [served(1), served(2), served(3)]
     assert world.script.loads[0].in_flight == 7
+    assert [request.output_tokens for request in world.script.loads[0].under_way] == [0, 1, 2, 0, 1, 2, 3]
     assert world.script.loads[0].of(P).workers == 1
     status = world.replanning.report(report(), 2.0)
     assert (status.attainment, status.goodput_rps, status.plan_id) == (0.75, 1.5, 0)
@@ -262,7 +269,17 @@ def test_a_request_is_recorded_once_when_it_ends() -> None:
     assert before <= found.arrived_s <= time.time()
     assert found.ttft_ms is not None
     assert found.tpot_ms is not None
-    assert (recorder.in_flight, recorder.take()) == (0, [])
+    assert (recorder.in_flight, recorder.under_way(), recorder.take()) == (0, [], [])
+
+
+def test_of_a_request_under_way_it_is_known_how_far_it_is() -> None:
+    recorder = Recorder()
+    early, _ = recorder.begin(request()), recorder.begin(request(9))
+    early.heard(delta(0, 3, cached=4))
+    new, old = recorder.under_way()
+    assert (old.prompt_tokens, old.cached_tokens, old.output_tokens) == (7, 4, 3)
+    assert (new.prompt_tokens, new.cached_tokens, new.output_tokens) == (9, 0, 0)
+    assert 0 <= new.for_s <= old.for_s < 60
 
 
 def test_without_a_token_there_is_no_latency() -> None:

@@ -14,11 +14,11 @@ from placement.arrangement import Arrangement
 from placement.goodput import Goal
 from placement.latency import Coefficients, StepLatency
 from placement.layout import Layout, Link, Role
-from placement.load import RoleLoad
+from placement.load import Load, RoleLoad
 from placement.native import serve
 from placement.outcome import Targets
 from placement.profile import Setting
-from placement.replanner import Replanner, ReplanSettings
+from placement.replanner import Change, Replanner, ReplanSettings
 from placement.replay import Replayed, replay
 from placement.replay_shown import svg, table
 from placement.replay_start import start_of
@@ -84,6 +84,34 @@ def test_a_replay_is_drawn_with_two_lines_and_every_change(shifted: Replayed) ->
     assert [len(line) for line in lines] == [len(known)] * 2
     dashed = [line for line in root.iter(f"{space}line") if line.get("stroke-dasharray")]
     assert len(dashed) == len(shifted.changes)
+
+
+class Listening(Replanner):
+    """Keeps what it is told."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.loads: list[Load] = []
+
+    def decide(self, now_s: float, load: Load) -> Change | None:
+        self.loads.append(load)
+        return super().decide(now_s, load)
+
+
+def test_of_requests_under_way_as_much_is_known_as_a_gateway_would_know() -> None:
+    """When they came, the prompt, and the tokens so far; of cached ones only with the first of these."""
+    gaps = np.array([0.5, 0.1, 0.1, 9.0])
+    lengths = (np.full(4, tokens, np.int32) for tokens in (400, 90))
+    options = {"goal": Goal(TARGETS), "chunk_tokens": (512,)}
+    listening = Listening(ReplanSettings(**options), WORKERS, Arrangement(1, 1, 0, 512))  # type: ignore[arg-type]
+    replay(Workload(*lengths, gaps, np.full(4, 64, np.int32)), 1.0, WORKERS, listening)
+    first, *later = listening.loads
+    assert [one.prompt_tokens for one in first.under_way] == [400] * first.in_flight == [400] * 3
+    assert [one.for_s for one in first.under_way] == pytest.approx([0.5, 0.4, 0.3])
+    assert all(one.cached_tokens == (64 if one.output_tokens else 0) for load in later for one in load.under_way)
+    tokens = [max((one.output_tokens for one in load.under_way), default=0) for load in listening.loads]
+    assert 0 <= tokens[0] < tokens[1] < 90
+    assert listening.loads[-1].under_way == []
 
 
 def test_without_a_change_a_replay_is_the_plain_simulation() -> None:

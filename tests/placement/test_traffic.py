@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from core.served import Served
+from core.served import Served, UnderWay
 from placement.drift import LOOK_S
 from placement.forecast import Constant, Forecast, HoltWinters
 from placement.goodput import Goal
@@ -27,8 +27,8 @@ TPOT_S = 0.1
 PERIOD_S, DAY = 30, 20
 """Of forecasts, and in such periods of what repeats itself."""
 
-Second = tuple[list[Served], int]
-"""Requests that ended in it, and how many are under way at its end."""
+Second = tuple[list[Served], int, list[UnderWay]]
+"""Requests that ended in it, how many are under way at its end, and these, as far as they are told of."""
 
 
 def told(interval_s: float, rate: float, seconds: list[Second]) -> list[tuple[int, str]]:
@@ -42,8 +42,8 @@ def told(interval_s: float, rate: float, seconds: list[Second]) -> list[tuple[in
         most_workers=0,
     )
     traffic, due_s, found = Traffic(settings, Constant), settings.predictive_s, []
-    for now, (ended, under_way) in enumerate(seconds, 1):
-        if changed := traffic.tell(now, ended, under_way):
+    for now, second in enumerate(seconds, 1):
+        if changed := traffic.tell(now, *second):
             found.append((now, changed))
         if changed or now >= due_s:
             traffic.planned(now, Expected(REQUESTS, rate), anew=False)
@@ -54,22 +54,35 @@ def told(interval_s: float, rate: float, seconds: list[Second]) -> list[tuple[in
 def coming(rate: Callable[[int], float], seconds: int, seed: int = 0) -> list[Second]:
     """None of them ends."""
     rng = np.random.default_rng(seed)
-    return [([], int(came)) for came in np.cumsum([rng.poisson(rate(now)) for now in range(1, seconds)])]
+    return [([], int(came), []) for came in np.cumsum([rng.poisson(rate(now)) for now in range(1, seconds)])]
 
 
-def ending(rate: float, seconds: int, after: tuple[float, float] = (1.0, 1.0)) -> list[Second]:
+def ending(
+    rate: float, seconds: int, after: tuple[float, float] = (1.0, 1.0), rate_after: float | None = None, seed: int = 0
+) -> list[Second]:
     """Prompts of 300 tokens on average and outputs of 100, which take TPOT_S each; those that come after AT_S are as
-    many times as long as `after` says."""
-    rng = np.random.default_rng(0)
+    many times as long as `after` says, and come at the other rate."""
+    rng = np.random.default_rng(seed)
     came = np.cumsum(rng.exponential(1 / rate, int(1.2 * rate * seconds)))
+    came = np.where(came > AT_S, AT_S + (came - AT_S) * rate / (rate_after or rate), came)
     times = np.where((came > AT_S)[:, None], after, 1.0)
     prompts, outputs = (1 + rng.exponential((300.0, 100.0) * times)).astype(int).T
     ended = np.ceil(came + outputs * TPOT_S)
-    of_second = [np.flatnonzero(ended == now) for now in range(1, seconds)]
-    under_way = [int((came <= now).sum() - (ended <= now).sum()) for now in range(1, seconds)]
     return [
-        ([served(0.0, int(prompts[one]), int(outputs[one]), 100.0, TPOT_S * 1e3) for one in rows], left)
-        for rows, left in zip(of_second, under_way, strict=True)
+        (
+            [
+                served(0.0, int(prompts[one]), int(outputs[one]), 100.0, TPOT_S * 1e3)
+                for one in np.flatnonzero(ended == now)
+            ],
+            len(left := np.flatnonzero((came <= now) & (ended > now))),
+            [
+                UnderWay(
+                    now - came[one], int(prompts[one]), 0, min(int(outputs[one]) - 1, int((now - came[one]) / TPOT_S))
+                )
+                for one in left
+            ],
+        )
+        for now in range(1, seconds)
     ]
 
 
@@ -87,7 +100,7 @@ def test_a_shift_of_the_rate_is_noticed_within_the_same_seconds_at_every_interva
 
 
 @pytest.mark.parametrize(
-    ("rate", "after", "within_s"), [(10.0, (0.25, 1.0), 30), (10.0, (1.0, 4.0), 40), (1.0, (4.0, 0.25), 60)]
+    ("rate", "after", "within_s"), [(10.0, (0.25, 1.0), 10), (10.0, (1.0, 4.0), 20), (1.0, (4.0, 0.25), 30)]
 )
 def test_a_shift_of_lengths_is_noticed_within_the_same_seconds_at_every_interval(
     rate: float, after: tuple[float, float], within_s: int
@@ -98,6 +111,29 @@ def test_a_shift_of_lengths_is_noticed_within_the_same_seconds_at_every_interval
     (first, *_, last) = sorted(each[0] - AT_S for each in noticed)
     assert 0 <= first <= last <= within_s
     assert last - first <= 2 * LOOK_S
+
+
+@pytest.mark.parametrize("after", [(0.1, 5.0), (10.0, 0.5), (1.0, 5.0)], ids=["answers", "prompts", "answers alone"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shift_to_few_and_long_requests_is_noticed_before_they_end(after: tuple[float, float], seed: int) -> None:
+    """Of 10 requests/s 1.5 are left, and an answer of 500 tokens takes 50 s."""
+    noticed = [at_s for at_s, what in told(5.0, 10.0, ending(10.0, AT_S + 30, after, 1.5, seed)) if "lengths" in what]
+    assert noticed
+    assert AT_S < noticed[0] <= AT_S + (20 if after == (1.0, 5.0) else 10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_expected_after_a_shift_to_long_outputs_is_known_before_they_end(seed: int) -> None:
+    """Of 1.5 requests/s of 500 tokens, of 50 s each, a third have ended 20 s after the shift."""
+    seconds = ending(10.0, AT_S + 22, (0.1, 5.0), 1.5, seed)
+    traffic = Traffic(ReplanSettings(goal=Goal(Targets(1000.0, 50.0)), chunk_tokens=(512,)), Constant)
+    for now, second in enumerate(seconds, 1):
+        if traffic.tell(now, *second) or now % PERIOD_S == 0:
+            traffic.planned(now, Expected(REQUESTS, 10.0), anew=False)
+    found = traffic.expected(float(AT_S + 21))
+    assert found is not None
+    assert found.workload.prompt_tokens.mean() == pytest.approx(30.0, rel=0.4)
+    assert 250.0 < found.workload.output_tokens.mean() < 1000.0
 
 
 @pytest.mark.parametrize("interval_s", INTERVALS_S)
