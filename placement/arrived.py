@@ -33,19 +33,25 @@ class Arrived:
     @staticmethod
     def of(rows: Iterable[Row]) -> Arrived:
         """In any order."""
-        came_s, prompts, cached, outputs, ended = np.array(sorted(rows), np.float64).reshape(-1, 5).T
-        return Arrived(came_s, *(of.astype(np.int64) for of in (prompts, cached, outputs)), ended.astype(np.bool_))
+        table = np.array(sorted(rows), np.float64).reshape(-1, 5)
+        prompts, cached, outputs = table[:, 1:4].astype(np.int64).T
+        return Arrived(table[:, 0], prompts, cached, outputs, table[:, 4] > 0)
 
     def __len__(self) -> int:
         return len(self.came_s)
 
     def __getitem__(self, rows: slice) -> Arrived:
-        columns = (self.came_s, self.prompts, self.cached, self.outputs, self.ended)
-        return Arrived(*(column[rows] for column in columns))
+        lengths = self.prompts[rows], self.cached[rows], self.outputs[rows]
+        return Arrived(self.came_s[rows], *lengths, self.ended[rows])
 
     def followed_by(self, later: Arrived) -> Arrived:
-        names = self.__dataclass_fields__
-        return Arrived(*(np.concatenate([getattr(self, name), getattr(later, name)]) for name in names))
+        return Arrived(
+            came_s=np.concatenate([self.came_s, later.came_s]),
+            prompts=np.concatenate([self.prompts, later.prompts]),
+            cached=np.concatenate([self.cached, later.cached]),
+            outputs=np.concatenate([self.outputs, later.outputs]),
+            ended=np.concatenate([self.ended, later.ended]),
+        )
 
     def completed(self, earlier: Arrived, rng: np.random.Generator) -> Workload:
         """Evenly spaced, with an output for each. Who is under way gets that of one of those who had more tokens than

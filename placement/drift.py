@@ -21,7 +21,7 @@ from placement.arrived import Arrived
 from placement.live_log import Ended, LiveLog
 from placement.survival import Survival
 from placement.traces import served_workload
-from placement.workload import Workload
+from placement.workload import Times, Workload
 
 KNOWN_S, KNOWN = 300.0, 1000
 """The last seconds, or requests if these are fewer, that changes are told against, whatever the pace of plans."""
@@ -155,17 +155,25 @@ class SizeWatch:
         came = log.arrived(self._since_s)
         if not len(came):
             return None
-        prompts = self._prompts.likelier(came.prompts, np.ones(len(came), np.bool_), _POWERS)
-        ratios = np.concatenate([prompts, self._outputs.likelier(came.outputs, came.ended, _POWERS)])
-        sums = ratios[:, ::-1].cumsum(axis=1).max(axis=0)[::-1]  # since each of them
-        place = int(sums.argmax())
-        self.suspects_s = float(came.came_s[place]) if sums[place] > self._likely else math.inf
-        if sums[place] > self._threshold:
-            return self.suspects_s
+        prompts = _since(self._prompts.likelier(came.prompts, np.ones(len(came), np.bool_), _POWERS))
+        outputs = _since(self._outputs.likelier(came.outputs, came.ended, _POWERS))
+        most = max(prompts.max(), outputs.max())
+        since_s = float(
+            came.came_s[int((prompts + outputs).argmax())]
+        )  # both tell: outputs of the last before are open
+        self.suspects_s = since_s if most > self._likely else math.inf
+        if most > self._threshold:
+            return since_s
         older = min(int(np.searchsorted(came.came_s, now_s - LATELY_S)), len(came) - _LEAST_LATELY)
         if older > 0 and math.isinf(self.suspects_s) and len(self._before) < KNOWN:
             self.expect(float(came.came_s[older]), self._before.followed_by(came[:older]))
         return None
+
+
+def _since(ratios: Times) -> Times:
+    """Of the sums from each request on, [powers, requests], the largest."""
+    found: Times = ratios[:, ::-1].cumsum(axis=1).max(axis=0)[::-1]
+    return found
 
 
 def lengths_differ(

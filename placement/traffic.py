@@ -21,19 +21,28 @@ from placement.workload import Workload
 LEAST_RATE = 1e-3
 MOST_GUESSED, GUESSING_S = 0.5, 10.0
 """If more of the output tokens than this part are yet to come, no plan is made as long after a change of lengths."""
+SETTLED = 60
+"""Requests since a change, from whose number the rate is known within a quarter in 19 of 20 cases."""
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """Requests/s, and requests to draw from. `guessed`: the part of their output tokens that is yet to come."""
+    """Requests/s, and requests to draw from. `guessed`: the part of their output tokens that is yet to come. `few`: so
+    few came since the last change that more of them will tell better."""
 
     workload: Workload
     rate: float
     guessed: float = 0.0
+    few: bool = False
+
+    @property
+    def mostly_guessed(self) -> bool:
+        return self.guessed > MOST_GUESSED
 
     @property
     def unsettled(self) -> bool:
-        return self.guessed > MOST_GUESSED
+        """Whether to look again before long."""
+        return self.mostly_guessed or self.few
 
     def __str__(self) -> str:
         prompt, output = self.workload.prompt_tokens.mean(), self.workload.output_tokens.mean()
@@ -151,7 +160,7 @@ class Traffic:
         requests to tell, or too little of them."""
         if (seen := self._seen(now_s)) is None:
             return None
-        if self._new_lengths and seen.unsettled and now_s - self._since_s < GUESSING_S:
+        if self._new_lengths and seen.mostly_guessed and now_s - self._since_s < GUESSING_S:
             return None
         steps = max(1, round(self._settings.horizon_s / 2 / self._settings.predictive_s))
         now = Period.of(seen.rate, seen.workload)
@@ -161,7 +170,9 @@ class Traffic:
         if self._new_lengths:
             prompt = output = 1.0
         last = self._log.rate(max(self._rate_since_s, now_s - self._settings.predictive_s)) or 0.0
-        return Expected(seen.workload.scaled(prompt, output), max(LEAST_RATE, last, seen.rate * rate), seen.guessed)
+        return Expected(
+            seen.workload.scaled(prompt, output), max(LEAST_RATE, last, seen.rate * rate), seen.guessed, seen.few
+        )
 
     def _seen(self, now_s: float) -> Expected | None:
         return self._of(self._window(now_s, self._since_s), self._window(now_s, self._rate_since_s))
@@ -179,7 +190,10 @@ class Traffic:
             return None
         gaps = gamma_gaps(len(came), self._log.burstiness(rate_since_s) ** -0.5, np.random.default_rng(0))
         whole = self._completed(since_s, came).with_gaps(gaps)
-        return Expected(whole, max(LEAST_RATE, rate), 1 - float(came.outputs.sum() / whole.output_tokens.sum()))
+        changed = max(self._since_s, self._rate_since_s)
+        few = math.isfinite(changed) and self._log.count(changed, math.inf) < SETTLED
+        guessed = 1 - float(came.outputs.sum() / whole.output_tokens.sum())
+        return Expected(whole, max(LEAST_RATE, rate), guessed, few)
 
     def _completed(self, since_s: float, came: Arrived) -> Workload:
         return came.completed(self._log.arrived(-math.inf, since_s), np.random.default_rng(0))

@@ -73,8 +73,9 @@ class Requests:
         last_s = self.came_s + TTFT_S + (self.outputs - 1) * TPOT_S
         for now in np.arange(1.0, self.came_s[-1]).tolist():
             there = np.flatnonzero((self.came_s <= now) & (last_s > now - 1))
-            ended = [self._served(row) for row in there if last_s[row] <= now]
-            yield now, ended, [self._so_far(row, now) for row in there if last_s[row] > now]
+            over = last_s[there] <= now
+            ended = [self._served(row) for row in there[over].tolist()]
+            yield now, ended, [self._so_far(row, now) for row in there[~over].tolist()]
 
     def _served(self, row: int) -> Served:
         prompt, output = int(self.prompts[row]), int(self.outputs[row])
@@ -138,22 +139,18 @@ def _shown(seconds: list[float | None]) -> str:
 def main(seeds: int, hours: float | None) -> None:
     """Seconds from a shift until its rate, and its lengths, are noticed, and until a plan is made for what comes."""
     if hours is not None:
-        for rate, lengths in STEADY:
-            runs = [Noticed.of(Requests.of([(3600 * hours, (rate, lengths))], 100 + seed)) for seed in range(seeds)]
-            alarms = (
-                sum(len(of) for of in each) for each in ([run.rate for run in runs], [run.lengths for run in runs])
-            )
-            print(
-                "{:g}/s of {}: {:g} h, false alarms of the rate {}, of lengths {}".format(
-                    rate, lengths, seeds * hours, *alarms
-                )
-            )
+        for kind in STEADY:
+            runs = [Noticed.of(Requests.of([(3600 * hours, kind)], 100 + seed)) for seed in range(seeds)]
+            alarms = (sum(len(run.rate) for run in runs), sum(len(run.lengths) for run in runs))
+            told = "{:g}/s of {}: {:g} h, false alarms of the rate {}, of lengths {}"
+            print(told.format(*kind, seeds * hours, *alarms))
         return
     for name, (before, after) in SHIFTS.items():
         runs = [Noticed.of(Requests.of([(BEFORE_S, before), (AFTER_S, after)], seed)) for seed in range(seeds)]
-        rates, lengths = ([_after(of) for of in each] for each in ([r.rate for r in runs], [r.lengths for r in runs]))
+        noticed = [_after(run.rate) for run in runs], [_after(run.lengths) for run in runs]
         plans = [at and at - BEFORE_S for at in (run.planned_for(after, BEFORE_S) for run in runs)]
-        print(f"{name:32} rate {_shown(rates)}   lengths {_shown(lengths)}   planned for {_shown(plans)}")
+        rate, lengths, planned = map(_shown, (*noticed, plans))
+        print(f"{name:32} rate {rate}   lengths {lengths}   planned for {planned}")
 
 
 if __name__ == "__main__":

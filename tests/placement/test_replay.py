@@ -101,7 +101,7 @@ class Listening(Replanner):
 def test_of_requests_under_way_as_much_is_known_as_a_gateway_would_know() -> None:
     """When they came, the prompt, and the tokens so far; of cached ones only with the first of these."""
     gaps = np.array([0.5, 0.1, 0.1, 9.0])
-    lengths = (np.full(4, tokens, np.int32) for tokens in (400, 90))
+    lengths = (np.full(4, tokens, np.int32) for tokens in (400, 300))
     options = {"goal": Goal(TARGETS), "chunk_tokens": (512,)}
     listening = Listening(ReplanSettings(**options), WORKERS, Arrangement(1, 1, 0, 512))  # type: ignore[arg-type]
     replay(Workload(*lengths, gaps, np.full(4, 64, np.int32)), 1.0, WORKERS, listening)
@@ -110,7 +110,7 @@ def test_of_requests_under_way_as_much_is_known_as_a_gateway_would_know() -> Non
     assert [one.for_s for one in first.under_way] == pytest.approx([0.5, 0.4, 0.3])
     assert all(one.cached_tokens == (64 if one.output_tokens else 0) for load in later for one in load.under_way)
     tokens = [max((one.output_tokens for one in load.under_way), default=0) for load in listening.loads]
-    assert 0 <= tokens[0] < tokens[1] < 90
+    assert 0 <= tokens[0] < tokens[1] < 300
     assert listening.loads[-1].under_way == []
 
 
