@@ -89,7 +89,9 @@ async def test_a_prompt_is_scored_as_transformers_scores_it(tiny: tuple[LlamaFor
     async with serving(folder, **LAYOUTS[layout]) as client:
         await complete(client)  # what the prefix caches know is of no use
         for max_tokens in (0, 1, 5):
-            answer = await complete(client, echo=True, logprobs=3, prompt_logprobs=2, max_tokens=max_tokens)
+            answer = await complete(
+                client, echo=True, logprobs=3, prompt_logprobs=2, max_tokens=max_tokens, ignore_eos=True
+            )
             (choice,) = answer["choices"]
             assert answer["usage"]["completion_tokens"] == max_tokens
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import speculation.in_batch
+import speculation.under_way
 from core.types import Grammar, GrammarKind
 from engine.sampler import sampling_law
 from engine.step import SamplingRow
@@ -81,11 +83,11 @@ def mask_laws(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("rule", "name", "wrong"),
+    ("rule", "module", "name", "wrong"),
     [
-        ("chain", "sampling_law", mask_laws),
-        ("tree", "follow_grammars", leave_out),
-        ("k_seq", "follow_grammars", leave_out),
+        ("chain", speculation.under_way, "sampling_law", mask_laws),
+        ("tree", speculation.in_batch, "follow_grammars", leave_out),
+        ("k_seq", speculation.in_batch, "follow_grammars", leave_out),
     ],
     ids=["laws are not normalised", "what was drawn is pruned", "what was drawn independently is pruned"],
 )
@@ -94,11 +96,12 @@ def test_what_may_go_wrong_is_found(
     law: NDArray[np.float64],
     grammars: Grammars,
     rule: str,
+    module: ModuleType,
     name: str,
     wrong: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(speculation.in_batch, name, wrong)
+    monkeypatch.setattr(module, name, wrong)
     counts, _ = drawn(pair, rule, LENGTH, PARAMS, REQUESTS, grammars)
     assert p_value(counts.sum(0).ravel(), law.sum(0).ravel()) < P_VALUE
 
