@@ -4,6 +4,7 @@ rows suit it. It is compiled once for a machine, in seconds."""
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC")
 _BY_CAPABILITY = {"AVX2": ("-mavx2",), "AVX512": ("-mavx512f",)}
 """Of CPUs, as PyTorch tells them apart: what the kernel may use there."""
 
+logger = logging.getLogger(__name__)
+
 Memory = NDArray[np.uint8]
 Runs = NDArray[np.int64]
 
@@ -41,6 +44,7 @@ def load() -> ctypes.CDLL | None:
     """The kernel, or None where it can't be had, as the log says. Asked once per process."""
     flags = _BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability())
     if flags is None:
+        logger.warning("no native rows, Python's are slower: this CPU has no AVX2")
         return None
     library = compiler.load("rows", _SOURCES, (*_FLAGS, *flags))
     if library is not None:
