@@ -181,15 +181,10 @@ class Simulated(BySimulation):
 
     def worker(self, role: Role, chunk_tokens: int, host: int, *, crowded: bool) -> Group:
         """`crowded`: together the workers of the host want more cores than it has."""
-        latency = self.prefill_latency if role is Role.PREFILL else None
-        contention = self.decode_contention if role is Role.DECODE else None
         return replace(
-            self.group,
-            role=role,
+            self.group.in_role(role, self.prefill_latency, self.decode_contention),
             chunk_tokens=chunk_tokens,
             host=host,
-            latency=latency or self.group.latency,
-            contention=contention or self.group.contention,
             speculation=self._with_room(chunk_tokens),
             cores=self.cores if crowded else 0.0,
         )

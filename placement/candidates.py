@@ -246,12 +246,8 @@ class Candidate:
 
     def _group(self, option: Option, role: Role, host: int) -> Group:
         island = host if self.near else 0
-        group = replace(option.group, role=role, chunk_tokens=self.chunk_tokens, island=island, host=host)
-        if role is Role.PREFILL and option.prefill_latency is not None:
-            return replace(group, latency=option.prefill_latency)
-        if role is Role.DECODE and option.decode_contention is not None:
-            return replace(group, contention=option.decode_contention)
-        return group
+        group = option.group.in_role(role, option.prefill_latency, option.decode_contention)
+        return replace(group, chunk_tokens=self.chunk_tokens, island=island, host=host)
 
 
 def candidates(space: Space) -> Iterator[Candidate]:

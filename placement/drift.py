@@ -158,9 +158,8 @@ class SizeWatch:
         prompts = _since(self._prompts.likelier(came.prompts, np.ones(len(came), np.bool_), _POWERS))
         outputs = _since(self._outputs.likelier(came.outputs, came.ended, _POWERS))
         most = max(prompts.max(), outputs.max())
-        since_s = float(
-            came.came_s[int((prompts + outputs).argmax())]
-        )  # both tell: outputs of the last before are open
+        place = int((prompts + outputs).argmax())  # by both: outputs of the last before the change are still open
+        since_s = float(came.came_s[place])
         self.suspects_s = since_s if most > self._likely else math.inf
         if most > self._threshold:
             return since_s

@@ -106,9 +106,8 @@ def ranking(
         tried |= {result.candidate.kinds for result in chosen}
         least = max((ranked.score for ranked in found), default=0.0)
         further = (result for one in searches for result in best_of_kinds(one(least)))
-        chosen = [one for one in sorted(further, key=order) if one.score > least and one.candidate.kinds not in tried][
-            :1
-        ]
+        untried = (one for one in further if one.score > least and one.candidate.kinds not in tried)
+        chosen = sorted(untried, key=order)[:1]
     if not found:
         raise ConfigError(
             f"no layout attains {goal.told()} at any rate in longer runs than of {LEAST_REQUESTS} requests: relax them",

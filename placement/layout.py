@@ -47,6 +47,16 @@ class Group:
     contention: Contention = ALONE
     cores: float = 0.0
 
+    def in_role(self, role: Role, prefill: StepLatency | None, decode: Contention | None) -> Group:
+        """Where it prefills only its steps are those of `prefill`, and where it decodes only others slow it down as by
+        `decode`, if these are another than its own."""
+        return replace(
+            self,
+            role=role,
+            latency=(prefill if role is Role.PREFILL else None) or self.latency,
+            contention=(decode if role is Role.DECODE else None) or self.contention,
+        )
+
 
 class Lane(NamedTuple):
     """Where one step runs at a time. `every_step_ms` is added to each. Its reports come `report_phase` of the time

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -207,15 +206,12 @@ def _slower(answer: Timeline, prompts: Sequence[Timeline]) -> float | None:
     """How many times as long tokens of an answer take while prompts are computed that are handed over to where it is,
     as right before each of them, when nothing else was asked: of these the median. Never below 1; None if there are
     none."""
-    gaps = [*pairwise(answer.chunks)]
     ends = [answer.chunks[0], *(t.end for t in prompts)]
     ratios = []
     for end, prompt in zip(ends, prompts, strict=False):
         if len(prompt.chunks) > 1:
-            idle, beside = (
-                [two - one for one, two in gaps if began <= one and two <= ended]
-                for began, ended in ((end, prompt.start), (prompt.start, prompt.chunks[0]))
-            )
+            idle = answer.gaps_within(end, prompt.start)
+            beside = answer.gaps_within(prompt.start, prompt.chunks[0])
             if idle and beside:
                 ratios.append(statistics.fmean(beside) / statistics.fmean(idle))
     return max(1.0, statistics.median(ratios)) if ratios else None

@@ -14,7 +14,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -140,8 +139,7 @@ class Together:
             spans = [(max(t.start for t in turn) + overhead_s, min(t.chunks[0] for t in turn)) for turn in turns]
         elif answers:
             spans = [(max(t.chunks[0] for t in answers), min(t.end for t in answers))]
-        pairs = [pair for answer in answers for pair in pairwise(answer.chunks)]
-        gaps = [two - one for one, two in pairs for began, ended in spans if began <= one and two <= ended]
+        gaps = [gap for answer in answers for span in spans for gap in answer.gaps_within(*span)]
         return [statistics.fmean(gaps) * 1e3] if gaps else []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 
 @dataclass(slots=True)
@@ -56,7 +57,11 @@ class Timeline:
     @property
     def itl(self) -> list[float]:
         """Gaps between chunks; one chunk may carry several tokens."""
-        return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.chunks)]
+
+    def gaps_within(self, began: float, ended: float) -> list[float]:
+        """Those that lie in this time as a whole."""
+        return [b - a for a, b in pairwise(self.chunks) if began <= a and b <= ended]
 
     @property
     def client_queue_time(self) -> float:
