@@ -107,6 +107,6 @@ def serve(
 
 def main() -> None:
     """Entry point. An error of ours is one line on standard error and exit status 2."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC prints every connection that closes
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # Ray's prints every connection that closes
     with one_line():
         cli()

@@ -1,8 +1,8 @@
-"""Links: typed two-way message streams between processes, over gRPC.
+"""Links: typed two-way message streams between processes, over TCP.
 
-One gRPC bidirectional stream each, with MessagePack bodies. A link says when the other end is gone: a killed process
-closes the socket at once, a cut network is noticed by keep-alive within KEEPALIVE_S + KEEPALIVE_TIMEOUT_S. gRPC bounds
-what is in flight; `send` never blocks, its queue is bounded by what one side owes the other.
+One connection each (core.frames), with MessagePack bodies. A link says when the other end is gone: a killed process
+closes the socket at once, a cut network is noticed by keep-alive within KEEPALIVE_S + KEEPALIVE_TIMEOUT_S. `send` never
+blocks; what waits to be sent is bounded by what one side owes the other.
 
 How a link ends. Either end may `close`: what it sent before still arrives, then the other end's iteration ends. On the
 accepting side the handler's return closes the link, and the other end has HANDLER_GRACE_S to take what is on its way;
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, TypeVar
 
-import grpc
 import msgspec
 
 from core.errors import ConfigError, InternalError, SlipstreamError, Unavailable
+from core.frames import Connection, Kind
 from core.wire import decoder, encode
 
 logger = logging.getLogger(__name__)
@@ -27,87 +28,68 @@ logger = logging.getLogger(__name__)
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-KEEPALIVE_S = 2.0
-KEEPALIVE_TIMEOUT_S = 2.0
+REVISION = 1
+"""Of frames and of how links begin and end."""
+OPEN_WITHIN_S = 2.0
+"""For whoever connects to say what it wants."""
 HANDLER_GRACE_S = 2.0
-_OPTIONS = [
-    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
-    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.max_receive_message_length", 256 * 2**20),
-    ("grpc.max_send_message_length", 256 * 2**20),
-    ("grpc.so_reuseport", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-]
-_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-"""How gRPC reports that the other end died, was stopped or can't be reached any more."""
-_LAST = b""
-"""Follows the last message of a handler that has returned; no message is empty."""
 
 
 class Link(Generic[In, Out]):
     """One end of a stream. `async for message in link` ends when the stream does and raises InternalError on a message
     that can't be decoded; only one task may iterate. `peer` names the other end."""
 
-    def __init__(self, peer: str, incoming: type[In]) -> None:
-        self.peer = peer
+    def __init__(self, connection: Connection, incoming: type[In]) -> None:
+        self.peer = connection.peer
         self.closed = False
         self.error: str | None = None
         """Why the other end broke the link, when it did not just close or die."""
         self._decode = decoder(incoming).decode
-        self._incoming: AsyncIterator[bytes] | None = None
-        self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._connection = connection
 
     def send(self, message: Out) -> None:
-        """Queue a message, in order. After close it is dropped: the other end can no longer hear."""
+        """In order. After close it is dropped: the other end can no longer hear."""
         if not self.closed:
-            self._outgoing.put_nowait(encode(message))
+            self._connection.send(Kind.MESSAGE, encode(message))
 
-    def close(self) -> None:
-        """Say that nothing more follows. What was queued before is still sent."""
+    def close(self, failure: str | None = None) -> None:
+        """Say that nothing more follows, or why. What was sent before still arrives."""
         if not self.closed:
             self.closed = True
-            self._outgoing.put_nowait(None)
-
-    def attach(self, incoming: AsyncIterator[bytes]) -> None:
-        """Read from this stream; called once by whoever makes the link."""
-        self._incoming = incoming
-
-    async def outgoing(self) -> AsyncIterator[bytes]:
-        """The raw messages queued by send, until close."""
-        while (message := await self._outgoing.get()) is not None:
-            yield message
+            if failure is None:
+                self._connection.send(Kind.END)
+            else:
+                self._connection.send(Kind.FAILURE, failure.encode())
 
     async def __aiter__(self) -> AsyncIterator[In]:
         try:
-            async for raw in self._raw():
-                yield self._decoded(raw)
+            while (frame := await self._connection.receive()) is not None and frame.kind is Kind.MESSAGE:
+                yield self._decoded(frame.body)
+            if frame is not None and frame.kind is Kind.FAILURE:
+                self.error = frame.body.decode(errors="replace")
+                logger.warning("link to %s broke: %s", self.peer, self.error)
+            self._ended()
         finally:
             self.close()
 
-    async def _raw(self) -> AsyncIterator[bytes]:
-        assert self._incoming is not None, "a link is attached before it is handed out"
-        try:
-            async for raw in self._incoming:
-                yield raw
-        except grpc.aio.AioRpcError as error:
-            if error.code() not in _GONE:
-                self.error = f"{error.code().name}: {error.details()}"
-                logger.warning("link to %s broke: %s", self.peer, self.error)
-        except asyncio.CancelledError:
-            # gRPC raises this in the reader when the channel is closed under it; that is an end like any other.
-            if (task := asyncio.current_task()) is None or task.cancelling():
-                raise
+    def _ended(self) -> None:
+        """All that the other end had to say is read."""
 
     def _decoded(self, raw: bytes) -> In:
         try:
             return self._decode(raw)
         except msgspec.DecodeError as error:
             self.error = f"malformed message: {error}"
+            self.close(self.error)
             raise InternalError(f"malformed message from {self.peer}: {error}") from error
+
+
+class _OpenedLink(Link[In, Out]):
+    """The end that has connected. It disconnects, too, so that the other one knows that all has been taken."""
+
+    def _ended(self) -> None:
+        self.close()
+        self._connection.close()
 
 
 OnLink = Callable[[Link[In, Out]], Awaitable[None]]
@@ -118,70 +100,29 @@ class LinkServer:
     its exception breaks it: it is logged here and named in `error` at the other end."""
 
     def __init__(self) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS)
-        self._handlers: set[asyncio.Task[str | None]] = set()
+        self._services: dict[str, Callable[[Connection], Awaitable[None]]] = {}
+        self._listening: asyncio.Server | None = None
+        self._serving: dict[asyncio.Task[None], Connection] = {}
         self._open: dict[str, set[asyncio.Future[None]]] = {}
         """Of each service, its links: done once they have ended."""
 
     def add_service(self, name: str, incoming: type[In], on_link: OnLink[In, Out]) -> None:
         """Call before start. `incoming` is the union of messages the other end may send."""
 
-        async def serve(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-            self._watch(name, context)
-            link: Link[In, Out] = Link(context.peer(), incoming)
-            link.attach(raw)
-            handler = self._run(name, link, on_link)
-            try:
-                async for message in link.outgoing():
-                    yield message
-                if failure := await asyncio.shield(handler):
-                    await context.abort(grpc.StatusCode.INTERNAL, failure)
-                yield _LAST
-                await asyncio.sleep(HANDLER_GRACE_S)  # who has read that ends the call, and this with it
-            finally:
-                await _finish(handler)
+        async def serve(connection: Connection) -> None:
+            await self._serve(name, Link(connection, incoming), connection, on_link)
 
-        method = grpc.stream_stream_rpc_method_handler(serve)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(f"slipstream.{name}", {"Open": method}),)
-        )
-
-    def _watch(self, name: str, context: grpc.aio.ServicerContext) -> None:
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        links = self._open.setdefault(name, set())
-        links.add(ended)
-        ended.add_done_callback(links.discard)
-        context.add_done_callback(lambda _: ended.set_result(None))
-
-    def _run(self, name: str, link: Link[In, Out], on_link: OnLink[In, Out]) -> asyncio.Task[str | None]:
-        """The handler as a task that returns what went wrong, for the other end to read."""
-
-        async def handle() -> str | None:
-            try:
-                await on_link(link)
-            except SlipstreamError as error:
-                logger.error("%s link from %s broke: %s", name, link.peer, error)
-                return error.message
-            except Exception as error:
-                logger.exception("%s link from %s broke", name, link.peer)
-                return f"{type(error).__name__} in the handler of {name}; see the log of that process"
-            finally:
-                link.close()
-            return None
-
-        task = asyncio.create_task(handle())
-        self._handlers.add(task)
-        task.add_done_callback(self._handlers.discard)
-        return task
+        self._services[name] = serve
 
     async def start(self, host: str, port: int = 0) -> str:
         """Listen; return "host:port". Raises ConfigError if the port is taken."""
+        loop = asyncio.get_running_loop()
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: the port is in use; choose another") from error
-        await self._server.start()
-        return f"{host}:{bound}"
+            self._listening = await loop.create_server(lambda: Connection(self._accept), host, port)
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port or host") from error
+        return f"{host}:{self._listening.sockets[0].getsockname()[1]}"
 
     async def farewell(self, name: str, within_s: float) -> None:
         """Returns once the links of a service, whose handlers have been told to return, have ended, and with them all
@@ -191,47 +132,104 @@ class LinkServer:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new links, give open ones `grace_s` to end, end the rest; returns when every handler has."""
-        await self._server.stop(grace_s)
-        if self._handlers:
-            await asyncio.wait(self._handlers, timeout=2 * HANDLER_GRACE_S)
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+        if self._serving and grace_s:
+            await asyncio.wait(set(self._serving), timeout=grace_s)
+        for connection in self._serving.values():
+            connection.abort()
+        if self._serving:
+            await asyncio.wait(set(self._serving), timeout=2 * HANDLER_GRACE_S)
+
+    def _accept(self, connection: Connection) -> None:
+        task = asyncio.create_task(self._welcome(connection))
+        self._serving[task] = connection
+        task.add_done_callback(self._serving.pop)
+
+    async def _welcome(self, connection: Connection) -> None:
+        try:
+            serve = await self._wanted(connection)
+            if serve is not None:
+                await serve(connection)
+        finally:
+            connection.close()
+
+    async def _wanted(self, connection: Connection) -> Callable[[Connection], Awaitable[None]] | None:
+        try:
+            async with asyncio.timeout(OPEN_WITHIN_S):
+                frame = await connection.receive()
+        except TimeoutError:
+            logger.info("%s has connected and said nothing", connection.peer)
+            return None
+        if frame is None:
+            return None
+        revision, _, name = frame.body.decode(errors="replace").partition(" ")
+        if frame.kind is not Kind.OPEN or revision != str(REVISION):
+            refusal = f"links of revision {REVISION} are spoken here; run one version of Slipstream on all nodes"
+        elif name not in self._services:
+            refusal = f"there is no service {name!r} here"
+        else:
+            return self._services[name]
+        connection.send(Kind.FAILURE, refusal.encode())
+        return None
+
+    async def _serve(self, name: str, link: Link[In, Out], connection: Connection, on_link: OnLink[In, Out]) -> None:
+        links = self._open.setdefault(name, set())
+        links.add(connection.ended)
+        connection.ended.add_done_callback(links.discard)
+        handler = asyncio.create_task(_handle(name, link, on_link))
+        await asyncio.wait({handler, connection.ended}, return_when=asyncio.FIRST_COMPLETED)
+        # Whichever ended first, the other is given time: to return, or to take what was sent and disconnect.
+        await asyncio.wait({handler, connection.ended}, timeout=HANDLER_GRACE_S)
+        if not handler.done():
+            handler.cancel()
+            await asyncio.wait({handler}, timeout=HANDLER_GRACE_S)
 
 
-async def _finish(handler: asyncio.Task[str | None]) -> None:
-    """Let a handler see the end of its link; cancel it if it does not return."""
-    if not handler.done():
-        await asyncio.wait({handler}, timeout=HANDLER_GRACE_S)
-    handler.cancel()
-
-
-async def _until_last(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> AsyncIterator[bytes]:
-    """What the handler at the other end sends. The call is ended here, so that the server knows that all has come: it
-    knows its own status to be on its way only, and gRPC drops what is on its way from a server that stops."""
-    async for raw in call:
-        if raw == _LAST:
-            call.cancel()
-            return
-        yield raw
+async def _handle(name: str, link: Link[In, Out], on_link: OnLink[In, Out]) -> None:
+    """The handler; what goes wrong in it is told to the other end."""
+    try:
+        await on_link(link)
+    except SlipstreamError as error:
+        logger.error("%s link from %s broke: %s", name, link.peer, error)
+        link.close(error.message)
+    except Exception as error:
+        logger.exception("%s link from %s broke", name, link.peer)
+        link.close(f"{type(error).__name__} in the handler of {name}; see the log of that process")
+    finally:
+        link.close()
 
 
 class LinkClient:
-    """Opens links to one address. Owns the channel."""
+    """Opens links to one address. Owns their connections."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._connections: set[Connection] = set()
 
     async def open(self, name: str, incoming: type[In], outgoing: type[Out], timeout_s: float = 5.0) -> Link[In, Out]:  # noqa: ARG002
         """`outgoing` names the union of messages the other end expects. Raises Unavailable if nobody answers within
         `timeout_s`."""
+        host, _, port = self.address.rpartition(":")
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                _, connection = await loop.create_connection(Connection, host.strip("[]"), int(port))
         except TimeoutError as error:
             raise Unavailable(f"no answer from {self.address} within {timeout_s:g} s") from error
-        link: Link[In, Out] = Link(self.address, incoming)
-        method = self._channel.stream_stream(f"/slipstream.{name}/Open")
-        link.attach(_until_last(method(link.outgoing())))
-        return link
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise Unavailable(f"no answer from {self.address}: {why}") from error
+        self._connections.add(connection)
+        connection.ended.add_done_callback(lambda _: self._connections.discard(connection))
+        connection.send(Kind.OPEN, f"{REVISION} {name}".encode())
+        return _OpenedLink(connection, incoming)
 
     async def close(self) -> None:
         """End every link opened here, at once: what they have queued may be lost."""
-        await self._channel.close()
+        ends = [connection.ended for connection in self._connections]
+        for connection in self._connections:
+            connection.abort()
+        if ends:
+            await asyncio.wait(ends)

@@ -21,8 +21,6 @@ from cluster.membership import Member
 from cluster.routes import Routes
 from tests.e2e.conftest import save_tokenizer
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 CONFIG = load(None, {"dtype": "float32", "kv_cache_memory": "4MiB", "port": 0, "colocated": True})
 

@@ -19,8 +19,6 @@ from cluster.config.tree import SlipstreamConfig
 from cluster.local import LocalCluster, local_cluster
 from core.types import Finish, FinishReason, Grammar, GrammarKind, Request, SamplingParams, TokenDelta
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 SCHEMA = {
     "type": "object",

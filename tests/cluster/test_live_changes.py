@@ -30,8 +30,6 @@ from engine.runner import ModelRunner
 from tests.held import Held
 from tests.tiny import all_handed_over
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 P, D, B = Role.PREFILL, Role.DECODE, Role.BOTH
 

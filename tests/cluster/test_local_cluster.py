@@ -29,8 +29,6 @@ from engine.step import StepOutput
 from tests.held import Held
 from tests.tiny import all_handed_over
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 LAYOUTS: dict[str, dict[str, Any]] = {
     "disaggregated": {},

@@ -22,8 +22,6 @@ from core.wire import WORKER_SERVICE, Abort, FromWorker, Opened, Prefill, Receiv
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SequenceState
 
-ON_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 
 
@@ -64,7 +62,7 @@ async def until(condition: object) -> None:
             await asyncio.sleep(0.005)
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture
 async def sides(tiny: tuple[LlamaForCausalLM, Path]) -> AsyncIterator[tuple[Side, Side]]:
     """Two workers with 8 blocks of 16 tokens each."""
     config = load(None, {"dtype": "float32", "kv_cache_memory": "96KiB", "handoff_min_tokens": 0})
@@ -95,7 +93,6 @@ def hand_off(request: Request, giver: Side, taker: Side) -> None:
     giver.link.send(Prefill(request, request.request_id))
 
 
-@ON_ONE_LOOP
 async def test_prompts_that_fill_both_workers_are_handed_over_in_both_directions(sides: tuple[Side, Side]) -> None:
     a, b = sides
     hand_off(job("there"), giver=a, taker=b)
@@ -113,7 +110,6 @@ async def test_prompts_that_fill_both_workers_are_handed_over_in_both_directions
         await until(lambda side=side: side.node.status().num_free_blocks == 8)
 
 
-@ON_ONE_LOOP
 async def test_a_first_token_is_sent_before_the_giver_hears_that_its_kv_is_complete(
     sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +135,6 @@ async def test_a_first_token_is_sent_before_the_giver_hears_that_its_kv_is_compl
     assert order[:2] == ["token", "complete"]
 
 
-@ON_ONE_LOOP
 async def test_a_prompt_behind_a_reservation_that_is_given_up_has_its_turn(sides: tuple[Side, Side]) -> None:
     a, b = sides
     b.link.send(Receive(job("there"), "there", a.address, TIMEOUT_S))

@@ -25,8 +25,6 @@ from tests.e2e.conftest import save_tokenizer
 from tests.held import Held
 from tests.tiny import save_tiny_llama
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 LAYOUTS: dict[str, dict[str, Any]] = {
     "disaggregated": {},
     "colocated": {"colocated": True},

@@ -40,8 +40,6 @@ from tests.speculation.failing import FAILING
 from tests.speculation.hanging import HANGING, Hanging
 from tests.tiny import all_handed_over
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 LENGTH = 40
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -26,8 +26,6 @@ from placement.worker_shape import WorkerShape
 from tests.cluster.test_live_changes import Load, all_free, config, job, right, until
 from tests.cluster.test_replanning import Script
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 P, D, B = Role.PREFILL, Role.DECODE, Role.BOTH
 ONE, TWO, STAGES = WorkerShape(1, 1), WorkerShape(2, 1), WorkerShape(1, 2)
 BUDGET = 3

@@ -30,7 +30,7 @@ from speculation.rules.registry import DEFAULT_RULE
 from tests.engine.driver import tokens
 from tests.tiny import all_handed_over, save_byte_tokenizer
 
-on_one_loop = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+on_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 TIMEOUT_S = 60.0
 GRAMMAR = "([a-p]{1,3}[0-9A-P]){2,20}"

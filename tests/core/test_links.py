@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import grpc
 import pytest
 import pytest_asyncio
 from msgspec import Struct
 
-from core import links
+from bench.hosts import relay
+from core import frames, links
 from core.errors import ConfigError, InternalError, Unavailable
 from core.links import Link, LinkClient, LinkServer
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
 
 TIMEOUT_S = 60.0
 
@@ -61,7 +61,7 @@ async def received(link: Link[Any, Any]) -> list[Any]:
     return [message async for message in link]
 
 
-@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+@pytest_asyncio.fixture(autouse=True)
 async def no_task_is_left_behind() -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     complaints: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ async def test_a_handler_that_returns_closes_the_link() -> None:
         assert link.error is None
 
 
-async def test_two_links_share_a_channel_and_end_apart() -> None:
+async def test_two_links_to_one_address_end_apart() -> None:
     async with connected(echo) as (first, client):
         second: ClientLink = await client.open("Echo", Pong, Ping)
         first.close()
@@ -158,7 +158,7 @@ async def test_a_message_the_client_cannot_decode_raises_in_its_iteration() -> N
         assert link.closed
 
 
-async def test_closing_the_channel_ends_iteration_on_both_sides() -> None:
+async def test_closing_the_client_ends_iteration_on_both_sides() -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def wait_for_end(link: ServerLink) -> None:
@@ -308,8 +308,7 @@ async def first_line(process: asyncio.subprocess.Process) -> str:
 @pytest.fixture
 def no_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is noticed all the same was told by the socket, at once."""
-    others = [option for option in links._OPTIONS if option[0] != "grpc.keepalive_time_ms"]
-    monkeypatch.setattr(links, "_OPTIONS", [*others, ("grpc.keepalive_time_ms", 10_000 * int(TIMEOUT_S))])
+    monkeypatch.setattr(frames, "KEEPALIVE_S", 10 * TIMEOUT_S)
 
 
 @pytest.mark.usefixtures("no_keepalive")
@@ -347,17 +346,179 @@ async def test_a_killed_client_process_is_noticed_at_once() -> None:
 
 async def test_nobody_listening_is_unavailable() -> None:
     client = LinkClient("127.0.0.1:1")
-    with pytest.raises(Unavailable, match=r"no answer from 127\.0\.0\.1:1 within 0\.2 s"):
-        await client.open("Echo", Pong, Ping, timeout_s=0.2)
+    with pytest.raises(Unavailable, match=r"no answer from 127\.0\.0\.1:1: Connection refused"):
+        await client.open("Echo", Pong, Ping)
     await client.close()
+
+
+async def test_a_host_that_does_not_answer_is_unavailable_when_the_time_is_over() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):  # who comes now waits for a place
+            client = LinkClient(f"127.0.0.1:{port}")
+            with pytest.raises(Unavailable, match=rf"no answer from 127\.0\.0\.1:{port} within 0\.2 s"):
+                await client.open("Echo", Pong, Ping, timeout_s=0.2)
+            await client.close()
 
 
 async def test_a_service_that_is_not_there_is_named() -> None:
     async with connected(echo) as (_, client):
         link: ClientLink = await client.open("Other", Pong, Ping)
         assert await asyncio.wait_for(received(link), TIMEOUT_S) == []
+        assert link.error == "there is no service 'Other' here"
+
+
+async def test_another_revision_of_links_is_told_to_run_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected(echo) as (_, client):
+        with monkeypatch.context() as theirs:
+            theirs.setattr(links, "REVISION", links.REVISION + 1)
+            link: ClientLink = await client.open("Echo", Pong, Ping)
+        assert await asyncio.wait_for(received(link), TIMEOUT_S) == []
         assert link.error is not None
-        assert grpc.StatusCode.UNIMPLEMENTED.name in link.error
+        assert f"links of revision {links.REVISION}" in link.error
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\n",
+        b"\x02\x00\x10\x00\x00",
+        b"\x02\x01\x00\x00\x00x",
+    ],
+    ids=["http", "http2", "much before it opens", "no opening"],
+)
+async def test_who_does_not_speak_as_a_link_is_sent_away(said: bytes) -> None:
+    server = LinkServer()
+    server.add_service("Echo", Ping, echo)
+    host, port = (await server.start("127.0.0.1")).rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(said)
+    with suppress(ConnectionResetError):
+        await asyncio.wait_for(reader.read(), TIMEOUT_S)
+    writer.close()
+    await server.stop()
+
+
+async def test_a_stranger_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "OPEN_WITHIN_S", 0.05)
+    server = LinkServer()
+    server.add_service("Echo", Ping, echo)
+    host, port = (await server.start("127.0.0.1")).rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
+    writer.close()
+    await server.stop()
+
+
+async def test_what_comes_as_no_frame_breaks_the_link_at_the_client() -> None:
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"\x02\x02\x00\x00\x00")
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        with suppress(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+    stranger = await asyncio.start_server(babble, "127.0.0.1", 0)
+    client = LinkClient(f"127.0.0.1:{stranger.sockets[0].getsockname()[1]}")
+    link: ClientLink = await client.open("Echo", Pong, Ping)
+    with pytest.raises(InternalError, match="malformed message"):  # two bytes of the second are the body of the first
+        await asyncio.wait_for(received(link), TIMEOUT_S)
+    other: ClientLink = await client.open("Echo", Pong, Ping)
+    await client.close()
+    assert await asyncio.wait_for(received(other), TIMEOUT_S) == []
+    stranger.close()
+
+
+async def test_who_does_not_read_holds_the_other_end_up_and_gets_all_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frames, "MAX_UNREAD_BYTES", 100_000)
+    notes = [Note(str(number % 10) * 100_000) for number in range(200)]
+    told = asyncio.Event()
+
+    async def tell(link: Link[Ping, Note]) -> None:
+        for note in notes:
+            link.send(note)
+        told.set()
+
+    server = LinkServer()
+    server.add_service("Echo", Ping, tell)
+    client = LinkClient(await server.start("127.0.0.1"))
+    link: Link[Note, Ping] = await client.open("Echo", Note, Ping)
+    await asyncio.wait_for(told.wait(), TIMEOUT_S)
+    await asyncio.sleep(0.2)
+    assert link._connection._unread_bytes < 1_000_000, "what is not read stays at the other end"
+    assert await asyncio.wait_for(received(link), TIMEOUT_S) == notes
+    await client.close()
+    await server.stop()
+
+
+async def test_frames_are_found_however_they_are_cut_up() -> None:
+    """One byte at a time, and several at once."""
+    frame = frames._HEADER.pack(frames.Kind.MESSAGE, 3) + b"abc"
+    alive = frames._HEADER.pack(frames.Kind.ALIVE, 0)
+    for size in (1, 2, 7, 100):
+        connection, stream = frames.Connection(), frame + alive + frame + frame
+        for at in range(0, len(stream), size):
+            connection.data_received(stream[at : at + size])
+        assert [await connection.receive() for _ in range(3)] == [(frames.Kind.MESSAGE, b"abc")] * 3
+
+
+@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
+@pytest.mark.parametrize("talks", [False, True])
+async def test_a_network_that_is_cut_ends_the_link_at_both_ends(talks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "KEEPALIVE_S", 0.5)
+    monkeypatch.setattr(frames, "KEEPALIVE_TIMEOUT_S", 0.5)
+    ended = asyncio.Event()
+
+    async def echo_until_end(link: ServerLink) -> None:
+        await echo(link)
+        ended.set()
+
+    with relay.two_hosts() as (one, other, wire):
+        server = LinkServer()
+        server.add_service("Echo", Ping, echo_until_end)
+        with one.entered():
+            client = LinkClient(await server.start(one.address))
+        with other.entered():
+            link: ClientLink = await client.open("Echo", Pong, Ping)
+        link.send(Ping(1))
+        messages = aiter(link)
+        assert await asyncio.wait_for(anext(messages), TIMEOUT_S) == Pong(1)
+        await asyncio.sleep(frames.KEEPALIVE_S)
+        wire.condition = relay.Condition(cut=True)
+        began = time.monotonic()
+        if talks:
+            link.send(Ping(2))
+        assert await asyncio.wait_for(anext(messages, None), TIMEOUT_S) is None
+        await asyncio.wait_for(ended.wait(), TIMEOUT_S)
+        assert time.monotonic() - began < frames.KEEPALIVE_S + frames.KEEPALIVE_TIMEOUT_S + 2.0
+        await client.close()
+        await server.stop()
+
+
+@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
+async def test_a_link_outlives_a_network_that_is_bad_for_a_while() -> None:
+    with relay.two_hosts(seed=3) as (one, other, wire):
+        server = LinkServer()
+        server.add_service("Echo", Ping, echo)
+        with one.entered():
+            client = LinkClient(await server.start(one.address))
+        with other.entered():
+            link: ClientLink = await client.open("Echo", Pong, Ping)
+        wire.condition = relay.Condition(delay_s=0.1, loss=0.05)
+        messages = aiter(link)
+        for number in range(20):
+            link.send(Ping(number))
+            assert await asyncio.wait_for(anext(messages), TIMEOUT_S) == Pong(number)
+        wire.condition = relay.Condition(cut=True)
+        await asyncio.sleep(0.5)
+        wire.condition = relay.Condition()
+        link.send(Ping(20))
+        assert await asyncio.wait_for(anext(messages), TIMEOUT_S) == Pong(20)
+        await client.close()
+        await server.stop()
 
 
 async def test_a_taken_port_is_refused_with_its_number() -> None:
@@ -368,7 +529,7 @@ async def test_a_taken_port_is_refused_with_its_number() -> None:
     server.add_service("Echo", Ping, nothing)
     address = await server.start("127.0.0.1")
     port = int(address.rsplit(":", 1)[1])
-    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is in use"):
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
         await other.start("127.0.0.1", port)
     await other.stop()
     await server.stop()

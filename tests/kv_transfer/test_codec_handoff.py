@@ -27,8 +27,6 @@ from kv_transfer.pieces import Extent, Frontier
 from kv_transfer.taker import Withdrawn
 from kv_transfer.transports import batches, pair_server, tcp_io, tcp_server, torch_distributed
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 EACH = pytest.mark.parametrize("transport", ["tcp", "torch_distributed"])
 THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 50
 

@@ -14,8 +14,6 @@ from kv_transfer import giver as giver_module
 from kv_transfer.messages import SERVICE, ToGiver
 from kv_transfer.taker import Withdrawn
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 
 async def test_a_link_that_breaks_ends_its_transfers_and_is_opened_anew() -> None:
     async with connected() as sides:

@@ -15,8 +15,6 @@ from kv_transfer.transports import nixl
 from kv_transfer.transports.base import Unusable
 from kv_transfer.transports.nixl import Nixl, NixlPool
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 INSTALLED = pytest.mark.skipif(not nixl.installed(), reason="needs the nixl package")
 THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 50
 ENDPOINT = NixlEndpoint(b"", 0, "DRAM", 0)

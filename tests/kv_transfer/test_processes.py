@@ -23,7 +23,7 @@ from kv_transfer import pieces
 from kv_transfer.taker import Taker
 from kv_transfer.transports import base, batches, tcp, tcp_io, torch_distributed
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EACH = pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
 WRITES = {

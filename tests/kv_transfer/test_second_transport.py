@@ -21,8 +21,6 @@ from kv_transfer.transports.base import PullJob, Transport, Unusable
 from kv_transfer.transports.choice import preference
 from kv_transfer.transports.fallback import FirstThatWorks
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 50
 
 

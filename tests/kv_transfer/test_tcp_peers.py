@@ -17,8 +17,6 @@ from kv_transfer.messages import TcpEndpoint
 from kv_transfer.transports import tcp_io, tcp_server
 from kv_transfer.transports import tcp_wire as wire
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:

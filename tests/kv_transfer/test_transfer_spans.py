@@ -15,8 +15,6 @@ from tests.spans import spans
 
 __all__ = ["spans"]
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 LAYOUT = layout(num_layers=3)
 CLIENT = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 

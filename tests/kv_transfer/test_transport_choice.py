@@ -13,8 +13,6 @@ from sides import Sides, assert_same, connected
 from core.errors import TransferError
 from kv_transfer.transports import torch_distributed
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 
 def _another_token(sides: Sides) -> None:
     probe = sides.giver._probe

@@ -16,8 +16,6 @@ from speculation import allowance
 from tests.engine.driver import tokens
 from tests.tiny import all_handed_over, save_tiny_llama
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's poller outlives a loop and would call into a closed one
-
 TIMEOUT_S = 60.0
 PROMPTS = [[token + 3 for token in tokens(length, seed=length)] for length in (9, 40, 90)]
 

@@ -1,0 +1,163 @@
+"""Frames over one TCP connection: what a link (core.links) is made of.
+
+A frame is a byte that says its kind, the length of its body in four bytes, little-endian, and the body. A connection
+notices that the network between the two ends is cut: every KEEPALIVE_S each end says something, and what has not been
+acknowledged for KEEPALIVE_TIMEOUT_S ends it. It is the kernel that acknowledges, so a process that is busy for longer
+than that is not taken for gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple, cast
+
+KEEPALIVE_S = 2.0
+KEEPALIVE_TIMEOUT_S = 2.0
+MAX_BODY_BYTES = 256 * 2**20
+MAX_OPENING_BYTES = 256
+"""Of whoever connects, until it has said what it wants."""
+MAX_UNREAD_BYTES = 16 * 2**20
+"""The other end is not heard any further while as much waits to be read."""
+_HEADER = struct.Struct("<BI")
+
+
+class Kind(IntEnum):
+    OPEN = 1
+    """The first frame of whoever connects: the name of the service it wants."""
+    MESSAGE = 2
+    ALIVE = 3
+    """Nothing is said."""
+    END = 4
+    """The last frame of an end that has said all."""
+    FAILURE = 5
+    """The same, of one that gave up: why."""
+
+
+_KINDS = frozenset(Kind)
+
+
+class Frame(NamedTuple):
+    kind: Kind
+    body: bytes
+
+
+class Connection(asyncio.Protocol):
+    """One end, to be used on its loop. `on_made` is called with it once it is connected; without, it is the end that
+    has connected itself."""
+
+    def __init__(self, on_made: Callable[[Connection], None] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        """Done when the connection is no more, whatever ended it."""
+        self.peer = ""
+        self._loop = loop
+        self._on_made = on_made
+        self._max_body_bytes = MAX_BODY_BYTES if on_made is None else MAX_OPENING_BYTES
+        self._transport: asyncio.Transport | None = None
+        self._unparsed = bytearray()
+        self._unread: deque[Frame] = deque()
+        self._unread_bytes = 0
+        self._waiting: asyncio.Future[None] | None = None
+        self._paused = False
+        self._has_sent = False
+        self._alive: asyncio.TimerHandle | None = None
+
+    def send(self, kind: Kind, body: bytes = b"") -> None:
+        """In order. Once the connection has ended it is dropped: the other end can no longer hear."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(_HEADER.pack(kind, len(body)) + body)
+            self._has_sent = True
+
+    async def receive(self) -> Frame | None:
+        """The next frame that says something; None when the connection has ended and all is read. One task at a
+        time."""
+        while not self._unread:
+            if self.ended.done():
+                return None
+            self._waiting = self._loop.create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        frame = self._unread.popleft()
+        self._unread_bytes -= len(frame.body)
+        if self._paused and self._unread_bytes < MAX_UNREAD_BYTES // 2:
+            self._paused = False
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
+        return frame
+
+    def close(self) -> None:
+        """When all that was sent is on its way."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """At once: what was sent may be lost."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
+        host, port = transport.get_extra_info("peername")[:2]
+        self.peer = f"{host}:{port}"
+        end = transport.get_extra_info("socket")
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * KEEPALIVE_TIMEOUT_S))
+        self._alive = self._loop.call_later(KEEPALIVE_S, self._say_alive)
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._unparsed += data
+        at = 0
+        while len(self._unparsed) - at >= _HEADER.size:
+            number, length = _HEADER.unpack_from(self._unparsed, at)
+            if number not in _KINDS or length > self._max_body_bytes:
+                self._hear(Frame(Kind.FAILURE, b"what came is no frame of a link"))
+                self.abort()
+                break
+            body = at + _HEADER.size
+            if len(self._unparsed) < body + length:
+                break
+            at = body + length
+            self._hear(Frame(Kind(number), bytes(self._unparsed[body:at])))
+        del self._unparsed[:at]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  how it ended makes no difference
+        if self._alive is not None:
+            self._alive.cancel()
+        if not self.ended.done():
+            self.ended.set_result(None)
+        self._wake()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _hear(self, frame: Frame) -> None:
+        if frame.kind is Kind.ALIVE:
+            return
+        if frame.kind is Kind.OPEN:
+            self._max_body_bytes = MAX_BODY_BYTES
+        self._unread.append(frame)
+        self._unread_bytes += len(frame.body)
+        if self._unread_bytes > MAX_UNREAD_BYTES and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _say_alive(self) -> None:
+        if not self._has_sent:
+            self.send(Kind.ALIVE)
+        self._has_sent = False
+        self._alive = self._loop.call_later(KEEPALIVE_S, self._say_alive)
