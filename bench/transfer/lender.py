@@ -14,13 +14,14 @@ import sys
 import time
 
 import torch
+import uvloop
 
 from core.links import LinkServer
 from engine.kv_cache import KVPool
 from engine.kv_layout import KVLayout
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SERVICE, SequenceState, ToGiver
-from kv_transfer.pieces import Frontier, layers_per_piece
+from kv_transfer.pieces import Frontier, layers_told
 
 BLOCK_SIZE = 16
 SAID_AFTER_S = 0.02
@@ -71,7 +72,7 @@ async def _prefill(
         started = time.monotonic()
         for layer in range(1, layout.num_layers + 1):
             await asyncio.sleep(max(0.0, started + compute_s * layer / layout.num_layers - time.monotonic()))
-            if layer % layers_per_piece(layout, num_tokens) == 0:  # as a prefill worker says it
+            if layer in layers_told(layout, num_tokens, last=True):  # as a prefill worker says it
                 giver.written(transfer_id, Frontier(0, num_tokens, layer))
     completed = time.monotonic()
     giver.complete(transfer_id, SequenceState(token_ids=[0]))
@@ -81,4 +82,4 @@ async def _prefill(
 
 if __name__ == "__main__":
     address, layers, heads, size, dtype, blocks = sys.argv[1:]
-    asyncio.run(lend(address, layout_of(int(layers), int(heads), int(size), dtype), int(blocks)))
+    uvloop.run(lend(address, layout_of(int(layers), int(heads), int(size), dtype), int(blocks)))

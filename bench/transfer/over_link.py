@@ -7,7 +7,6 @@ runs on the host that takes (`Spec`, in JSON), and prints its result as JSON.
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from msgspec import Struct, json
 
 from bench.hosts.namespaces import Host
@@ -99,4 +99,4 @@ def _bare_rate(spec: Spec, name: TransportName, nbytes: int) -> float:
 
 
 if __name__ == "__main__":
-    print(json.encode(asyncio.run(_measure_all(json.decode(sys.argv[1], type=Spec)))).decode())
+    print(json.encode(uvloop.run(_measure_all(json.decode(sys.argv[1], type=Spec)))).decode())

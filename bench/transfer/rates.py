@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import uvloop
+
 from bench.transfer.baselines import tcp_loop_rate
 from bench.transfer.gloo_loop import gloo_loop_rate, memcpy_rate
 from bench.transfer.lender import BLOCK_SIZE, layout_of, scattered
@@ -45,7 +47,7 @@ def measure_rates(sizes_mib: list[float], rounds: int, layout: KVLayout | None =
     layout = layout or layout_of(30, 3, 64, "bfloat16")
     sizes = {f"{mib:g}": max(1, int(mib * MIB) // layout.token_bytes) for mib in sizes_mib}
     with two_sides(layout, max(sizes.values())) as (lender, pool):
-        return {"transports": asyncio.run(_measure_all(lender, pool, sizes, rounds))}
+        return {"transports": uvloop.run(_measure_all(lender, pool, sizes, rounds))}
 
 
 async def _measure_all(lender: Lender, pool: KVPool, sizes: dict[str, int], rounds: int) -> dict[str, Any]:

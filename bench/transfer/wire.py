@@ -14,8 +14,6 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from bench.transfer.lender import BLOCK_SIZE, scattered
 from bench.transfer.sides import Lender
 from core.links import LinkClient
@@ -36,7 +34,7 @@ from kv_transfer.messages import (
     Want,
 )
 from kv_transfer.peers import TakerLink
-from kv_transfer.pieces import Rows, Runs, copy, layers_of, rows_of, runs, slots_of
+from kv_transfer.pieces import Rows, Runs, copy, layers_of, rows_of, slots_of
 from kv_transfer.transports.base import PullJob, Transport
 from kv_transfer.transports.batches import device_identity
 from kv_transfer.transports.choice import makers
@@ -50,11 +48,11 @@ RENEW_S = 1.0
 class Unchecked(PullJob):
     """Pieces are taken as they come, to see what their checksums cost."""
 
-    def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
-        self._copy(index, theirs=layers_of(theirs, self.pieces[index]), pairs=pairs)
+    def read(self, index: int, theirs: Rows) -> None:
+        self._copy(index, layers_of(theirs, self.pieces[index]), self.runs_of(index, gathered=False))
 
     def landed(self, index: int, part: Rows) -> None:
-        self._copy(index, part, runs(np.arange(self.pieces[index].num_tokens), self.target(index)))
+        self._copy(index, part, self.runs_of(index, gathered=True))
 
     def _copy(self, index: int, theirs: Rows, pairs: Runs) -> None:
         copy(layers_of(self.rows, self.pieces[index]), theirs, pairs, streamed=True)

@@ -56,7 +56,6 @@ class _Link:
 
 class _Connection:
     def __init__(self, end: socket.socket) -> None:
-        end.setblocking(True)  # for the thread that sends; on the loop nothing waits for it
         self.socket = end
         self.transfer_id: str | None = None
         """What is being sent."""
@@ -69,6 +68,7 @@ class _Connection:
         self._ended = False
         self._heard = asyncio.Event()
         self._loop.add_reader(end.fileno(), self._hear)
+        end.setblocking(True)  # for the thread that sends. Last, as uvloop has what it polls not block
 
     def cut(self) -> None:
         """Whoever waits for it, thread or loop, stops waiting."""

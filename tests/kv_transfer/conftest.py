@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 import pytest
+import uvloop
 from sides import pool_of_noise
 from tcp_ends import LAYOUT, Taken
 
@@ -20,3 +24,8 @@ def tcp_on_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
 def taken() -> Taken:
     """A transfer to be, between pools of noise."""
     return Taken(rows_of(pool_of_noise(LAYOUT, seed=1)), rows_of(pool_of_noise(LAYOUT, seed=2)))
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that workers have: Ray takes uvloop's where it is installed."""
+    return {"uvloop": uvloop.new_event_loop}
