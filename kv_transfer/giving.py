@@ -164,8 +164,7 @@ class Giving:
             case states.SendOffer():
                 self._send(self._offer())
             case states.Seal():
-                self._sealing = asyncio.create_task(self._seal())
-                self._sealing.add_done_callback(self._sealed)
+                asyncio.get_running_loop().call_soon(self._seal)  # with what else is said in this turn
             case states.SendSealed() if self._num_named < len(self._pieces):
                 first, self._num_named = self._num_named, len(self._pieces)
                 self._send(messages.Sealed(self.transfer_id, first, self._pieces[first:]))
@@ -202,18 +201,35 @@ class Giving:
             codec=self._coding.codec,
         )
 
-    async def _seal(self) -> list[SealedPiece]:
+    def _seal(self) -> None:
+        extents = self._next_extents() if self._machine.may_read else []
+        if self._source.is_quick(extents, self._coding):
+            sealing: asyncio.Future[list[SealedPiece]] = asyncio.get_running_loop().create_future()
+            try:
+                sealing.set_result(self._sealed_pieces(extents))
+            except Exception as error:  # noqa: BLE001  it fails this transfer, as it would in a thread
+                sealing.set_exception(error)
+            self._sealed(sealing)
+        else:
+            self._sealing = asyncio.create_task(self._seal_in_thread(extents))
+            self._sealing.add_done_callback(self._sealed)
+
+    async def _seal_in_thread(self, extents: list[Extent]) -> list[SealedPiece]:
         await self._frames.room()
         if not self._machine.may_read:
             return []
+        return await asyncio.get_running_loop().run_in_executor(self._source.threads, self._sealed_pieces, extents)
+
+    def _sealed_pieces(self, extents: list[Extent]) -> list[SealedPiece]:
+        if not extents:
+            return []
         assert self._slots is not None
+        return self._source.seal(self._slots, extents, self._coding, self._ready)
+
+    def _next_extents(self) -> list[Extent]:
         if not self._todo:
             self._todo.extend(self._cut_what_is_new())
-        extents = [self._todo.popleft() for _ in range(min(SEALED_AT_ONCE, len(self._todo)))]
-        loop, source = asyncio.get_running_loop(), self._source
-        if source.is_quick(extents, self._coding):
-            return source.seal(self._slots, extents, self._coding, self._ready)
-        return await loop.run_in_executor(source.threads, source.seal, self._slots, extents, self._coding, self._ready)
+        return [self._todo.popleft() for _ in range(min(SEALED_AT_ONCE, len(self._todo)))]
 
     def _cut_what_is_new(self) -> list[Extent]:
         """Parts of what was written since this was called last, less what the taker has of its own."""
@@ -223,7 +239,7 @@ class Giving:
         wanted = [extent.from_token(start) for extent in grown]
         return [part for extent in wanted if extent.num_tokens for part in cut(layout, extent)]
 
-    def _sealed(self, sealing: asyncio.Task[list[SealedPiece]]) -> None:
+    def _sealed(self, sealing: asyncio.Future[list[SealedPiece]]) -> None:
         if error := sealing.exception():
             logger.error("cannot offer transfer %s", self.transfer_id, exc_info=error)
             self.feed(states.SealEnded(f"the giver cannot offer it: {error}"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,6 +25,9 @@ from kv_transfer.split_rows import Memory, Share, SplitRows
 PIECE_BYTES = 2 << 20
 """Upper bound of a piece unless one token of one layer is larger: small enough to be hashed out of the cache it was
 copied through, large enough that a piece costs microseconds of interpreter time."""
+
+QUICK_BYTES = 512 << 10
+"""So little is copied or summed sooner than a thread is woken and heard of, and an event loop may well wait for it."""
 
 Rows: TypeAlias = Memory | SplitRows  # [layers, 2, slots, row bytes]: numpy on CPU, torch elsewhere
 Slots: TypeAlias = NDArray[np.int64]  # [tokens]
@@ -111,11 +115,20 @@ def slots_of(block_ids: Sequence[int], block_size: int, num_tokens: int) -> Slot
 
 
 def runs(source: Slots, target: Slots) -> Runs:
-    """The fewest runs that pair source[i] with target[i] for every i."""
+    """The fewest runs that pair source[i] with target[i] for every i. Not to be written to: pieces of one range of
+    tokens come one after the other, and share them."""
+    return _runs(np.asarray(source, np.int64).tobytes(), np.asarray(target, np.int64).tobytes())
+
+
+@lru_cache(maxsize=8)
+def _runs(sources: bytes, targets: bytes) -> Runs:
+    source, target = np.frombuffer(sources, np.int64), np.frombuffer(targets, np.int64)
     breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
     starts = np.concatenate(([0], breaks)) if len(source) else breaks[:0]
     lengths = np.diff(np.append(starts, len(source)))
-    return np.stack((source[starts], target[starts], lengths), axis=1)
+    found: Runs = np.stack((source[starts], target[starts], lengths), axis=1)
+    found.setflags(write=False)
+    return found
 
 
 def cut(layout: KVLayout, extent: Extent, max_bytes: int | None = None) -> Iterator[Extent]:
@@ -135,6 +148,23 @@ def layers_per_piece(layout: KVLayout, num_tokens: int, max_bytes: int | None = 
     """How many layers of so many tokens one piece holds; 1 if it does not hold one."""
     max_bytes = PIECE_BYTES if max_bytes is None else max_bytes
     return max(1, max_bytes // (2 * row_bytes(layout) * max(1, num_tokens)))
+
+
+@lru_cache(maxsize=1024)
+def layers_told(layout: KVLayout, num_tokens: int, *, last: bool) -> frozenset[int]:
+    """After which layers but the last one to tell of a chunk of so many tokens: each time there is a piece more. Of the
+    `last` chunk of a prompt pieces become smaller towards the end, down to QUICK_BYTES, as nothing is computed any more
+    that would hide the last one; unless all of it is one piece anyway, and not worth more words."""
+    most = layers_per_piece(layout, num_tokens)
+    if not last or most >= layout.num_layers:
+        return frozenset(range(most, layout.num_layers, most))
+    told, grown = set(), min(most, layers_per_piece(layout, num_tokens, QUICK_BYTES))
+    layer = layout.num_layers - grown
+    while layer > 0:
+        told.add(layer)
+        grown = min(most, 2 * grown)
+        layer -= grown
+    return frozenset(told)
 
 
 def copy(target: Rows, source: Rows, pairs: Runs, *, streamed: bool = False) -> None:

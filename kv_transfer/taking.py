@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from core.errors import LeaseExpired, TransferError
 from core.tracing import record
@@ -24,6 +25,8 @@ from kv_transfer.states import Outcome, Phase, TakerTransfer
 from kv_transfer.transports.base import PullJob
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Withdrawn(TransferError):
@@ -83,7 +86,8 @@ class Taking:
         self._watch = Stopwatch()
         self._pulling: asyncio.Task[None] | None = None
         self._cause: TransferError | None = None
-        self._over: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._over = asyncio.Event()
         self._alarm = Alarm(lambda: self._feed(states.Tick()))
 
     async def run(self, reserved: asyncio.Future[Reservation]) -> Taken:
@@ -91,11 +95,11 @@ class Taking:
         try:
             if not reserved.done():
                 self._feed(states.Expect())
-                await asyncio.wait({reserved, self._over}, return_when=asyncio.FIRST_COMPLETED)
-            if not self._over.done():
+                await self._first(reserved)
+            if not self._over.is_set():
                 self._reservation = reserved.result()
                 self._feed(states.Begin())
-            await asyncio.wait({self._over})  # unlike a plain await, it leaves the future alone when it is cancelled
+            await self._over.wait()
         except BaseException:  # cancelled, or there will be no blocks
             self._feed(states.CancelRequested())
             await self._quiet()
@@ -109,11 +113,19 @@ class Taking:
 
     async def _quiet(self) -> None:
         """The blocks may be freed when this returns, so a second cancellation can't cut it short."""
-        while not self._over.done():
+        while not self._over.is_set():
             try:
-                await asyncio.wait({self._over})
+                await self._over.wait()
             except asyncio.CancelledError:
                 continue
+
+    async def _first(self, reserved: asyncio.Future[Any]) -> None:
+        """Until it is done or the transfer over. It is left alone when this is cancelled."""
+        over: asyncio.Future[Any] = asyncio.ensure_future(self._over.wait())
+        try:
+            await asyncio.wait({reserved, over}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            over.cancel()
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -190,19 +202,38 @@ class Taking:
         if layout != giver.layout or not fits or not all(0 <= block < giver.num_blocks for block in blocks):
             raise TransferError(f"the offer of transfer {self._id} does not fit the pool that the giver announced")
 
+    def _start_pull(self, job: PullJob) -> None:
+        transport = self._peer.transport
+        try:
+            at_once = transport.pull_at_once(job)
+        except Exception as error:  # noqa: BLE001  it fails this transfer, as it would in a task
+            self._pull_failed(error)
+            return
+        if at_once:
+            self._watch.pull_ended()
+            self._feed(states.PullEnded())
+        else:
+            self._pulling = asyncio.create_task(transport.pull(job))
+            self._pulling.add_done_callback(self._pull_ended)
+
     def _pull_ended(self, pulling: asyncio.Task[None]) -> None:
-        self._watch.pull_ended()
         if pulling.cancelled():
+            self._watch.pull_ended()
             self._feed(states.PullEnded("stopped"))
         elif error := pulling.exception():
-            if not isinstance(error, TransferError):
-                logger.error("the transport of transfer %s failed", self._id, exc_info=error)
-                error = TransferError(f"transfer {self._id}: {type(error).__name__}: {error}")
-            if self._machine.phase is Phase.TRANSFERRING:
-                self._cause = error
-            self._feed(states.PullEnded(str(error)))
+            self._pull_failed(error)
         else:
+            self._watch.pull_ended()
             self._feed(states.PullEnded())
+
+    def _pull_failed(self, error: BaseException) -> None:
+        self._watch.pull_ended()
+        if not isinstance(error, TransferError):
+            logger.error("the transport of transfer %s failed", self._id, exc_info=error)
+            error = TransferError(f"transfer {self._id}: {type(error).__name__}: {error}")
+        if self._machine.phase is Phase.TRANSFERRING:
+            self._cause = error
+        self._feed(states.PullEnded(str(error)))
 
     # --- instructions ------------------------------------------------------------------------------------------------
 
@@ -210,9 +241,12 @@ class Taking:
         for instruction in self._machine.handle(event, time.monotonic()):
             self._carry_out(instruction)
         self._alarm.set(self._machine.wake_at)
-        if self._machine.phase is Phase.RELEASED and not self._over.done():
-            self._count()
-            self._over.set_result(None)
+        if self._machine.phase is Phase.RELEASED and not self._over.is_set():
+            self._over.set()
+            if self._machine.outcome is Outcome.COMMITTED:
+                self._loop.call_soon(self._wrap_up)  # who waits for the KV goes first
+            else:
+                self._count()
 
     def _carry_out(self, instruction: states.Instruction) -> None:
         send = self._peer.link.send
@@ -227,12 +261,11 @@ class Taking:
             case states.SendRenew(sent_at):
                 send(messages.Renew(self._id, sent_at))
             case states.SendCommitted():
-                send(messages.Committed(self._id))
+                pass  # by _wrap_up
             case states.SendCancel(reason):
                 send(messages.Cancel(self._id, reason))
             case states.StartPull(first, stop):
-                self._pulling = asyncio.create_task(self._peer.transport.pull(self._job(first, stop)))
-                self._pulling.add_done_callback(self._pull_ended)
+                self._start_pull(self._job(first, stop))
             case states.StopPull():
                 assert self._pulling is not None
                 self._pulling.cancel()
@@ -241,15 +274,15 @@ class Taking:
         assert self._giver_slots is not None
         assert self._reservation is not None
         assert self._coding is not None
-        loop, coding = asyncio.get_running_loop(), self._coding
+        coding = self._coding
 
         def began() -> None:
             self._watch.pull_began()  # here, as it may be a while until the loop gets to it
-            loop.call_soon_threadsafe(self._feed, states.PullBegan())
+            self._soon(self._feed, states.PullBegan())
 
         def verified(place: int) -> None:
             self._watch.verified(coding.wire_bytes(self._pieces[place]))
-            loop.call_soon_threadsafe(self._verified, place)
+            self._soon(self._verified, place)
 
         return PullJob(
             transfer_id=self._id,
@@ -264,6 +297,13 @@ class Taking:
             on_decoded=self._watch.decoded,
         )
 
+    def _soon(self, hear: Callable[[T], None], what: T) -> None:
+        """On the loop: at once if this is its thread, or what comes after would overtake it."""
+        if threading.get_ident() == self._thread:
+            hear(what)
+        else:
+            self._loop.call_soon_threadsafe(hear, what)
+
     def _verified(self, place: int) -> None:
         self._feed(states.PieceVerified(place))
         if self._coding is None or self._coding.codec == "none" or self._machine.phase is not Phase.TRANSFERRING:
@@ -271,6 +311,11 @@ class Taking:
         while self._num_verified in self._machine.verified:
             self._num_verified += 1
         self._peer.link.send(messages.Verified(self._id, self._num_verified))
+
+    def _wrap_up(self) -> None:
+        """Of a transfer that is committed, what nobody here waits for."""
+        self._peer.link.send(messages.Committed(self._id))
+        self._count()
 
     def _count(self) -> None:
         counters, outcome = self._counters, self._machine.outcome

@@ -15,7 +15,7 @@ from engine.scheduler import SequenceUpdate
 from engine.sequence import Sequence, Status
 from kv_transfer.giver import Giver
 from kv_transfer.messages import SequenceState
-from kv_transfer.pieces import Frontier, layers_per_piece
+from kv_transfer.pieces import Frontier, layers_told
 
 Note = tuple[str, Frontier]
 """A request, and how much of its prompt has its KV."""
@@ -54,15 +54,14 @@ class PrefillWorker:
         self._giver.written(transfer_id, Frontier(opened.num_cached_tokens))
 
     def notes(self, chunks: SequenceOf[Chunk], layer: int) -> list[Note]:
-        """On the engine's thread: of chunks that are written up to this layer, what is worth telling. That is, every
-        so many layers as make a piece, and the last."""
+        """On the engine's thread: of chunks that are written up to this layer, what is worth telling (layers_told)."""
         num_layers = layer + 1
         if num_layers == self._layout.num_layers:
             return [_done(chunk) for chunk in chunks]
         return [
             (chunk.sequence.request_id, Frontier(chunk.start, chunk.num_tokens, num_layers))
             for chunk in chunks
-            if num_layers % layers_per_piece(self._layout, chunk.num_tokens) == 0
+            if num_layers in layers_told(self._layout, chunk.num_tokens, last=chunk.samples)
         ]
 
     def written(self, notes: SequenceOf[Note], ready: torch.cuda.Event | None = None) -> None:

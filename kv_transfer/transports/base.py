@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -57,7 +57,6 @@ class PullJob:
     """Called with the place of a piece in the transfer."""
     on_decoded: Callable[[float], None]
     """Called with the seconds it took, before the piece is verified."""
-    _runs: dict[tuple[int, int], Runs] = field(default_factory=dict, init=False, repr=False)
 
     def source(self, index: int) -> Slots:
         """The giver's slots of a piece."""
@@ -67,24 +66,22 @@ class PullJob:
         """The taker's slots of a piece."""
         return tokens_of(self.taker_slots, self.pieces[index])
 
-    def read(self, index: int, theirs: Rows, pairs: Runs) -> None:
-        """Copy a piece out of the giver's rows, in runs from `source` to `target`. Raises ChecksumMismatch if it is not
-        what the giver sealed."""
+    def read(self, index: int, theirs: Rows) -> None:
+        """Copy a piece out of the giver's rows. Raises ChecksumMismatch if it is not what the giver sealed."""
         piece = self.pieces[index]
+        pairs = self.runs_of(index, gathered=False)
         self._verify(index, copy_summed(layers_of(self.rows, piece), layers_of(theirs, piece), pairs))
 
     def landed(self, index: int, part: Rows) -> None:
         """Copy a piece that has come in memory of its own, [layers, 2, tokens, row bytes]. Raises as
         `read`."""
         piece = self.pieces[index]
-        self._verify(index, copy_summed(layers_of(self.rows, piece), part, self._into(piece)))
+        self._verify(index, copy_summed(layers_of(self.rows, piece), part, self.runs_of(index, gathered=True)))
 
-    def _into(self, piece: Piece) -> Runs:
-        """Runs from memory of a piece's own to the taker's slots. Pieces of one token range share them."""
-        tokens = piece.token, piece.num_tokens
-        if tokens not in self._runs:
-            self._runs[tokens] = runs(np.arange(piece.num_tokens), tokens_of(self.taker_slots, piece))
-        return self._runs[tokens]
+    def runs_of(self, index: int, *, gathered: bool) -> Runs:
+        """To `target`, from `source` or, `gathered`, from memory that has nothing but the piece."""
+        source = np.arange(self.pieces[index].num_tokens) if gathered else self.source(index)
+        return runs(source, self.target(index))
 
     def decoded(self, index: int, frame: torch.Tensor) -> None:
         """The frame of a piece, [bytes] uint8: decode it into its slots. Raises ChecksumMismatch before if it is not
@@ -115,6 +112,11 @@ class Transport(Protocol):
     name: ClassVar[str]
 
     async def pull(self, job: PullJob) -> None: ...
+
+    def pull_at_once(self, job: PullJob) -> bool:
+        """Do a job that needs no other process and takes no longer than to wake a thread; False, with nothing done, if
+        it is none."""
+        ...
 
     def on_message(self, message: FromGiver) -> None:
         """A control message the giver sent over the link."""

@@ -34,6 +34,10 @@ class FirstThatWorks:
         if self._usable() is None:
             raise Unusable("; ".join(self._unusable) or "there is none to choose from")
 
+    def pull_at_once(self, job: PullJob) -> bool:
+        first = self._usable(job.coding)
+        return first is not None and self._made[first].pull_at_once(job)
+
     async def pull(self, job: PullJob) -> None:
         first = self._usable(job.coding)
         assert first is not None, "a transport that could be used once stays"

@@ -24,10 +24,12 @@ import numpy as np
 from core.errors import TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer.messages import FromGiver, Hello, SharedPool
-from kv_transfer.pieces import Rows, Runs, as_rows, runs
+from kv_transfer.pieces import Rows, as_rows
 from kv_transfer.transports.base import PullJob, Unusable, settled
 
 _TOKEN_BYTES = 16
+QUICK_PIECES = 1
+"""So many are copied sooner than a thread is woken and heard of, and nothing that a peer does can hold them up."""
 
 
 def host_identity() -> str:
@@ -74,17 +76,19 @@ class SharedMemory:
             await settled(work)
             raise
 
+    def pull_at_once(self, job: PullJob) -> bool:
+        if self._rows is None or len(job.pieces) > QUICK_PIECES:
+            return False
+        self._copy(job, self._rows, threading.Event())
+        return True
+
     @staticmethod
     def _copy(job: PullJob, theirs: Rows, stop: threading.Event) -> None:
         job.on_began()
-        pairs: dict[tuple[int, int], Runs] = {}  # pieces of one token range share their runs
-        for index, piece in enumerate(job.pieces):
+        for index in range(len(job.pieces)):
             if stop.is_set():
                 return
-            span = piece.token, piece.num_tokens
-            if span not in pairs:
-                pairs[span] = runs(job.source(index), job.target(index))
-            job.read(index, theirs, pairs[span])
+            job.read(index, theirs)
 
     def on_message(self, message: FromGiver) -> None:
         """The giver takes no part in a copy, so it has nothing to say."""

@@ -87,6 +87,9 @@ class Tcp:
             await settled(work)
             raise
 
+    def pull_at_once(self, job: PullJob) -> bool:  # noqa: ARG002  the giver takes part in all
+        return False
+
     def on_message(self, message: FromGiver) -> None:
         """All that the giver has to say comes over the connections."""
 

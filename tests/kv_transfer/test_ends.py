@@ -17,12 +17,9 @@ from core.errors import LeaseExpired, TransferError
 from kv_transfer import giving, pieces
 from kv_transfer.messages import SequenceState
 from kv_transfer.taker import Taker, Withdrawn
-from kv_transfer.transports import base, pair_server, tcp, tcp_io, torch_distributed
+from kv_transfer.transports import base, pair_server, shared_memory, tcp, tcp_io, torch_distributed
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),  # gRPC's poller outlives a loop and would call into a closed one
-    pytest.mark.usefixtures("tcp_on_the_pools"),
-]
+pytestmark = pytest.mark.usefixtures("tcp_on_the_pools")
 
 SLOW_TO_SEND = pytest.mark.parametrize(
     ("transport", "module", "sends"),
@@ -82,6 +79,7 @@ async def test_a_cancel_before_the_offer_frees_the_blocks_once_they_are_offered(
 async def test_a_cancel_returns_only_when_the_copy_has_stopped(
     transport: str, module: Any, writes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shared_memory, "QUICK_PIECES", 0)
     async with connected(transports=[transport]) as sides:
         gate = Gate(monkeypatch, module, writes)
         sides.offer("t", [5], 10)

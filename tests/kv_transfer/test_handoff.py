@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 from sides import STATE, Gate, assert_same, connected, layout, tokens, wanted
 
-from core.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, TransferError
+from core.errors import ChecksumMismatch, LayoutMismatch, TransferError
 from kv_transfer import sealing
 from kv_transfer.messages import REVISION
 from kv_transfer.pieces import rows_of
-from kv_transfer.transports import base, batches
+from kv_transfer.transports import base, batches, shared_memory
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),  # gRPC's poller outlives a loop and would call into a closed one
-    pytest.mark.usefixtures("tcp_on_the_pools"),
-]
+pytestmark = pytest.mark.usefixtures("tcp_on_the_pools")
 
 EACH = pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
 
@@ -127,8 +124,8 @@ async def test_a_prompt_of_another_length_is_not_taken() -> None:
 async def test_nobody_listening_is_a_transfer_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected() as sides:
         monkeypatch.setattr(sides, "address", "127.0.0.1:1")
-        with pytest.raises(LeaseExpired, match="deadline"):
-            await sides.take("t", [1], 10, wait_s=0.2)
+        with pytest.raises(TransferError, match=r"the prefill worker at 127\.0\.0\.1:1 does not answer"):
+            await sides.take("t", [1], 10)
 
 
 async def test_blocks_that_cannot_hold_the_tokens_are_a_mistake_of_the_caller() -> None:
@@ -157,6 +154,7 @@ async def test_kv_that_is_not_what_was_sealed_is_never_committed(
 
 async def test_blocks_reused_under_the_copy_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected(transports=["shared_memory"], lease_s=30) as sides:
+        monkeypatch.setattr(shared_memory, "QUICK_PIECES", 0)
         gate = Gate(monkeypatch, base, "copy_summed")
         sides.offer("t", [1, 2], 20)
         taking = asyncio.create_task(sides.take("t", [3, 4], 20))

@@ -13,6 +13,7 @@ from sides import layout, pool_of_noise, tokens
 
 from engine.kv_cache import KVPool
 from engine.kv_layout import KVLayout
+from kv_transfer import pieces
 from kv_transfer.messages import Piece
 from kv_transfer.pieces import (
     Coverage,
@@ -22,6 +23,8 @@ from kv_transfer.pieces import (
     copy,
     cut,
     layers_of,
+    layers_per_piece,
+    layers_told,
     piece_bytes,
     rows_of,
     runs,
@@ -159,3 +162,24 @@ def test_rows_share_the_memory_of_the_pool() -> None:
     pool.data[1, 0, 2, 3] = 1.0
     row = rows_of(pool)[1, 0, 2 * 8 + 3]
     assert torch.from_numpy(row).view(torch.bfloat16).tolist() == [1.0] * 16
+
+
+@given(
+    num_layers=st.integers(1, 80),
+    num_tokens=st.integers(1, 5000),
+    row=st.sampled_from([16, 96, 512]),
+    last=st.booleans(),
+)
+def test_layers_are_told_of_by_the_piece_and_of_the_last_chunk_in_ever_smaller_ones(
+    num_layers: int, num_tokens: int, row: int, last: bool
+) -> None:
+    of = layout(num_layers=num_layers, num_kv_heads=1, head_size=row)
+    most, quick = (layers_per_piece(of, num_tokens, bound) for bound in (pieces.PIECE_BYTES, pieces.QUICK_BYTES))
+    told = sorted(layers_told(of, num_tokens, last=last))
+    sizes = np.diff([0, *told, num_layers]).tolist()
+    assert all(0 < size <= most for size in sizes)
+    if not last or most >= num_layers:
+        assert set(sizes[:-1]) <= {most}
+    else:
+        assert sizes[-1] == quick
+        assert all(size == min(most, 2 * later) for size, later in pairwise(sizes[1:]))

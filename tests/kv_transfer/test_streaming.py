@@ -20,11 +20,9 @@ from kv_transfer.sealing import Source
 from kv_transfer.states import TakerTransfer
 from kv_transfer.taker import Withdrawn
 from kv_transfer.taking import Reservation, Taking
+from kv_transfer.transports.shared_memory import SharedMemory
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),  # gRPC's poller outlives a loop and would call into a closed one
-    pytest.mark.usefixtures("tcp_on_the_pools"),
-]
+pytestmark = pytest.mark.usefixtures("tcp_on_the_pools")
 
 EACH = pytest.mark.parametrize("transport", ["shared_memory", "tcp", "torch_distributed"])
 LAYOUT = layout(num_layers=6)
@@ -154,6 +152,28 @@ async def test_the_last_pieces_are_named_with_the_word_that_they_are_the_last(mo
     assert sealed_in == [(1, True), (1, True), (2, False)]
 
 
+async def test_a_request_goes_on_before_its_hand_off_is_acknowledged_and_one_piece_needs_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    wrap_up = Taking._wrap_up
+
+    def wrapping_up(taking: Taking) -> None:
+        order.append("acknowledged")
+        wrap_up(taking)
+
+    monkeypatch.setattr(Taking, "_wrap_up", wrapping_up)
+    monkeypatch.setattr(SharedMemory, "pull", None)  # which has threads
+    async with connected(transports=["shared_memory"]) as sides:
+        sides.offer("t", [1, 2], 20)
+        assert await sides.take("t", [3, 4], 20) == STATE
+        order.append("goes on")
+        assert await sides.end() == ("t", "committed")
+        assert sides.taker.counters.committed == 1
+        assert_same(sides, [1, 2], [3, 4], 0, 20)
+    assert order == ["goes on", "acknowledged"]
+
+
 async def test_a_prompt_that_is_aborted_half_way_ends_the_transfer_and_frees_the_blocks_once() -> None:
     async with connected(LAYOUT, LAYOUT) as sides:
         taking = asyncio.create_task(sides.take("t", [1, 2, 3, 4], 50))
@@ -197,6 +217,9 @@ class Silent:
         return "none"
 
     def send(self, message: Any) -> None: ...
+
+    def pull_at_once(self, job: Any) -> bool:
+        return False
 
     async def pull(self, job: Any) -> None:
         await asyncio.Event().wait()
