@@ -12,6 +12,7 @@ when the link ends first, the handler's iteration ends and it has HANDLER_GRACE_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,6 +31,9 @@ Out = TypeVar("Out")
 
 REVISION = 1
 """Of frames and of how links begin and end."""
+TRY_S = 1.5
+"""To connect, before it is tried anew: the system asks again after 1, 3 and 7 s, and a wire that was cut may be whole
+for a moment only."""
 OPEN_WITHIN_S = 2.0
 """For whoever connects to say what it wants."""
 HANDLER_GRACE_S = 2.0
@@ -211,11 +215,10 @@ class LinkClient:
     async def open(self, name: str, incoming: type[In], outgoing: type[Out], timeout_s: float = 5.0) -> Link[In, Out]:  # noqa: ARG002
         """`outgoing` names the union of messages the other end expects. Raises Unavailable if nobody answers within
         `timeout_s`."""
-        host, _, port = self.address.rpartition(":")
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
-                _, connection = await loop.create_connection(Connection, host.strip("[]"), int(port))
+                while (connection := await self._connected()) is None:
+                    pass
         except TimeoutError as error:
             raise Unavailable(f"no answer from {self.address} within {timeout_s:g} s") from error
         except OSError as error:
@@ -225,6 +228,16 @@ class LinkClient:
         connection.ended.add_done_callback(lambda _: self._connections.discard(connection))
         connection.send(Kind.OPEN, f"{REVISION} {name}".encode())
         return _OpenedLink(connection, incoming)
+
+    async def _connected(self) -> Connection | None:
+        """None if nobody has answered for a while."""
+        host, _, port = self.address.rpartition(":")
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TRY_S):
+                _, connection = await loop.create_connection(Connection, host.strip("[]"), int(port))
+                return connection
+        return None
 
     async def close(self) -> None:
         """End every link opened here, at once: what they have queued may be lost."""

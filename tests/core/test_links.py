@@ -499,6 +499,27 @@ async def test_a_network_that_is_cut_ends_the_link_at_both_ends(talks: bool, mon
 
 
 @pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
+async def test_a_link_is_opened_soon_after_the_network_is_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system alone would ask after 1, 3 and 7 s."""
+    monkeypatch.setattr(links, "TRY_S", 0.3)
+    with relay.two_hosts() as (one, other, wire):
+        server = LinkServer()
+        server.add_service("Echo", Ping, echo)
+        with one.entered():
+            client = LinkClient(await server.start(one.address))
+        wire.condition = relay.Condition(cut=True)
+        with other.entered():
+            opening = asyncio.create_task(client.open("Echo", Pong, Ping, timeout_s=TIMEOUT_S))
+            await asyncio.sleep(1.2)
+            wire.condition = relay.Condition()
+            link: ClientLink = await asyncio.wait_for(opening, 1.2)
+        link.close()
+        assert await received(link) == []
+        await client.close()
+        await server.stop()
+
+
+@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
 async def test_a_link_outlives_a_network_that_is_bad_for_a_while() -> None:
     with relay.two_hosts(seed=3) as (one, other, wire):
         server = LinkServer()
