@@ -150,7 +150,6 @@ def layers_per_piece(layout: KVLayout, num_tokens: int, max_bytes: int | None = 
     return max(1, max_bytes // (2 * row_bytes(layout) * max(1, num_tokens)))
 
 
-@lru_cache(maxsize=1024)
 def layers_told(layout: KVLayout, num_tokens: int, *, last: bool) -> frozenset[int]:
     """After which layers but the last one to tell of a chunk of so many tokens: each time there is a piece more. Of the
     `last` chunk of a prompt pieces become smaller towards the end, down to QUICK_BYTES, as nothing is computed any more
@@ -158,8 +157,14 @@ def layers_told(layout: KVLayout, num_tokens: int, *, last: bool) -> frozenset[i
     most = layers_per_piece(layout, num_tokens)
     if not last or most >= layout.num_layers:
         return frozenset(range(most, layout.num_layers, most))
-    told, grown = set(), min(most, layers_per_piece(layout, num_tokens, QUICK_BYTES))
-    layer = layout.num_layers - grown
+    return _tapered(layout.num_layers, most, min(most, layers_per_piece(layout, num_tokens, QUICK_BYTES)))
+
+
+@lru_cache(maxsize=256)
+def _tapered(num_layers: int, most: int, least: int) -> frozenset[int]:
+    """The ends of pieces of `least` layers, twice as many, and so on, `most` at a time, from the last layer down."""
+    told, grown = set(), least
+    layer = num_layers - grown
     while layer > 0:
         told.add(layer)
         grown = min(most, 2 * grown)

@@ -66,12 +66,22 @@ def test_the_giver_gets_the_blocks_when_the_engine_has_them_and_hears_what_is_wr
 
 
 @pytest.mark.parametrize(
-    ("pieces_per_layer", "told"), [(0.01, [8]), (0.25, [4, 8]), (0.4, [2, 4, 6, 8]), (3, [*range(1, 9)])]
+    ("pieces_per_layer", "last", "told"),
+    [
+        (0.01, True, [8]),
+        (0.25, False, [4, 8]),
+        (0.25, True, [1, 5, 7, 8]),
+        (0.4, False, [2, 4, 6, 8]),
+        (0.4, True, [1, 3, 5, 7, 8]),
+        (3, True, [*range(1, 9)]),
+    ],
 )
-def test_layers_are_told_when_they_make_a_piece_and_the_last_always(pieces_per_layer: float, told: list[int]) -> None:
+def test_layers_are_told_when_they_make_a_piece_and_the_last_always(
+    pieces_per_layer: float, last: bool, told: list[int]
+) -> None:
     h = Harness()
     num_tokens = int(pieces_per_layer * PIECE_BYTES / LAYER_BYTES)
-    chunk = Chunk(h.sequence, 100, num_tokens, samples=True)
+    chunk = Chunk(h.sequence, 100, num_tokens, samples=last)
     notes = [note for layer in range(8) for note in h.worker.notes([chunk], layer)]
     expected = [Frontier(100, num_tokens, layers) for layers in told[:-1]] + [Frontier(100 + num_tokens)]
     assert notes == [("r", frontier) for frontier in expected]
