@@ -16,8 +16,10 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple, cast
 
-KEEPALIVE_S = 2.0
-KEEPALIVE_TIMEOUT_S = 2.0
+KEEPALIVE_S = 1.0
+KEEPALIVE_TIMEOUT_S = 4.0
+"""Less than a worker may be silent (core.wire). A wire that is cut for a few seconds costs no link: to open another
+takes a wire that stays whole for as long."""
 MAX_BODY_BYTES = 256 * 2**20
 MAX_OPENING_BYTES = 256
 """Of whoever connects, until it has said what it wants."""
