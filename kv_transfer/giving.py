@@ -204,15 +204,15 @@ class Giving:
     def _seal(self) -> None:
         extents = self._next_extents() if self._machine.may_read else []
         if self._source.is_quick(extents, self._coding):
-            sealing: asyncio.Future[list[SealedPiece]] = asyncio.get_running_loop().create_future()
             try:
-                sealing.set_result(self._sealed_pieces(extents))
+                sealed = self._sealed_pieces(extents)
             except Exception as error:  # noqa: BLE001  it fails this transfer, as it would in a thread
-                sealing.set_exception(error)
-            self._sealed(sealing)
+                self._seal_failed(error)
+            else:
+                self._sealed(sealed)
         else:
             self._sealing = asyncio.create_task(self._seal_in_thread(extents))
-            self._sealing.add_done_callback(self._sealed)
+            self._sealing.add_done_callback(self._seal_ended)
 
     async def _seal_in_thread(self, extents: list[Extent]) -> list[SealedPiece]:
         await self._frames.room()
@@ -239,12 +239,17 @@ class Giving:
         wanted = [extent.from_token(start) for extent in grown]
         return [part for extent in wanted if extent.num_tokens for part in cut(layout, extent)]
 
-    def _sealed(self, sealing: asyncio.Future[list[SealedPiece]]) -> None:
+    def _seal_ended(self, sealing: asyncio.Task[list[SealedPiece]]) -> None:
         if error := sealing.exception():
-            logger.error("cannot offer transfer %s", self.transfer_id, exc_info=error)
-            self.feed(states.SealEnded(f"the giver cannot offer it: {error}"))
-            return
-        sealed = sealing.result()
+            self._seal_failed(error)
+        else:
+            self._sealed(sealing.result())
+
+    def _seal_failed(self, error: BaseException) -> None:
+        logger.error("cannot offer transfer %s", self.transfer_id, exc_info=error)
+        self.feed(states.SealEnded(f"the giver cannot offer it: {error}"))
+
+    def _sealed(self, sealed: list[SealedPiece]) -> None:
         for place, (_, frame, seconds) in enumerate(sealed, len(self._pieces)):
             self.encode_seconds += seconds
             if frame is not None:

@@ -26,8 +26,8 @@ PIECE_BYTES = 2 << 20
 """Upper bound of a piece unless one token of one layer is larger: small enough to be hashed out of the cache it was
 copied through, large enough that a piece costs microseconds of interpreter time."""
 
-QUICK_BYTES = 512 << 10
-"""So little is copied or summed sooner than a thread is woken and heard of, and an event loop may well wait for it."""
+LAST_PIECE_BYTES = 512 << 10
+"""Upper bound of the last piece of a prompt of several, unless one layer is larger: nothing hides it."""
 
 Rows: TypeAlias = Memory | SplitRows  # [layers, 2, slots, row bytes]: numpy on CPU, torch elsewhere
 Slots: TypeAlias = NDArray[np.int64]  # [tokens]
@@ -152,12 +152,12 @@ def layers_per_piece(layout: KVLayout, num_tokens: int, max_bytes: int | None = 
 
 def layers_told(layout: KVLayout, num_tokens: int, *, last: bool) -> frozenset[int]:
     """After which layers but the last one to tell of a chunk of so many tokens: each time there is a piece more. Of the
-    `last` chunk of a prompt pieces become smaller towards the end, down to QUICK_BYTES, as nothing is computed any more
-    that would hide the last one; unless all of it is one piece anyway, and not worth more words."""
+    `last` chunk of a prompt pieces become smaller towards the end, down to LAST_PIECE_BYTES, as nothing is computed any
+    more that would hide the last one; unless all of it is one piece anyway, and not worth more words."""
     most = layers_per_piece(layout, num_tokens)
     if not last or most >= layout.num_layers:
         return frozenset(range(most, layout.num_layers, most))
-    return _tapered(layout.num_layers, most, min(most, layers_per_piece(layout, num_tokens, QUICK_BYTES)))
+    return _tapered(layout.num_layers, most, min(most, layers_per_piece(layout, num_tokens, LAST_PIECE_BYTES)))
 
 
 @lru_cache(maxsize=256)

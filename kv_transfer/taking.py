@@ -207,11 +207,10 @@ class Taking:
         try:
             at_once = transport.pull_at_once(job)
         except Exception as error:  # noqa: BLE001  it fails this transfer, as it would in a task
-            self._pull_failed(error)
+            self._pull_returned(error)
             return
         if at_once:
-            self._watch.pull_ended()
-            self._feed(states.PullEnded())
+            self._pull_returned(None)
         else:
             self._pulling = asyncio.create_task(transport.pull(job))
             self._pulling.add_done_callback(self._pull_ended)
@@ -220,14 +219,14 @@ class Taking:
         if pulling.cancelled():
             self._watch.pull_ended()
             self._feed(states.PullEnded("stopped"))
-        elif error := pulling.exception():
-            self._pull_failed(error)
         else:
-            self._watch.pull_ended()
-            self._feed(states.PullEnded())
+            self._pull_returned(pulling.exception())
 
-    def _pull_failed(self, error: BaseException) -> None:
+    def _pull_returned(self, error: BaseException | None) -> None:
         self._watch.pull_ended()
+        if error is None:
+            self._feed(states.PullEnded())
+            return
         if not isinstance(error, TransferError):
             logger.error("the transport of transfer %s failed", self._id, exc_info=error)
             error = TransferError(f"transfer {self._id}: {type(error).__name__}: {error}")

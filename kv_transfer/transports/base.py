@@ -113,10 +113,10 @@ class Transport(Protocol):
 
     async def pull(self, job: PullJob) -> None: ...
 
-    def pull_at_once(self, job: PullJob) -> bool:
+    def pull_at_once(self, job: PullJob) -> bool:  # noqa: ARG002  most have none that they can do so
         """Do a job that needs no other process and takes no longer than to wake a thread; False, with nothing done, if
         it is none."""
-        ...
+        return False
 
     def on_message(self, message: FromGiver) -> None:
         """A control message the giver sent over the link."""

@@ -27,7 +27,7 @@ from core.errors import ConfigError, TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer.messages import FromGiver, Hello, NixlEndpoint
 from kv_transfer.pieces import Runs, Slots, row_bytes, runs
-from kv_transfer.transports.base import PullJob, Unusable, settled
+from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
 from kv_transfer.transports.batches import Batch, batches, land
 
 STALL_S = 3.0
@@ -64,7 +64,7 @@ class NixlPool:
         self._agent.deregister_memory(self._registered, backends=_BACKENDS)
 
 
-class Nixl:
+class Nixl(Transport):
     """Raises Unusable when NIXL is absent here or at the giver."""
 
     name: ClassVar[str] = "nixl"
@@ -88,9 +88,6 @@ class Nixl:
             stop.set()
             await settled(work)
             raise
-
-    def pull_at_once(self, job: PullJob) -> bool:  # noqa: ARG002  the giver takes part in all
-        return False
 
     def on_message(self, message: FromGiver) -> None:
         """The giver takes no part in a read."""

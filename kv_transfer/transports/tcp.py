@@ -22,7 +22,7 @@ import torch
 from core.errors import TransferError
 from kv_transfer.messages import FromGiver, Hello
 from kv_transfer.transports import tcp_wire as wire
-from kv_transfer.transports.base import PullJob, Unusable, settled
+from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
 from kv_transfer.transports.batches import Staging, land
 from kv_transfer.transports.lane import Lane
 from kv_transfer.transports.tcp_io import (
@@ -38,7 +38,7 @@ MAX_CONNECTIONS = 2
 """Jobs pulled at a time over one link: while the pieces of one are hashed the other's arrive."""
 
 
-class Tcp:
+class Tcp(Transport):
     """`giver_address` is host:port of the link. Raises Unusable when the giver has no data plane there."""
 
     name: ClassVar[str] = "tcp"
@@ -86,9 +86,6 @@ class Tcp:
             connection.stop()
             await settled(work)
             raise
-
-    def pull_at_once(self, job: PullJob) -> bool:  # noqa: ARG002  the giver takes part in all
-        return False
 
     def on_message(self, message: FromGiver) -> None:
         """All that the giver has to say comes over the connections."""

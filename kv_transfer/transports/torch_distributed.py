@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import Work
 from core.errors import TransferError
 from engine.kv_cache import Pool
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairFailed, PairKey, Pull, ToGiver
-from kv_transfer.transports.base import PullJob, settled
+from kv_transfer.transports.base import PullJob, Transport, settled
 from kv_transfer.transports.batches import (
     Batch,
     Staging,
@@ -54,7 +54,7 @@ class _TakerPair:
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
 
-class TorchDistributed:
+class TorchDistributed(Transport):
     """`giver_address` is host:port of the link."""
 
     name: ClassVar[str] = "torch_distributed"
@@ -87,9 +87,6 @@ class TorchDistributed:
             self._discard(pair)
             raise
         self._idle.append(pair)
-
-    def pull_at_once(self, job: PullJob) -> bool:  # noqa: ARG002  the giver takes part in all
-        return False
 
     def on_message(self, message: FromGiver) -> None:
         match message:

@@ -174,7 +174,7 @@ def test_layers_are_told_of_by_the_piece_and_of_the_last_chunk_in_ever_smaller_o
     num_layers: int, num_tokens: int, row: int, last: bool
 ) -> None:
     of = layout(num_layers=num_layers, num_kv_heads=1, head_size=row)
-    most, quick = (layers_per_piece(of, num_tokens, bound) for bound in (pieces.PIECE_BYTES, pieces.QUICK_BYTES))
+    most, quick = (layers_per_piece(of, num_tokens, bound) for bound in (pieces.PIECE_BYTES, pieces.LAST_PIECE_BYTES))
     told = sorted(layers_told(of, num_tokens, last=last))
     sizes = np.diff([0, *told, num_layers]).tolist()
     assert all(0 < size <= most for size in sizes)
