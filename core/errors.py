@@ -25,6 +25,7 @@ are the fields of the OpenAI error body. Messages are one line and say what to d
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 
@@ -153,3 +154,8 @@ BY_CODE: dict[str, type[SlipstreamError]] = {
     )
 }
 """Errors that may end a request, by the name that travels in `Finish.error`."""
+
+
+def said_by_system(error: OSError) -> str:
+    """In the words of the system: asyncio has a text of its own."""
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -64,7 +64,7 @@ class Connection(asyncio.Protocol):
         self._unparsed = bytearray()
         self._unread: deque[Frame] = deque()
         self._unread_bytes = 0
-        self._waiting: asyncio.Future[None] | None = None
+        self._heard = asyncio.Event()
         self._paused = False
         self._has_sent = False
         self._alive: asyncio.TimerHandle | None = None
@@ -81,11 +81,8 @@ class Connection(asyncio.Protocol):
         while not self._unread:
             if self.ended.done():
                 return None
-            self._waiting = self._loop.create_future()
-            try:
-                await self._waiting
-            finally:
-                self._waiting = None
+            self._heard.clear()
+            await self._heard.wait()
         frame = self._unread.popleft()
         self._unread_bytes -= len(frame.body)
         if self._paused and self._unread_bytes < MAX_UNREAD_BYTES // 2:
@@ -138,7 +135,7 @@ class Connection(asyncio.Protocol):
             self._alive.cancel()
         if not self.ended.done():
             self.ended.set_result(None)
-        self._wake()
+        self._heard.set()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -152,11 +149,7 @@ class Connection(asyncio.Protocol):
         if self._unread_bytes > MAX_UNREAD_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        self._heard.set()
 
     def _say_alive(self) -> None:
         if not self._has_sent:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, TypeVar
 
 import msgspec
 
-from core.errors import ConfigError, InternalError, SlipstreamError, Unavailable
+from core.errors import ConfigError, InternalError, SlipstreamError, Unavailable, said_by_system
 from core.frames import Connection, Kind
 from core.wire import decoder, encode
 
@@ -124,8 +123,9 @@ class LinkServer:
         try:
             self._listening = await loop.create_server(lambda: Connection(self._accept), host, port)
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port or host") from error
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {said_by_system(error)}; choose another port or host"
+            ) from error
         return f"{host}:{self._listening.sockets[0].getsockname()[1]}"
 
     async def farewell(self, name: str, within_s: float) -> None:
@@ -222,8 +222,7 @@ class LinkClient:
         except TimeoutError as error:
             raise Unavailable(f"no answer from {self.address} within {timeout_s:g} s") from error
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            raise Unavailable(f"no answer from {self.address}: {why}") from error
+            raise Unavailable(f"no answer from {self.address}: {said_by_system(error)}") from error
         self._connections.add(connection)
         connection.ended.add_done_callback(lambda _: self._connections.discard(connection))
         connection.send(Kind.OPEN, f"{REVISION} {name}".encode())

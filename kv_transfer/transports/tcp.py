@@ -11,7 +11,6 @@ A connection that has seen any error or cancel is thrown away, and the next job 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from contextlib import suppress
 from functools import partial
@@ -19,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from core.errors import TransferError
+from core.errors import TransferError, said_by_system
 from kv_transfer.messages import FromGiver, Hello
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
@@ -109,8 +108,9 @@ class Tcp(Transport):
         except TimeoutError as error:
             raise TransferError(f"nobody answers at {self._host}, port {self._endpoint.port}") from error
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)  # asyncio has a text of its own
-            raise TransferError(f"cannot connect to {self._host}, port {self._endpoint.port}: {why}") from error
+            raise TransferError(
+                f"cannot connect to {self._host}, port {self._endpoint.port}: {said_by_system(error)}"
+            ) from error
 
 
 class _Connection:

@@ -7,7 +7,6 @@ import logging
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import pytest_asyncio
 from msgspec import Struct
 
-from bench.hosts import relay
 from core import frames, links
 from core.errors import ConfigError, InternalError, Unavailable
 from core.links import Link, LinkClient, LinkServer
@@ -463,83 +461,6 @@ async def test_frames_are_found_however_they_are_cut_up() -> None:
         for at in range(0, len(stream), size):
             connection.data_received(stream[at : at + size])
         assert [await connection.receive() for _ in range(3)] == [(frames.Kind.MESSAGE, b"abc")] * 3
-
-
-@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
-@pytest.mark.parametrize("talks", [False, True])
-async def test_a_network_that_is_cut_ends_the_link_at_both_ends(talks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "KEEPALIVE_S", 0.5)
-    monkeypatch.setattr(frames, "KEEPALIVE_TIMEOUT_S", 0.5)
-    ended = asyncio.Event()
-
-    async def echo_until_end(link: ServerLink) -> None:
-        await echo(link)
-        ended.set()
-
-    with relay.two_hosts() as (one, other, wire):
-        server = LinkServer()
-        server.add_service("Echo", Ping, echo_until_end)
-        with one.entered():
-            client = LinkClient(await server.start(one.address))
-        with other.entered():
-            link: ClientLink = await client.open("Echo", Pong, Ping)
-        link.send(Ping(1))
-        messages = aiter(link)
-        assert await asyncio.wait_for(anext(messages), TIMEOUT_S) == Pong(1)
-        await asyncio.sleep(frames.KEEPALIVE_S)
-        wire.condition = relay.Condition(cut=True)
-        began = time.monotonic()
-        if talks:
-            link.send(Ping(2))
-        assert await asyncio.wait_for(anext(messages, None), TIMEOUT_S) is None
-        await asyncio.wait_for(ended.wait(), TIMEOUT_S)
-        assert time.monotonic() - began < frames.KEEPALIVE_S + frames.KEEPALIVE_TIMEOUT_S + 2.0
-        await client.close()
-        await server.stop()
-
-
-@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
-async def test_a_link_is_opened_soon_after_the_network_is_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system alone would ask after 1, 3 and 7 s."""
-    monkeypatch.setattr(links, "TRY_S", 0.3)
-    with relay.two_hosts() as (one, other, wire):
-        server = LinkServer()
-        server.add_service("Echo", Ping, echo)
-        with one.entered():
-            client = LinkClient(await server.start(one.address))
-        wire.condition = relay.Condition(cut=True)
-        with other.entered():
-            opening = asyncio.create_task(client.open("Echo", Pong, Ping, timeout_s=TIMEOUT_S))
-            await asyncio.sleep(1.2)
-            wire.condition = relay.Condition()
-            link: ClientLink = await asyncio.wait_for(opening, 1.2)
-        link.close()
-        assert await received(link) == []
-        await client.close()
-        await server.stop()
-
-
-@pytest.mark.skipif(bool(relay.missing()), reason=f"two hosts on one machine: {relay.missing()}")
-async def test_a_link_outlives_a_network_that_is_bad_for_a_while() -> None:
-    with relay.two_hosts(seed=3) as (one, other, wire):
-        server = LinkServer()
-        server.add_service("Echo", Ping, echo)
-        with one.entered():
-            client = LinkClient(await server.start(one.address))
-        with other.entered():
-            link: ClientLink = await client.open("Echo", Pong, Ping)
-        wire.condition = relay.Condition(delay_s=0.1, loss=0.05)
-        messages = aiter(link)
-        for number in range(20):
-            link.send(Ping(number))
-            assert await asyncio.wait_for(anext(messages), TIMEOUT_S) == Pong(number)
-        wire.condition = relay.Condition(cut=True)
-        await asyncio.sleep(0.5)
-        wire.condition = relay.Condition()
-        link.send(Ping(20))
-        assert await asyncio.wait_for(anext(messages), TIMEOUT_S) == Pong(20)
-        await client.close()
-        await server.stop()
 
 
 async def test_a_taken_port_is_refused_with_its_number() -> None:
