@@ -376,39 +376,6 @@ async def test_another_revision_of_links_is_told_to_run_ours(monkeypatch: pytest
         assert f"links of revision {links.REVISION}" in link.error
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\n",
-        b"\x02\x00\x10\x00\x00",
-        b"\x02\x01\x00\x00\x00x",
-    ],
-    ids=["http", "http2", "much before it opens", "no opening"],
-)
-async def test_who_does_not_speak_as_a_link_is_sent_away(said: bytes) -> None:
-    server = LinkServer()
-    server.add_service("Echo", Ping, echo)
-    host, port = (await server.start("127.0.0.1")).rsplit(":", 1)
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(said)
-    with suppress(ConnectionResetError):
-        await asyncio.wait_for(reader.read(), TIMEOUT_S)
-    writer.close()
-    await server.stop()
-
-
-async def test_a_stranger_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "OPEN_WITHIN_S", 0.05)
-    server = LinkServer()
-    server.add_service("Echo", Ping, echo)
-    host, port = (await server.start("127.0.0.1")).rsplit(":", 1)
-    reader, writer = await asyncio.open_connection(host, int(port))
-    assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
-    writer.close()
-    await server.stop()
-
-
 async def test_what_comes_as_no_frame_breaks_the_link_at_the_client() -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"\x02\x02\x00\x00\x00")
@@ -450,17 +417,6 @@ async def test_who_does_not_read_holds_the_other_end_up_and_gets_all_in_the_end(
     assert await asyncio.wait_for(received(link), TIMEOUT_S) == notes
     await client.close()
     await server.stop()
-
-
-async def test_frames_are_found_however_they_are_cut_up() -> None:
-    """One byte at a time, and several at once."""
-    frame = frames._HEADER.pack(frames.Kind.MESSAGE, 3) + b"abc"
-    alive = frames._HEADER.pack(frames.Kind.ALIVE, 0)
-    for size in (1, 2, 7, 100):
-        connection, stream = frames.Connection(), frame + alive + frame + frame
-        for at in range(0, len(stream), size):
-            connection.data_received(stream[at : at + size])
-        assert [await connection.receive() for _ in range(3)] == [(frames.Kind.MESSAGE, b"abc")] * 3
 
 
 async def test_a_taken_port_is_refused_with_its_number() -> None:
