@@ -148,7 +148,7 @@ def rayservice(values: dict[str, Any]) -> dict[str, Any]:
                 **_surviving_head(values["redis"]),
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", "object-store-memory": str(_STORE_BYTES)},
-                    "template": _pod(values, "ray-head", values["head"], _HEAD_PORTS),
+                    "template": _pod(values, "ray-head", values["head"], _head_ports(values["config"])),
                 },
                 "workerGroupSpecs": [_worker_group(values, group) for group in values["workerGroups"]],
             },
@@ -165,13 +165,9 @@ def _surviving_head(redis: dict[str, Any]) -> dict[str, Any]:
     return {"gcsFaultToleranceOptions": {"redisAddress": redis["address"], **password}}
 
 
-_HEAD_PORTS = [
-    {"name": "gcs", "containerPort": 6379},
-    {"name": "dashboard", "containerPort": 8265},
-    {"name": "client", "containerPort": 10001},
-    {"name": "serve", "containerPort": 8000},
-    {"name": "http", "containerPort": HTTP_PORT},
-]
+def _head_ports(config: dict[str, Any]) -> list[dict[str, Any]]:
+    ports = {"gcs": 6379, "dashboard": 8265, "client": 10001, "serve": 8000, "http": config["gateway"]["port"]}
+    return [{"name": name, "containerPort": port} for name, port in ports.items()]
 
 
 def _serve_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +211,8 @@ def _pod(values: dict[str, Any], name: str, size: dict[str, Any], ports: list[di
     }
     grace_s = math.ceil(values["config"]["gateway"]["drain_timeout_s"]) + _GRACE_S
     volumes = [{"name": "cache", **volume}]
-    return {"spec": {"terminationGracePeriodSeconds": grace_s, "containers": [container], "volumes": volumes}}
+    where = {name: size[name] for name in ("nodeSelector", "tolerations") if size.get(name)}
+    return {"spec": {"terminationGracePeriodSeconds": grace_s, "containers": [container], "volumes": volumes, **where}}
 
 
 class _Plain(yaml.SafeDumper):

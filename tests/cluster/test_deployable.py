@@ -252,16 +252,56 @@ def test_the_templates_ask_for_values_that_there_are() -> None:
     assert text.count("{{") == text.count("}}")
 
 
-@pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
-def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path) -> None:
-    values = helm_values(TREE, SEATS, GB)
-    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
-    command = ["helm", "template", "slipstream", str(CHART), "--values", str(tmp_path / "values.yaml")]
-    made = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    ours = rayservice(values)
+def templated(folder: Path, values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """What Helm makes of the chart."""
+    (folder / "values.yaml").write_text(yaml.safe_dump(values))
+    command = ["helm", "template", "slipstream", str(CHART), "--values", str(folder / "values.yaml")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+NODE = {"nodeSelector": {"pool": "fast"}, "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]}
+SECRET = {"address": "redis:6379", "existingSecret": "redis"}
+NEEDS_HELM = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
+
+
+@NEEDS_HELM
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"modelCache": {"existingClaim": "models", "mountPath": "/models"}},
+        {"redis": {"address": "redis:6379"}},
+        {"redis": SECRET},
+        {"head": NODE},
+        {"workerGroups": NODE},
+        {"config": {"gateway": {"drain_timeout_s": 90.5, "port": 9000}}},
+    ],
+)
+def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path, given: dict[str, Any]) -> None:
+    values = merged(helm_values(TREE, SEATS, GB), given)
+    told = templated(tmp_path, values)
+    assert not told.returncode, told.stderr
+    made, ours = yaml.safe_load(told.stdout), rayservice(values)
+    jsonschema.validate(made["spec"], SPEC)
     for service in (made, ours):
         service["spec"]["serveConfigV2"] = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert made["spec"] == ours["spec"]
+
+
+@NEEDS_HELM
+def test_helm_refuses_values_that_mean_nothing(tmp_path: Path) -> None:
+    told = templated(tmp_path, merged(helm_values(TREE, SEATS, GB), {"config": {"gateway": {"port": 8000}}}))
+    assert told.returncode
+    assert "port" in told.stderr
+
+
+def merged(values: Any, given: Any) -> Any:
+    """Each of a list is given alike."""
+    if isinstance(values, list):
+        return [merged(value, given) for value in values]
+    if not isinstance(given, dict):
+        return given
+    return values | {name: merged(values.get(name, {}), value) for name, value in given.items()}
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
