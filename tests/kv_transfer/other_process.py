@@ -1,18 +1,18 @@
-"""The other side of a hand-off, in a process that a test may kill.
+"""The other side of a hand-off, in a process that a test may kill. It is told and tells by a pipe:
 
-other_process.py giver LEASE_S           prints its address; reads "TRANSFER BLOCKS TOKENS" and offers it;
-                                         prints "TRANSFER OUTCOME" for every release
-other_process.py taker TRANSPORT ADDRESS TRANSFER BLOCKS TOKENS
-                                         prints "pulling" and hangs when the first bytes are there
-other_process.py waiter ADDRESS TRANSFER prints "waiting" and waits for blocks that it never gets
+giver LEASE_S                              says its address; hears "TRANSFER BLOCKS TOKENS" and offers it;
+                                           says "TRANSFER OUTCOME" for every release
+taker TRANSPORT ADDRESS TRANSFER BLOCKS TOKENS
+                                           says "pulling" and hangs when the first bytes are there
+waiter ADDRESS TRANSFER                    says "waiting" and waits for blocks that it never gets
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 from sides import STATE, TIMEOUT_S, layout, pool_of_noise
 
@@ -39,25 +39,27 @@ def blocks(text: str) -> list[int]:
     return [int(block) for block in text.split(",")]
 
 
-async def give(lease_s: float) -> None:
+async def give(test: Connection, lease_s: str) -> None:
     giver = Giver(
         pool_of_noise(LAYOUT, seed=GIVER_SEED),
-        lease_s=lease_s,
-        on_released=lambda *end: print(*end, flush=True),
+        lease_s=float(lease_s),
+        on_released=lambda *end: test.send(" ".join(end)),
         tcp_host="127.0.0.1",
     )
     server = LinkServer()
     server.add_service(SERVICE, ToGiver, giver.on_link)
-    print(await server.start("127.0.0.1"), flush=True)
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        transfer_id, block_ids, num_tokens = line.split()
+    test.send(await server.start("127.0.0.1"))
+    while True:
+        transfer_id, block_ids, num_tokens = (await asyncio.to_thread(test.recv)).split()
         giver.open(transfer_id, blocks(block_ids), int(num_tokens))
         giver.complete(transfer_id, STATE)
 
 
-async def take(transport: str, address: str, transfer_id: str, block_ids: str, num_tokens: str) -> None:
+async def take(
+    test: Connection, transport: str, address: str, transfer_id: str, block_ids: str, num_tokens: str
+) -> None:
     def hang(*arguments: object) -> None:
-        print("pulling", flush=True)
+        test.send("pulling")
         threading.Event().wait()
 
     match transport:
@@ -78,20 +80,16 @@ async def take(transport: str, address: str, transfer_id: str, block_ids: str, n
     )
 
 
-async def wait(address: str, transfer_id: str) -> None:
-    print("waiting", flush=True)
+async def wait(test: Connection, address: str, transfer_id: str) -> None:
+    test.send("waiting")
     taker = Taker(pool_of_noise(LAYOUT, seed=TAKER_SEED))
     never: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
     await taker.expect(transfer_id, address, never, deadline=time.time() + TIMEOUT_S)
 
 
-if __name__ == "__main__":
+KINDS = {"giver": give, "taker": take, "waiter": wait}
+
+
+def run(test: Connection, kind: str, *arguments: str) -> None:
     many_small_messages()
-    kind, *rest = sys.argv[1:]
-    match kind:
-        case "giver":
-            asyncio.run(give(float(rest[0])))
-        case "taker":
-            asyncio.run(take(*rest))
-        case "waiter":
-            asyncio.run(wait(*rest))
+    asyncio.run(KINDS[kind](test, *arguments))

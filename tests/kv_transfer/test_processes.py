@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import other_process
@@ -49,39 +51,43 @@ def _small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 class Other:
     """A process of other_process.py."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: BaseProcess, pipe: Connection) -> None:
         self._process = process
+        self._pipe = pipe
 
     async def line(self) -> str:
-        assert self._process.stdout is not None
-        return (await asyncio.wait_for(self._process.stdout.readline(), TIMEOUT_S)).decode().strip()
+        line: str = await asyncio.wait_for(asyncio.to_thread(self._pipe.recv), TIMEOUT_S)
+        return line
 
     def offer(self, transfer_id: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{transfer_id} {','.join(map(str, THEIRS))} {NUM_TOKENS}\n".encode())
+        self._pipe.send(f"{transfer_id} {','.join(map(str, THEIRS))} {NUM_TOKENS}")
 
     def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     async def kill(self) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+        self._process.kill()
+        await asyncio.to_thread(self._process.join)
 
 
 @asynccontextmanager
 async def other(*arguments: object) -> AsyncIterator[Other]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(Path(other_process.__file__)), *map(str, arguments)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    started = Other(process)
-    try:
-        yield started
-    finally:
-        await started.kill()
+    """Forked from a process in which nothing runs, but which has imported all: that would take each of them seconds."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([other_process.__name__])
+    ours, theirs = forks.Pipe()
+    with ours, theirs:
+        process = forks.Process(target=other_process.run, args=(theirs, *map(str, arguments)), daemon=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the first start is that of who forks, too
+            process.start()
+        theirs.close()
+        started = Other(process, ours)
+        try:
+            yield started
+        finally:
+            await started.kill()
 
 
 @asynccontextmanager
