@@ -205,6 +205,12 @@ async def _handle(name: str, link: Link[In, Out], on_link: OnLink[In, Out]) -> N
         link.close()
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of an address that links are opened to, as 127.0.0.1:4711 or [::1]:4711."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 class LinkClient:
     """Opens links to one address. Owns their connections."""
 
@@ -230,11 +236,11 @@ class LinkClient:
 
     async def _connected(self) -> Connection | None:
         """None if nobody has answered for a while."""
-        host, _, port = self.address.rpartition(":")
+        host, port = host_and_port(self.address)
         loop = asyncio.get_running_loop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TRY_S):
-                _, connection = await loop.create_connection(Connection, host.strip("[]"), int(port))
+                _, connection = await loop.create_connection(Connection, host, port)
                 return connection
         return None
 

@@ -1,5 +1,6 @@
 """Linear layers. On CPU in bfloat16 the weight is kept only in oneDNN's own layout: at the batch sizes of decoding that
-is twice as fast as F.linear, which reorders the weight in every call."""
+is twice as fast as F.linear, which reorders the weight in every call. In float32 with AVX2 few rows are the columns of
+the other factor."""
 
 from __future__ import annotations
 
@@ -40,6 +41,32 @@ class PlainLinear:
         return F.linear(x, self.weight, self.bias).add_(residual)
 
 
+MOST_FEW = 6
+"""Rows; with more F.linear is as fast."""
+
+
+class FewRowsLinear(PlainLinear):
+    """In float32 on a CPU with AVX2 a product with 2 to 6 rows takes F.linear about twice as long as one with a single
+    row, and no less on two cores. The same product transposed takes hardly longer than that."""
+
+    __slots__ = ()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._few(x) if 1 < len(x) <= MOST_FEW else super().__call__(x)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self._few(x).add_(residual) if 1 < len(x) <= MOST_FEW else super().add(x, residual)
+
+    def _few(self, x: torch.Tensor) -> torch.Tensor:
+        rows = len(x)
+        if rows == 3:  # of all numbers the slowest, slower than 4
+            x = F.pad(x, (0, 0, 0, 1))
+        y = torch.mm(self.weight, x.t())
+        if self.bias is not None:
+            y += self.bias[:, None]
+        return y[:, :rows].t().contiguous()
+
+
 class PackedLinear:
     """The sum of `add` is taken in float32, before rounding."""
 
@@ -70,7 +97,15 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """The fastest layer for `weight` ([out_features, in_features]), which the caller should then let go of."""
-    return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
+    if can_pack(weight):
+        return PackedLinear(weight, bias)
+    return FewRowsLinear(weight, bias) if _turns_few_rows(weight) else PlainLinear(weight, bias)
+
+
+def _turns_few_rows(weight: torch.Tensor) -> bool:
+    """Measured with AVX2 only, docs/performance.md."""
+    kind = weight.device.type, weight.dtype, torch.backends.cpu.get_cpu_capability()
+    return kind == ("cpu", torch.float32, "AVX2")
 
 
 def dense_maker(native: bool) -> MakeLinear:

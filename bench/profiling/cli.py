@@ -17,7 +17,7 @@ from placement.profile import Profile, write_profile
 
 @click.command("profile")
 @click.argument("model", default="demo")
-@click.option("--quick", is_flag=True, help="Fewer steps of smaller sizes, some seconds for a small model.")
+@click.option("--quick", is_flag=True, help="Fewer steps of smaller sizes, and fewer rounds of servers.")
 @click.option("--roofline", help="Measure nothing: reckon it for a device of a table, such as H100.")
 @click.option("--out", default="profile.json", type=click.Path(path_type=Path), show_default=True, help="Written anew.")
 @click.option("--threads", type=click.IntRange(1), help="Cores of each rank. Default: all, shared out evenly.")

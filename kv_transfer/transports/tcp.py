@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from core.errors import TransferError, said_by_system
+from core.links import host_and_port
 from kv_transfer.messages import FromGiver, Hello
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
@@ -45,7 +46,7 @@ class Tcp(Transport):
     def __init__(self, giver: Hello, giver_address: str) -> None:
         if giver.tcp is None:
             raise Unusable("the giver does not listen for connections that fetch KV")
-        self._host = giver_address.rsplit(":", 1)[0].strip("[]")
+        self._host, _ = host_and_port(giver_address)
         self._endpoint = giver.tcp
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()

@@ -22,6 +22,7 @@ import torch
 from torch._C._distributed_c10d import Work
 
 from core.errors import TransferError
+from core.links import host_and_port
 from engine.kv_cache import Pool
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairFailed, PairKey, Pull, ToGiver
 from kv_transfer.transports.base import PullJob, Transport, settled
@@ -62,9 +63,8 @@ class TorchDistributed(Transport):
     def __init__(self, giver: Hello, pool: Pool, giver_address: str, send: Callable[[ToGiver], None]) -> None:
         self._pool = pool
         self._send = send
-        host, port = giver_address.rsplit(":", 1)
-        self._host = host.strip("[]")
-        self._own_host = _own_host(self._host, int(port))
+        self._host, port = host_and_port(giver_address)
+        self._own_host = _own_host(self._host, port)
         self._backend = _backend(giver, pool)
         self._device = staging_device(self._backend, pool)
         self._loop = asyncio.get_running_loop()

@@ -245,13 +245,13 @@ async def test_some_seconds_of_load_lose_nothing(folder: Path, settings: dict[st
         )
         report = await Soak(options, lambda _: None).run()
         await server.stop(5)
-    memory, *others = report["growth"]
-    assert report["reasons"] == [other["name"] for other in others if other["grew"]], report
+    # what opens and closes within seconds may look like growth on a busy machine
+    assert report["reasons"] == [told for told in report["growth_text"] if "GROWS" in told], report
     assert set(report["requests"]) >= {"done", "left", "left unanswered", "refused"}
     assert report["ended_by_server"] is not None
     assert report["after"] == {"kv_usage": 0.0, "requests": 0.0}
     assert len(report["samples"]) > 10
-    assert memory["last"] > 10
+    assert report["growth"][0]["last"] > 10
 
 
 def run(*flags: str) -> Any:
