@@ -157,5 +157,6 @@ BY_CODE: dict[str, type[SlipstreamError]] = {
 
 
 def said_by_system(error: OSError) -> str:
-    """In the words of the system: asyncio has a text of its own."""
-    return os.strerror(error.errno) if error.errno else str(error)
+    """In the words of the system: asyncio has a text of its own. Names that are not found have numbers that are no
+    errno, below 0, and their words already."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
