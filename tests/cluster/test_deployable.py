@@ -209,6 +209,21 @@ def test_what_ray_knows_is_kept_in_redis_if_there_is_one(secret: str) -> None:
     assert found == {"redisAddress": "redis:6379"} | ({"redisPassword": password} if secret else {})
 
 
+Place = tuple[str | int, ...]
+"""In the values: names and places, from the top."""
+
+
+def changed(given: dict[Place, object]) -> dict[str, Any]:
+    """What a plan writes, with other values in some places."""
+    values: Any = helm_values(TREE, SEATS, GB)
+    for (*there, last), value in given.items():
+        at = values
+        for step in there:
+            at = at[step]
+        at[last] = value
+    return values
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -221,15 +236,9 @@ def test_what_ray_knows_is_kept_in_redis_if_there_is_one(secret: str) -> None:
         (("modelCache", "mountPath"), "cache"),
     ],
 )
-def test_the_chart_refuses_values_that_mean_nothing(path: tuple[Any, ...], value: object) -> None:
-    values: Any = helm_values(TREE, SEATS, GB)
-    *there, last = path
-    at = values
-    for step in there:
-        at = at[step]
-    at[last] = value
+def test_the_chart_refuses_values_that_mean_nothing(path: Place, value: object) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
+        jsonschema.validate(changed({path: value}), json.loads((CHART / "values.schema.json").read_text()))
 
 
 def test_the_values_that_the_chart_comes_with_fit_it() -> None:
@@ -259,8 +268,8 @@ def templated(folder: Path, values: dict[str, Any]) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-NODE = {"nodeSelector": {"pool": "fast"}, "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]}
-SECRET = {"address": "redis:6379", "existingSecret": "redis"}
+SELECTOR = {"pool": "fast"}
+TOLERATIONS = [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]
 NEEDS_HELM = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
 
 
@@ -269,16 +278,16 @@ NEEDS_HELM = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm
     "given",
     [
         {},
-        {"modelCache": {"existingClaim": "models", "mountPath": "/models"}},
-        {"redis": {"address": "redis:6379"}},
-        {"redis": SECRET},
-        {"head": NODE},
-        {"workerGroups": NODE},
-        {"config": {"gateway": {"drain_timeout_s": 90.5, "port": 9000}}},
+        {("modelCache", "existingClaim"): "models", ("modelCache", "mountPath"): "/models"},
+        {("redis", "address"): "redis:6379"},
+        {("redis", "address"): "redis:6379", ("redis", "existingSecret"): "redis"},
+        {("head", "nodeSelector"): SELECTOR, ("head", "tolerations"): TOLERATIONS},
+        {("workerGroups", 0, "nodeSelector"): SELECTOR, ("workerGroups", 0, "tolerations"): TOLERATIONS},
+        {("config", "gateway", "drain_timeout_s"): 90.5, ("config", "gateway", "port"): 9000},
     ],
 )
-def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path, given: dict[str, Any]) -> None:
-    values = merged(helm_values(TREE, SEATS, GB), given)
+def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path, given: dict[Place, object]) -> None:
+    values = changed(given)
     told = templated(tmp_path, values)
     assert not told.returncode, told.stderr
     made, ours = yaml.safe_load(told.stdout), rayservice(values)
@@ -290,18 +299,9 @@ def test_helm_makes_of_the_values_what_the_plan_writes(tmp_path: Path, given: di
 
 @NEEDS_HELM
 def test_helm_refuses_values_that_mean_nothing(tmp_path: Path) -> None:
-    told = templated(tmp_path, merged(helm_values(TREE, SEATS, GB), {"config": {"gateway": {"port": 8000}}}))
+    told = templated(tmp_path, changed({("config", "gateway", "port"): 8000}))
     assert told.returncode
     assert "port" in told.stderr
-
-
-def merged(values: Any, given: Any) -> Any:
-    """Each of a list is given alike."""
-    if isinstance(values, list):
-        return [merged(value, given) for value in values]
-    if not isinstance(given, dict):
-        return given
-    return values | {name: merged(values.get(name, {}), value) for name, value in given.items()}
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
