@@ -216,8 +216,15 @@ class Giver:
         if self._tcp is not None:
             self._tcp.stop(giving.transfer_id)
 
+    def naming(self, giving: Giving) -> None:
+        """Who has asked for them before may have them now."""
+        if self._tcp is not None:
+            self._tcp.look(giving.transfer_id)
+
     def ended(self, giving: Giving) -> None:
         """Keep it to answer for it."""
+        if self._tcp is not None:
+            self._tcp.look(giving.transfer_id)
         if self._live.pop(giving.transfer_id, None) is not None:
             self._ended[giving.transfer_id] = giving
         while len(self._ended) > MAX_REMEMBERED:

@@ -46,6 +46,10 @@ class Owner(Protocol):
         """It has ended and transports still read its blocks. May be called again."""
         ...
 
+    def naming(self, giving: Giving) -> None:
+        """The taker is about to be told of pieces."""
+        ...
+
     def ended(self, giving: Giving) -> None:
         """Nothing of it is under way any more. May be called again."""
         ...
@@ -167,9 +171,11 @@ class Giving:
                 asyncio.get_running_loop().call_soon(self._seal)  # with what else is said in this turn
             case states.SendSealed() if self._num_named < len(self._pieces):
                 first, self._num_named = self._num_named, len(self._pieces)
+                self._owner.naming(self)
                 self._send(messages.Sealed(self.transfer_id, first, self._pieces[first:]))
             case states.SendComplete():
                 assert self._state is not None
+                self._owner.naming(self)
                 age = time.monotonic() - self._computed_at
                 self._send(
                     messages.Complete(

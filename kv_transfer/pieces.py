@@ -253,6 +253,7 @@ class Coverage:
     def __init__(self, start: int, stop: int, num_layers: int) -> None:
         self._start = start
         self._named = np.zeros((num_layers, stop - start), dtype=np.bool_)
+        self._left = self._named.size
 
     def add(self, piece: Piece) -> bool:
         """False, with nothing changed, if it is empty or lies outside or across what was named before."""
@@ -265,8 +266,9 @@ class Coverage:
         if part.any():
             return False
         part[:] = True
+        self._left -= part.size
         return True
 
     @property
     def whole(self) -> bool:
-        return bool(self._named.all())
+        return not self._left

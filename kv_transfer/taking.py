@@ -106,6 +106,7 @@ class Taking:
             raise
         finally:
             del self._peer.recipients[self._id]
+            self._peer.transport.forget(self._id)
         if self._machine.outcome is not Outcome.COMMITTED or self._state is None:
             raise self._cause or self._failure()
         assert self._coding is not None
@@ -271,6 +272,7 @@ class Taking:
 
     def _job(self, first: int, stop: int) -> PullJob:
         assert self._giver_slots is not None
+        assert self._coverage is not None
         assert self._reservation is not None
         assert self._coding is not None
         coding = self._coding
@@ -294,6 +296,7 @@ class Taking:
             on_began=began,
             on_verified=verified,
             on_decoded=self._watch.decoded,
+            more=stop < len(self._pieces) or not self._coverage.whole,
         )
 
     def _soon(self, hear: Callable[[T], None], what: T) -> None:

@@ -58,21 +58,26 @@ async def lend(address: str, layout: KVLayout, num_blocks: int) -> None:
     print(await server.start(address), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         transfer_id, num_tokens, compute_s = line.split()
-        await _prefill(giver, layout, transfer_id, scattered(num_blocks, 1), int(num_tokens), float(compute_s))
+        blocks = scattered(num_blocks, 1)[: -(-int(num_tokens) // BLOCK_SIZE)]
+        await _prefill(giver, pool, transfer_id, blocks, int(num_tokens), float(compute_s))
     await server.stop()
     await giver.close()
     pool.close()
 
 
 async def _prefill(
-    giver: Giver, layout: KVLayout, transfer_id: str, blocks: list[int], num_tokens: int, compute_s: float
+    giver: Giver, pool: KVPool, transfer_id: str, blocks: list[int], num_tokens: int, compute_s: float
 ) -> None:
-    giver.open(transfer_id, blocks[: -(-num_tokens // BLOCK_SIZE)], num_tokens)
+    giver.open(transfer_id, blocks, num_tokens)
     if compute_s:
-        started = time.monotonic()
+        started, layout = time.monotonic(), pool.layout
+        told = layers_told(layout, num_tokens, last=True)
         for layer in range(1, layout.num_layers + 1):
             await asyncio.sleep(max(0.0, started + compute_s * layer / layout.num_layers - time.monotonic()))
-            if layer in layers_told(layout, num_tokens, last=True):  # as a prefill worker says it
+            pool.data[layer - 1, :, blocks] = (
+                layer  # as a prefill does: what is summed next is in the processor's cache
+            )
+            if layer in told:  # as a prefill worker says it
                 giver.written(transfer_id, Frontier(0, num_tokens, layer))
     completed = time.monotonic()
     giver.complete(transfer_id, SequenceState(token_ids=[0]))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -57,6 +57,23 @@ class PullJob:
     """Called with the place of a piece in the transfer."""
     on_decoded: Callable[[float], None]
     """Called with the seconds it took, before the piece is verified."""
+    more: bool = False
+    """Whether other pieces of the transfer are still to be sealed."""
+
+    @property
+    def last(self) -> int:
+        """The place after that of its last piece."""
+        return self.first + len(self.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """On the wire."""
+        return sum(map(self.coding.wire_bytes, self.pieces))
+
+    def part(self, first: int, last: int | None = None) -> PullJob:
+        """Of the pieces with these places in the transfer; by default all from `first` on."""
+        last = self.last if last is None else last
+        return replace(self, first=first, pieces=self.pieces[first - self.first : last - self.first])
 
     def source(self, index: int) -> Slots:
         """The giver's slots of a piece."""
@@ -120,6 +137,10 @@ class Transport(Protocol):
 
     def on_message(self, message: FromGiver) -> None:
         """A control message the giver sent over the link."""
+        ...
+
+    def forget(self, transfer_id: str) -> None:
+        """Nothing of this transfer will be pulled any more."""
         ...
 
     def close(self) -> None:

@@ -66,6 +66,10 @@ class FirstThatWorks:
         for transport in self._made.values():
             transport.on_message(message)
 
+    def forget(self, transfer_id: str) -> None:
+        for transport in self._made.values():
+            transport.forget(transfer_id)
+
     def close(self) -> None:
         self._closed = True
         for transport in self._made.values():
@@ -116,4 +120,4 @@ class _Progress:
         done = 0
         while self._whole.first + done in self._verified:
             done += 1
-        return replace(self._whole, first=self._whole.first + done, pieces=self._whole.pieces[done:])
+        return self._whole.part(self._whole.first + done)

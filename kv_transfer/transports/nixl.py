@@ -92,6 +92,9 @@ class Nixl(Transport):
     def on_message(self, message: FromGiver) -> None:
         """The giver takes no part in a read."""
 
+    def forget(self, transfer_id: str) -> None:
+        """Nothing is kept of a transfer."""
+
     def close(self) -> None:
         self._thread.submit(self._drop)
         self._thread.shutdown(wait=False)

@@ -34,9 +34,24 @@ class Reading:
         """Of the pieces `first` .. `last` - 1, which whoever asks for them takes for so many bytes. Raises
         TransferError if they are not."""
         pieces = self.pieces[first:last] if 0 <= first < last <= len(self.pieces) else []
-        if not pieces or nbytes != sum(map(self.coding.wire_bytes, pieces)):
+        found = replace(self, pieces=pieces, first=first)
+        if not pieces or nbytes != found.nbytes:
             raise TransferError(f"these are no pieces of transfer {self.transfer_id}")
-        return replace(self, pieces=pieces, first=first)
+        return found
+
+    def since(self, first: int) -> Reading | None:
+        """Of all pieces from `first` on; None while there is none."""
+        return replace(self, pieces=self.pieces[first:], first=first) if first < len(self.pieces) else None
+
+    @property
+    def last(self) -> int:
+        """The place after that of the last of `pieces`."""
+        return self.first + len(self.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """On the wire."""
+        return sum(map(self.coding.wire_bytes, self.pieces))
 
     def frames(self, batch: Batch) -> list[torch.Tensor]:
         """Of a batch of these pieces. TransferError if the taker was said to have one of them."""

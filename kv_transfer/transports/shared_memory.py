@@ -93,6 +93,9 @@ class SharedMemory:
     def on_message(self, message: FromGiver) -> None:
         """The giver takes no part in a copy, so it has nothing to say."""
 
+    def forget(self, transfer_id: str) -> None:
+        """Nothing is kept of a transfer."""
+
     def close(self) -> None:
         """The mapping goes with the last copy out of it, which holds it: a dead giver's memory is freed then."""
         self._rows = None

@@ -30,11 +30,13 @@ from kv_transfer.pieces import Extent, Rows, Slots, piece_bytes, runs, tokens_of
 from kv_transfer.transports import vectors as vectored
 from kv_transfer.transports.batches import Batch, Staging, batches, pack
 from kv_transfer.transports.pacing import unpace_within_host
-from kv_transfer.transports.vectors import Vectors, of_arrays, of_runs
+from kv_transfer.transports.vectors import Vectors, joined, of_arrays, of_runs
 
 BATCH_BYTES = 2 << 20
 """Received by one call, and then copied and summed while it is still in the processor's cache. What is sent in place is
 named more at a time (batches.BATCH_BYTES): between two calls nothing goes onto the wire."""
+QUICK_BYTES = 2 << 20
+"""Moved between socket and pool sooner than a thread is woken and heard of."""
 MIN_VECTOR_BYTES = 2048
 """Shorter runs cost more as vectors than packed, in processor time of either end on loopback. Runs of 3 kB, blocks of
 eight tokens of a small model, still cost a quarter less as vectors."""
@@ -114,6 +116,14 @@ class Window:
         self._staging = staging
         self._spans: dict[tuple[int, int], NDArray[np.int64]] = {}
 
+    def send_at_once(self, connection: socket.socket, head: bytes, pieces: Sequence[Piece]) -> Vectors | None:
+        """A frame and the pieces after it, as far as the socket has room for them now. Returns what is left; None, with
+        nothing sent, if they have to be packed."""
+        if (in_place := self._in_place(pieces)) is None:
+            return None
+        with _told("took"):
+            return vectored.send_at_once(connection, joined([of_arrays([np.frombuffer(head, np.uint8)]), in_place]))
+
     def send(self, connection: socket.socket, pieces: Sequence[Piece]) -> None:
         """The bytes of the pieces: from where they lie if that is the fastest, else packed one by one."""
         in_place = self._in_place(pieces)
@@ -136,7 +146,7 @@ class Window:
         if count * MIN_VECTOR_BYTES > sum(piece_bytes(rows, extent) for extent in extents):
             return None
         parts = [of_runs(rows, _planes(rows, extent), self._spans_of(extent)) for extent in extents]
-        return parts[0] if len(parts) == 1 else Vectors(np.concatenate([part.places for part in parts]), rows)
+        return joined(parts)
 
     def _spans_of(self, extent: Extent) -> NDArray[np.int64]:
         """[runs, 2]: where each run of an extent's tokens begins in the keys or values of a layer and how long it is,

@@ -3,7 +3,8 @@
 A connection belongs to the link whose token it presents first, and asks for transfers of that link only. Until then it
 has GREETING_S and GREETING_BYTES, and only MAX_STRANGERS such connections are held at a time. Requests are read on the
 event loop, where the state machines are; what they ask for is sent by a thread, straight out of the pool. So blocks are
-read for as long as the network takes, and when a transfer ends meanwhile its connection is cut to get them back.
+read for as long as the network takes, and when a transfer ends meanwhile its connection is cut to get them back. While
+a request stands nothing is read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +30,7 @@ from kv_transfer.transports.base import settled
 from kv_transfer.transports.batches import Staging, batches
 from kv_transfer.transports.lane import Lane
 from kv_transfer.transports.reading import Reading
-from kv_transfer.transports.tcp_io import Window, prepare, send, send_frame, vectors_of
+from kv_transfer.transports.tcp_io import QUICK_BYTES, Window, prepare, send, send_frame, vectors_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +56,31 @@ class _Link:
     connections: set[_Connection] = field(default_factory=set)
 
 
+@dataclass
+class _Standing:
+    """A request that goes on from piece `first`."""
+
+    link: _Link
+    transfer_id: str
+    number: int
+    first: int
+
+
+class _Answer(NamedTuple):
+    """One that was begun: its `rest` is for a thread, and then the reading ends."""
+
+    reading: Reading
+    rest: Callable[[], None]
+
+
 class _Connection:
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
         self.transfer_id: str | None = None
         """What is being sent."""
+        self.standing: _Standing | None = None
+        self.begun: _Answer | None = None
+        """To what stands, and nobody is at it yet."""
         self.ending: asyncio.TimerHandle | None = None
         """Will cut it, unless it has been sent until then."""
         self.staging = Staging(torch.device("cpu"))
@@ -88,10 +110,22 @@ class _Connection:
                 return b""
             if self._ended:
                 raise TransferError(f"the connection ended {nbytes - len(self._unread)} bytes before a frame did")
-            self._heard.clear()
-            await self._heard.wait()
+            await self.woken()
         frame, self._unread = self._unread[:nbytes], self._unread[nbytes:]
         return frame
+
+    @property
+    def heard(self) -> bool:
+        """Whether there is something to read, or the end."""
+        return bool(self._unread) or self._ended
+
+    async def woken(self) -> None:
+        """Returns when something was heard, or `wake` called."""
+        self._heard.clear()
+        await self._heard.wait()
+
+    def wake(self) -> None:
+        self._heard.set()
 
     def _hear(self) -> None:
         """There is something to read, or the end. Who says more than a request at a time is not heard out."""
@@ -145,6 +179,17 @@ class TcpServer:
         for connection in self._connections:
             if connection.transfer_id == transfer_id and connection.ending is None:
                 connection.ending = self._loop.call_later(CUT_AFTER_S, connection.cut)
+
+    def look(self, transfer_id: str) -> None:
+        """There is more of the transfer, or it has ended. Of the former what is little has been sent when this returns,
+        as far as sockets have room for it: the taker, told after this, has no need to wait for it."""
+        for connection in self._connections:
+            standing = connection.standing
+            if standing is not None and standing.transfer_id == transfer_id:
+                if connection.transfer_id is None:
+                    with suppress(TransferError):  # whoever is woken meets it too
+                        connection.begun = self._go_on(connection, standing)
+                connection.wake()
 
     async def close(self) -> None:
         """Returns when nothing is read or sent any more."""
@@ -206,39 +251,92 @@ class TcpServer:
             ask, id_bytes = wire.decode_request(frame)
             transfer_id = wire.decode_transfer_id(await connection.read(id_bytes))
             try:
-                reading = self._granted(link, transfer_id, ask)
+                reading = _sealed(link, transfer_id, ask.first) if ask.stands else _granted(link, transfer_id, ask)
             except TransferError as error:
                 connection.socket.send(wire.encode_refusal(ask, error.message), socket.MSG_DONTWAIT)
-            else:
-                await self._answer(connection, transfer_id, ask, reading)
+                continue
+            if reading is not None and (answer := self._begin(connection, ask.number, reading)) is not None:
+                await self._finish(connection, answer)
+            if ask.stands:
+                first = ask.first if reading is None else reading.last
+                await self._push(connection, _Standing(link, transfer_id, ask.number, first))
 
-    def _granted(self, link: _Link, transfer_id: str, ask: wire.Ask) -> Reading:
-        reading = link.start_reading(transfer_id)
+    async def _push(self, connection: _Connection, standing: _Standing) -> None:
+        """What is sealed, until the taker has something else to say or the transfer ends."""
+        connection.standing = standing
+        while connection.begun or not connection.heard:
+            answer, connection.begun = connection.begun, None
+            try:
+                answer = answer or self._go_on(connection, standing)
+            except TransferError:  # it has ended, which the taker hears over the link, or the connection has
+                break
+            if answer is None:
+                await connection.woken()
+            else:
+                await self._finish(connection, answer)
+        connection.standing = None
+
+    def _go_on(self, connection: _Connection, standing: _Standing) -> _Answer | None:
+        """Answers with what is sealed by now, if there is something, as `_begin`."""
+        reading = _sealed(standing.link, standing.transfer_id, standing.first)
+        if reading is None:
+            return None
+        standing.first = reading.last
+        return self._begin(connection, standing.number, reading)
+
+    def _begin(self, connection: _Connection, number: int, reading: Reading) -> _Answer | None:
+        """Answers, at once if it is little and the socket has room for it: None then, and the reading has ended."""
+        window = Window(self._rows, reading.slots, connection.staging)
+        grant = wire.encode_grant(wire.Ask(number, reading.first, reading.last, reading.nbytes))
+        quick = reading.coding.codec == "none" and reading.nbytes <= QUICK_BYTES
         try:
-            return reading.part(ask.first, ask.last, ask.nbytes)
+            left = window.send_at_once(connection.socket, grant, reading.pieces) if quick else None
         except TransferError:
             reading.end()
             raise
+        if left is not None and not len(left.places):
+            reading.end()
+            return None
+        connection.transfer_id = reading.transfer_id
+        if left is None:
+            return _Answer(reading, partial(_send, connection, window, grant, reading))
+        return _Answer(reading, partial(send, connection.socket, left))
 
-    async def _answer(self, connection: _Connection, transfer_id: str, ask: wire.Ask, reading: Reading) -> None:
-        connection.transfer_id = transfer_id
-        sending = connection.lane.run(partial(self._send, connection, ask, reading))
+    async def _finish(self, connection: _Connection, answer: _Answer) -> None:
+        sending = connection.lane.run(answer.rest)
         await settled(sending)
         connection.transfer_id = None
         if connection.ending is not None:
             connection.ending.cancel()
             connection.ending = None
-        reading.end()
+        answer.reading.end()
         sending.result()
 
-    def _send(self, connection: _Connection, ask: wire.Ask, reading: Reading) -> None:
-        window = Window(self._rows, reading.slots, connection.staging)
-        send_frame(connection.socket, wire.encode_grant(ask), more=True)  # by itself it would only wake the taker early
-        for batch in batches(reading.coding, reading.pieces):
-            if batch.framed:
-                send(connection.socket, vectors_of(reading.frames(batch)))
-            else:
-                window.send(connection.socket, reading.pieces[batch.first : batch.last])
+
+def _send(connection: _Connection, window: Window, grant: bytes, reading: Reading) -> None:
+    send_frame(connection.socket, grant, more=True)  # by itself it would only wake the taker early
+    for batch in batches(reading.coding, reading.pieces):
+        if batch.framed:
+            send(connection.socket, vectors_of(reading.frames(batch)))
+        else:
+            window.send(connection.socket, reading.pieces[batch.first : batch.last])
+
+
+def _granted(link: _Link, transfer_id: str, ask: wire.Ask) -> Reading:
+    reading = link.start_reading(transfer_id)
+    try:
+        return reading.part(ask.first, ask.last, ask.nbytes)
+    except TransferError:
+        reading.end()
+        raise
+
+
+def _sealed(link: _Link, transfer_id: str, first: int) -> Reading | None:
+    """From piece `first` on; None while there is none."""
+    reading = link.start_reading(transfer_id)
+    if (found := reading.since(first)) is None:
+        reading.end()
+    return found
 
 
 def _listen(host: str) -> socket.socket:

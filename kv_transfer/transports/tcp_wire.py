@@ -6,9 +6,14 @@
                                  (messages.Piece) or as frames (kv_transfer.coding); refused: `nbytes` of text follow,
                                  the reason
 
+A request names pieces and is answered once, or it stands, for all of a transfer from `first` on: then the giver
+pushes them as it seals them, a grant for what is sealed by then, until the taker asks for something else or the
+transfer ends, which the taker hears over the link. So nobody waits for a round trip where every one is in sight: after
+the last piece has been computed.
+
 All integers are little-endian and every frame says its own length, within bounds that a reader checks before it reads
-on. A reply repeats the request it belongs to. Whoever reads something else than this raises TransferError and drops the
-connection.
+on. A reply repeats the request it belongs to, or says how much of a standing one it brings. Whoever reads something
+else than this raises TransferError and drops the connection.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from typing import NamedTuple
 from core.errors import TransferError
 
 MAGIC = b"SSKV"
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 32
 MAX_ID_BYTES = 1024
 MAX_REASON_BYTES = 1024
@@ -34,12 +39,23 @@ _GRANTED, _REFUSED = 0, 1
 
 class Ask(NamedTuple):
     """The pieces `first` .. `last` - 1 of a transfer, together `nbytes`. `number` counts the requests of a
-    connection."""
+    connection. One that stands does not know the other two."""
 
     number: int
     first: int
-    last: int
-    nbytes: int
+    last: int = 0
+    nbytes: int = 0
+
+    @property
+    def stands(self) -> bool:
+        return self[2:] == (0, 0)
+
+
+class Reply(NamedTuple):
+    """The KV of `granted` follows, or `reason_bytes` of why not."""
+
+    granted: Ask
+    reason_bytes: int
 
 
 class Request(NamedTuple):
@@ -63,7 +79,7 @@ def decode_greeting(frame: bytes) -> bytes:
 def encode_request(ask: Ask, transfer_id: str) -> bytes:
     """With the transfer id. Raises TransferError for what no frame can hold."""
     name = transfer_id.encode()
-    _check_ask(ask)
+    _check_request(ask)
     if not 0 < len(name) <= MAX_ID_BYTES:
         raise TransferError(f"a transfer id of {len(name)} bytes cannot be asked for over TCP; {MAX_ID_BYTES} can")
     return _REQUEST.pack(MAGIC, VERSION, len(name), *ask) + name
@@ -76,7 +92,7 @@ def decode_request(frame: bytes) -> Request:
     if not 0 < id_bytes <= MAX_ID_BYTES:
         raise TransferError(f"a request announces a transfer id of {id_bytes} bytes; {MAX_ID_BYTES} are allowed")
     request = Request(Ask(*ask), id_bytes)
-    _check_ask(request.ask)
+    _check_request(request.ask)
     return request
 
 
@@ -97,17 +113,18 @@ def encode_refusal(ask: Ask, reason: str) -> bytes:
     return _REPLY.pack(MAGIC, VERSION, _REFUSED, ask.number, ask.first, ask.last, len(text)) + text
 
 
-def decode_reply(frame: bytes, ask: Ask) -> int:
-    """0 if what was asked for follows, else how many bytes of reason do."""
+def decode_reply(frame: bytes, ask: Ask) -> Reply:
+    """To this request."""
     magic, version, status, *rest = _REPLY.unpack(frame)
     _check_origin(magic, version)
     told = Ask(*rest)
-    if told[:3] != ask[:3]:
+    if told[:2] != ask[:2] or (told.last != ask.last and not (ask.stands and status == _GRANTED)):
         raise TransferError(f"the giver answers request {told.number}, pieces {told.first} to {told.last}; {ask} was")
-    if status == _GRANTED and told.nbytes == ask.nbytes:
-        return 0
+    if status == _GRANTED and (ask.stands or told.nbytes == ask.nbytes):
+        _check_ask(told)
+        return Reply(told, 0)
     if status == _REFUSED and 0 < told.nbytes <= MAX_REASON_BYTES:
-        return told.nbytes
+        return Reply(ask, told.nbytes)
     raise TransferError(f"the giver announces {told.nbytes} bytes with status {status}; {ask.nbytes} were asked for")
 
 
@@ -120,6 +137,11 @@ def _check_origin(magic: bytes, version: int) -> None:
         raise TransferError("the other end of the connection does not speak this protocol")
     if version != VERSION:
         raise TransferError(f"the other end speaks version {version} of the TCP data plane, this one {VERSION}")
+
+
+def _check_request(ask: Ask) -> None:
+    """One that stands says nothing of what it may come to."""
+    _check_ask(ask._replace(last=ask.first + 1, nbytes=1) if ask.stands else ask)
 
 
 def _check_ask(ask: Ask) -> None:

@@ -95,6 +95,9 @@ class TorchDistributed(Transport):
             case PairFailed(pair_id, reason):
                 self._fail(pair_id, reason)
 
+    def forget(self, transfer_id: str) -> None:
+        """Nothing is kept of a transfer."""
+
     def close(self) -> None:
         for pair_id in list(self._pairs):
             self._fail(pair_id, "the link to the giver has ended")

@@ -67,11 +67,27 @@ def send(end: socket.socket, vectors: Vectors) -> None:
         left = _after(left, _moved(end, left))
 
 
-def _moved(end: socket.socket, places: Places) -> int:
+def send_at_once(end: socket.socket, vectors: Vectors) -> Vectors:
+    """As many of them as the kernel takes without waiting. Returns the others; OSError as `send`."""
+    left = vectors.places
+    try:
+        while len(left):
+            left = _after(left, _moved(end, left, socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        pass
+    return vectors._replace(places=left)
+
+
+def joined(parts: Sequence[Vectors]) -> Vectors:
+    """One after the other."""
+    return Vectors(np.concatenate([part.places for part in parts]), [part.memory for part in parts])
+
+
+def _moved(end: socket.socket, places: Places, flags: int = 0) -> int:
     """How many bytes one call moves."""
     part = np.ascontiguousarray(places[:MAX_VECTORS])
     message = _Message(vectors=part.ctypes.data, num_vectors=len(part))
-    while (moved := int(_sendmsg(end.fileno(), ctypes.byref(message), socket.MSG_NOSIGNAL))) < 0:
+    while (moved := int(_sendmsg(end.fileno(), ctypes.byref(message), socket.MSG_NOSIGNAL | flags))) < 0:
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number))  # of the class that belongs to the number
     return moved

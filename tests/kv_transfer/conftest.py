@@ -11,13 +11,20 @@ from sides import pool_of_noise
 from tcp_ends import LAYOUT, Taken
 
 from kv_transfer.pieces import rows_of
-from kv_transfer.transports import tcp_io
+from kv_transfer.transports import tcp, tcp_io, tcp_server
 
 
 @pytest.fixture
 def tcp_on_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """TCP sends from the pool, although the runs of these tests are short."""
     monkeypatch.setattr(tcp_io, "MIN_VECTOR_BYTES", 1)
+
+
+@pytest.fixture
+def tcp_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little there is to send or to receive."""
+    for end in (tcp, tcp_server):
+        monkeypatch.setattr(end, "QUICK_BYTES", 0)
 
 
 @pytest.fixture

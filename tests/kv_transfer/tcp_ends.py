@@ -33,6 +33,8 @@ class Taken:
     target: Rows
     job: PullJob = field(init=False)
     verified: list[int] = field(default_factory=list)
+    num_sealed: int | None = None
+    """So many pieces the giver has sealed; by default all. None of a transfer that has ended: -1."""
 
     def __post_init__(self) -> None:
         theirs, ours = (slots_of(table, LAYOUT.block_size, NUM_TOKENS) for table in (THEIRS, OURS))
@@ -80,11 +82,11 @@ async def serving(taken: Taken) -> AsyncIterator[tuple[TcpServer, TcpEndpoint, R
     server, reads = TcpServer(taken.source, "127.0.0.1"), Reads()
 
     def start(transfer_id: str) -> Reading:
-        if transfer_id != "t":
+        if transfer_id != "t" or taken.num_sealed == -1:
             raise TransferError(f"transfer {transfer_id} is not under way here")
         reads.begin()
         job = taken.job
-        return Reading("t", job.pieces, job.giver_slots, job.coding, Frames(), reads.end)
+        return Reading("t", job.pieces[: taken.num_sealed], job.giver_slots, job.coding, Frames(), reads.end)
 
     try:
         yield server, server.admit(start), reads

@@ -19,7 +19,7 @@ from kv_transfer.messages import SequenceState
 from kv_transfer.taker import Taker, Withdrawn
 from kv_transfer.transports import base, pair_server, shared_memory, tcp, tcp_io, torch_distributed
 
-pytestmark = pytest.mark.usefixtures("tcp_on_the_pools")
+pytestmark = pytest.mark.usefixtures("tcp_on_the_pools", "tcp_by_threads")
 
 SLOW_TO_SEND = pytest.mark.parametrize(
     ("transport", "module", "sends"),

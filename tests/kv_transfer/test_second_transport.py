@@ -32,6 +32,7 @@ class Scripted:
     def __init__(self, pieces: int, end: BaseException | None = None) -> None:
         self.jobs: list[PullJob] = []
         self.heard: list[FromGiver] = []
+        self.forgotten: list[str] = []
         self.closed = False
         self._pieces, self._end = pieces, end
 
@@ -44,6 +45,9 @@ class Scripted:
 
     def on_message(self, message: FromGiver) -> None:
         self.heard.append(message)
+
+    def forget(self, transfer_id: str) -> None:
+        self.forgotten.append(transfer_id)
 
     def close(self) -> None:
         self.closed = True
@@ -115,13 +119,15 @@ async def test_after_the_link_nothing_is_tried_again() -> None:
     assert not other.jobs
 
 
-async def test_transports_are_made_when_needed_and_hear_the_giver_once_made() -> None:
+async def test_transports_are_made_when_needed_and_hear_of_everything_once_made() -> None:
     one, other, message = Scripted(0, TransferError("cut")), Scripted(9), PairFailed("p", "gone")
     first = FirstThatWorks(choices(never=Unusable("no way"), one=one, other=other), lambda _: None)
     first.on_message(message)
     await first.pull(job_of(1, []))
     first.on_message(message)
+    first.forget("t")
     assert (one.heard, other.heard) == ([message, message], [message])
+    assert (one.forgotten, other.forgotten) == (["t"], ["t"])
 
 
 async def test_a_job_in_a_codec_goes_by_who_can_carry_frames_and_any_other_by_whoever_is_next() -> None:

@@ -87,15 +87,16 @@ async def test_who_says_nothing_is_dropped_in_time(
         (wire.Ask(1, 0, 1000, 2**62), "t", "no pieces of transfer t"),
         (wire.Ask(1, 1000, 1001, 1), "t", "no pieces of transfer t"),
         (wire.Ask(1, 0, 1, 1), "u", "u is not under way"),
+        (wire.Ask(1, 0), "u", "u is not under way"),
     ],
-    ids=["another length", "too many", "beyond the last", "another transfer"],
+    ids=["another length", "too many", "beyond the last", "another transfer", "all of another transfer"],
 )
 async def test_what_cannot_be_had_is_refused_with_the_reason(
     ask: wire.Ask, transfer_id: str, reason: str, taken: Taken
 ) -> None:
     async with serving(taken) as (_, endpoint, reads):
         answer = await dialogue(endpoint, wire.encode_greeting(endpoint.token) + wire.encode_request(ask, transfer_id))
-        assert wire.decode_reply(answer[: wire.REPLY_BYTES], ask) == len(answer) - wire.REPLY_BYTES
+        assert wire.decode_reply(answer[: wire.REPLY_BYTES], ask).reason_bytes == len(answer) - wire.REPLY_BYTES
         assert reason in answer[wire.REPLY_BYTES :].decode()
         assert not reads.under_way
 
@@ -127,7 +128,7 @@ async def test_a_request_that_comes_in_bits_is_answered(taken: Taken) -> None:
         for byte in wire.encode_greeting(endpoint.token) + wire.encode_request(ask, "t"):
             writer.write(bytes([byte]))
             await asyncio.sleep(0)
-        assert wire.decode_reply(await reader.readexactly(wire.REPLY_BYTES), ask) == 0
+        assert wire.decode_reply(await reader.readexactly(wire.REPLY_BYTES), ask).granted == ask
         assert len(await reader.readexactly(ask.nbytes)) == taken.nbytes
         writer.close()
         await writer.wait_closed()

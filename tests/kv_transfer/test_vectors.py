@@ -63,6 +63,28 @@ def test_what_is_sent_from_runs_comes_one_run_after_the_other(
         sending.join()
 
 
+@settings(deadline=None, max_examples=60)
+@given(runs=runs_of(), at_a_time=st.integers(1, 7), buffer=st.integers(1, 8192))
+def test_what_the_kernel_has_no_room_for_is_left_and_can_be_sent_later(
+    runs: np.ndarray, at_a_time: int, buffer: int
+) -> None:
+    source = np.random.default_rng(0).integers(0, 256, (4, 4096), np.uint8)
+    whole = vectors.joined([of_arrays([np.frombuffer(b"head", np.uint8)]), of_runs(source, 4096 * np.arange(4), runs)])
+    expected = b"head" + b"".join(source[plane, start : start + n].tobytes() for plane in range(4) for start, n in runs)
+    with joined() as (one, other), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "MAX_VECTORS", at_a_time)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        left = vectors.send_at_once(one, whole)
+        num_left = int(left.places[:, 1].sum())
+        num_here = len(expected) - num_left
+        came = other.recv(num_here, socket.MSG_WAITALL) if num_here else b""
+        sending = threading.Thread(target=send, args=(one, left))
+        sending.start()
+        rest = other.recv(num_left, socket.MSG_WAITALL) if num_left else b""
+        assert came + rest == expected
+        sending.join()
+
+
 def test_a_call_that_moves_a_part_is_gone_on_from_there(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
