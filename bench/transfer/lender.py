@@ -74,9 +74,8 @@ async def _prefill(
         told = layers_told(layout, num_tokens, last=True)
         for layer in range(1, layout.num_layers + 1):
             await asyncio.sleep(max(0.0, started + compute_s * layer / layout.num_layers - time.monotonic()))
-            pool.data[layer - 1, :, blocks] = (
-                layer  # as a prefill does: what is summed next is in the processor's cache
-            )
+            # As a prefill does: what is summed next is in the processor's cache.
+            pool.data[layer - 1, :, blocks] = layer
             if layer in told:  # as a prefill worker says it
                 giver.written(transfer_id, Frontier(0, num_tokens, layer))
     completed = time.monotonic()

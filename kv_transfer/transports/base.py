@@ -35,8 +35,27 @@ class Unusable(Exception):
     """This transport can't reach this giver; the message says why."""
 
 
+class Stretch:
+    """Pieces of a transfer that follow each other."""
+
+    pieces: Sequence[Piece]
+    first: int
+    """The place of the first of `pieces` among all of the transfer."""
+    coding: Coding
+
+    @property
+    def last(self) -> int:
+        """The place after that of the last of `pieces`."""
+        return self.first + len(self.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """On the wire."""
+        return sum(map(self.coding.wire_bytes, self.pieces))
+
+
 @dataclass(frozen=True)
-class PullJob:
+class PullJob(Stretch):
     """Some of the pieces of a transfer: those that were sealed since the job before. Transfers have one job at a time,
     and `first` is the place of its first piece among all that the giver has sealed, which is how both sides name a
     piece. `index` in what follows counts from the first of the job. Methods and callbacks may be called from any
@@ -59,16 +78,6 @@ class PullJob:
     """Called with the seconds it took, before the piece is verified."""
     more: bool = False
     """Whether other pieces of the transfer are still to be sealed."""
-
-    @property
-    def last(self) -> int:
-        """The place after that of its last piece."""
-        return self.first + len(self.pieces)
-
-    @property
-    def nbytes(self) -> int:
-        """On the wire."""
-        return sum(map(self.coding.wire_bytes, self.pieces))
 
     def part(self, first: int, last: int | None = None) -> PullJob:
         """Of the pieces with these places in the transfer; by default all from `first` on."""
@@ -157,3 +166,13 @@ async def settled(work: asyncio.Future[Any]) -> None:
             continue
     if not work.cancelled():
         work.exception()
+
+
+async def finished(work: asyncio.Future[Any], stop: Callable[[], None]) -> None:
+    """Wait for a thread's work and raise what it raised; when cancelled, `stop` it and wait until it has ended."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop()
+        await settled(work)
+        raise

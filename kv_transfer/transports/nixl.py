@@ -27,7 +27,7 @@ from core.errors import ConfigError, TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer.messages import FromGiver, Hello, NixlEndpoint
 from kv_transfer.pieces import Runs, Slots, row_bytes, runs
-from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
+from kv_transfer.transports.base import PullJob, Transport, Unusable, finished
 from kv_transfer.transports.batches import Batch, batches, land
 
 STALL_S = 3.0
@@ -82,12 +82,7 @@ class Nixl(Transport):
     async def pull(self, job: PullJob) -> None:
         stop = threading.Event()
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._pull, job, stop)
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            stop.set()
-            await settled(work)
-            raise
+        await finished(work, stop.set)
 
     def on_message(self, message: FromGiver) -> None:
         """The giver takes no part in a read."""

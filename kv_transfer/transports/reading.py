@@ -12,11 +12,12 @@ from kv_transfer.coding import Coding
 from kv_transfer.frames import Frames
 from kv_transfer.messages import Piece
 from kv_transfer.pieces import Slots
+from kv_transfer.transports.base import Stretch
 from kv_transfer.transports.batches import Batch
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(Stretch):
     """A transfer whose blocks are being read until `end` is called, on the loop."""
 
     transfer_id: str
@@ -42,16 +43,6 @@ class Reading:
     def since(self, first: int) -> Reading | None:
         """Of all pieces from `first` on; None while there is none."""
         return replace(self, pieces=self.pieces[first:], first=first) if first < len(self.pieces) else None
-
-    @property
-    def last(self) -> int:
-        """The place after that of the last of `pieces`."""
-        return self.first + len(self.pieces)
-
-    @property
-    def nbytes(self) -> int:
-        """On the wire."""
-        return sum(map(self.coding.wire_bytes, self.pieces))
 
     def frames(self, batch: Batch) -> list[torch.Tensor]:
         """Of a batch of these pieces. TransferError if the taker was said to have one of them."""

@@ -25,7 +25,7 @@ from core.errors import TransferError
 from engine.kv_cache import KVPool, Pool
 from kv_transfer.messages import FromGiver, Hello, SharedPool
 from kv_transfer.pieces import Rows, as_rows
-from kv_transfer.transports.base import PullJob, Unusable, settled
+from kv_transfer.transports.base import PullJob, Unusable, finished
 
 _TOKEN_BYTES = 16
 QUICK_PIECES = 1
@@ -69,12 +69,7 @@ class SharedMemory:
             raise TransferError("the link to the giver has ended")
         stop = threading.Event()
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._copy, job, self._rows, stop)
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            stop.set()
-            await settled(work)
-            raise
+        await finished(work, stop.set)
 
     def pull_at_once(self, job: PullJob) -> bool:
         if self._rows is None or len(job.pieces) > QUICK_PIECES:

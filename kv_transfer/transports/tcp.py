@@ -28,7 +28,7 @@ from core.errors import TransferError, said_by_system
 from core.links import host_and_port
 from kv_transfer.messages import FromGiver, Hello
 from kv_transfer.transports import tcp_wire as wire
-from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
+from kv_transfer.transports.base import PullJob, Transport, Unusable, finished
 from kv_transfer.transports.batches import Staging, land
 from kv_transfer.transports.lane import Lane
 from kv_transfer.transports.tcp_io import (
@@ -83,10 +83,9 @@ class Tcp(Transport):
         connection = self._pushed.get(job.transfer_id)
         self._pushed[job.transfer_id] = None
         try:
-            if connection is None or not connection.fresh():
-                if connection is not None:
-                    connection.close()
-                connection = await self._connection()
+            if connection is not None:
+                self._idle.append(connection)  # the first that is looked at
+            connection = await self._connection()
             await self._fetch(connection, job, push=job.more)
         except BaseException:
             self._pushed.pop(job.transfer_id, None)
@@ -122,13 +121,7 @@ class Tcp(Transport):
         try:
             self._check_open()
             connection.ask(job, push=push)  # here, so that the giver is at work while our thread wakes
-            work = connection.lane.run(partial(connection.fetch, job))
-            try:
-                await asyncio.shield(work)
-            except asyncio.CancelledError:
-                connection.stop()
-                await settled(work)
-                raise
+            await finished(connection.lane.run(partial(connection.fetch, job)), connection.stop)
             self._check_open()
         except BaseException:
             connection.close()
@@ -225,12 +218,14 @@ class _Connection:
 
     def is_here(self, job: PullJob) -> bool:
         """Whether `fetch` would have nothing to wait for, and no codec to work for."""
+        if job.coding.codec != "none":
+            return False
         here, coming = _num_unread(self.socket), self._coming
         if not coming.nbytes and self._ask is not None and here >= wire.REPLY_BYTES:
             here -= wire.REPLY_BYTES
             with suppress(TransferError):  # `fetch` will find the same
                 coming = wire.decode_reply(self.socket.recv(wire.REPLY_BYTES, socket.MSG_PEEK), self._ask).granted
-        return job.coding.codec == "none" and job.last <= coming.last and job.nbytes <= here
+        return job.last <= coming.last and job.nbytes <= here
 
     def fetch(self, job: PullJob) -> None:
         while job.pieces:

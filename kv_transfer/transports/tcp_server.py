@@ -58,12 +58,11 @@ class _Link:
 
 @dataclass
 class _Standing:
-    """A request that goes on from piece `first`."""
+    """A request that goes on: what it has still to be answered with."""
 
     link: _Link
     transfer_id: str
-    number: int
-    first: int
+    ask: wire.Ask
 
 
 class _Answer(NamedTuple):
@@ -251,15 +250,15 @@ class TcpServer:
             ask, id_bytes = wire.decode_request(frame)
             transfer_id = wire.decode_transfer_id(await connection.read(id_bytes))
             try:
-                reading = _sealed(link, transfer_id, ask.first) if ask.stands else _granted(link, transfer_id, ask)
+                reading = _granted(link, transfer_id, ask)
             except TransferError as error:
                 connection.socket.send(wire.encode_refusal(ask, error.message), socket.MSG_DONTWAIT)
                 continue
             if reading is not None and (answer := self._begin(connection, ask.number, reading)) is not None:
                 await self._finish(connection, answer)
             if ask.stands:
-                first = ask.first if reading is None else reading.last
-                await self._push(connection, _Standing(link, transfer_id, ask.number, first))
+                rest = ask if reading is None else ask._replace(first=reading.last)
+                await self._push(connection, _Standing(link, transfer_id, rest))
 
     async def _push(self, connection: _Connection, standing: _Standing) -> None:
         """What is sealed, until the taker has something else to say or the transfer ends."""
@@ -278,11 +277,11 @@ class TcpServer:
 
     def _go_on(self, connection: _Connection, standing: _Standing) -> _Answer | None:
         """Answers with what is sealed by now, if there is something, as `_begin`."""
-        reading = _sealed(standing.link, standing.transfer_id, standing.first)
+        reading = _granted(standing.link, standing.transfer_id, standing.ask)
         if reading is None:
             return None
-        standing.first = reading.last
-        return self._begin(connection, standing.number, reading)
+        standing.ask = standing.ask._replace(first=reading.last)
+        return self._begin(connection, standing.ask.number, reading)
 
     def _begin(self, connection: _Connection, number: int, reading: Reading) -> _Answer | None:
         """Answers, at once if it is little and the socket has room for it: None then, and the reading has ended."""
@@ -322,20 +321,14 @@ def _send(connection: _Connection, window: Window, grant: bytes, reading: Readin
             window.send(connection.socket, reading.pieces[batch.first : batch.last])
 
 
-def _granted(link: _Link, transfer_id: str, ask: wire.Ask) -> Reading:
-    reading = link.start_reading(transfer_id)
+def _granted(link: _Link, transfer_id: str, ask: wire.Ask) -> Reading | None:
+    """What is asked for; None while there is nothing of it, if it stands."""
+    reading, found = link.start_reading(transfer_id), None
     try:
-        return reading.part(ask.first, ask.last, ask.nbytes)
-    except TransferError:
-        reading.end()
-        raise
-
-
-def _sealed(link: _Link, transfer_id: str, first: int) -> Reading | None:
-    """From piece `first` on; None while there is none."""
-    reading = link.start_reading(transfer_id)
-    if (found := reading.since(first)) is None:
-        reading.end()
+        found = reading.since(ask.first) if ask.stands else reading.part(ask.first, ask.last, ask.nbytes)
+    finally:
+        if found is None:
+            reading.end()
     return found
 
 
