@@ -99,6 +99,12 @@ def bring_up(host: Host, device: str) -> None:
     must("ip", *inside, "link", "set", "lo", "up")
 
 
+def choose_congestion_control(host: Host, name: str) -> None:
+    """For connections that are made on the host from now on. Raises OSError if the kernel has none of that name."""
+    with host.entered():
+        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text(name)
+
+
 def must(*command: str) -> None:
     """Raises RuntimeError, with what the command says, if it fails."""
     if (ended := run(*command)).returncode:

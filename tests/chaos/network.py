@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from bench.hosts.namespaces import Host
+from bench.hosts.namespaces import Host, choose_congestion_control
 from bench.hosts.relay import Condition, Wire, missing, two_hosts
 
 CUT = "cut now and then"
@@ -44,6 +44,9 @@ LEASE_S, DEADLINE_S = 4.0, 20.0
 SLACK_S, START_S = 25.0, 120.0
 """For a slow machine."""
 AT_ONCE, MAX_TRIES = 3, 5
+CONGESTION_CONTROL = "reno"
+"""Every Linux has it. With BBR a connection that knew the wire before it was delayed sends as if it were not, what fits
+into 0.1 ms in every 200 ms, until it looks again after ten seconds: pieces come too late on half of them."""
 
 
 @dataclass
@@ -136,6 +139,8 @@ class Pair:
     @asynccontextmanager
     async def join(cls, wire: Wire, hosts: tuple[Host, Host], transport: str) -> AsyncIterator[Pair]:
         one, other = hosts
+        for host in hosts:
+            choose_congestion_control(host, CONGESTION_CONTROL)
         async with side(one, "giver", one.address, str(LEASE_S)) as giver, side(other, "taker", transport) as taker:
             pair = cls(wire, giver, taker, await asyncio.wait_for(giver.address, START_S))
             await pair._transfer(Result())  # first use of everything
