@@ -1,6 +1,5 @@
 """Linear layers. On CPU in bfloat16 the weight is kept only in oneDNN's own layout: at the batch sizes of decoding that
-is twice as fast as F.linear, which reorders the weight in every call. In float32 with AVX2 few rows are the columns of
-the other factor."""
+is twice as fast as F.linear, which reorders the weight in every call. In float32 few rows have a kernel of our own."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from engine.native import few_rows
 from engine.native.linear import NativeLinear
 
 
@@ -41,26 +41,18 @@ class PlainLinear:
         return self(x).add_(residual)
 
 
-MOST_FEW = 6
+MOST_FEW = 32
 """Rows; with more F.linear is as fast."""
 
 
 class FewRowsLinear(PlainLinear):
-    """In float32 on a CPU with AVX2 a product with 2 to 6 rows takes F.linear about twice as long as one with a single
-    row, and no less on two cores. The same product transposed takes less, and less still on two."""
+    """In float32. F.linear takes two to three times as long for 2 to 16 rows as for one, and hardly less on two cores;
+    the kernel takes as long as reading the weight does."""
 
     __slots__ = ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = len(x)
-        if not 1 < rows <= MOST_FEW:
-            return super().__call__(x)
-        if rows == 3:  # of all numbers the slowest, slower than 4
-            x = F.pad(x, (0, 0, 0, 1))
-        y = torch.mm(self.weight, x.t())
-        if self.bias is not None:
-            y += self.bias[:, None]
-        return y[:, :rows].t().contiguous()
+        return few_rows.product(x, self.weight, self.bias) if len(x) <= MOST_FEW else super().__call__(x)
 
 
 class PackedLinear:
@@ -95,13 +87,8 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linea
     """The fastest layer for `weight` ([out_features, in_features]), which the caller should then let go of."""
     if can_pack(weight):
         return PackedLinear(weight, bias)
-    return FewRowsLinear(weight, bias) if _turns_few_rows(weight) else PlainLinear(weight, bias)
-
-
-def _turns_few_rows(weight: torch.Tensor) -> bool:
-    """Measured with AVX2 only, docs/performance.md."""
-    kind = weight.device.type, weight.dtype, torch.backends.cpu.get_cpu_capability()
-    return kind == ("cpu", torch.float32, "AVX2")
+    few = weight.device.type == "cpu" and weight.dtype is torch.float32 and few_rows.is_loaded()
+    return FewRowsLinear(weight.contiguous(), bias) if few else PlainLinear(weight, bias)
 
 
 def dense_maker(native: bool) -> MakeLinear:

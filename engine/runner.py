@@ -28,7 +28,7 @@ from engine.lora.adapters import Adapters
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.registry import Model, build
-from engine.native import library
+from engine.native import few_rows, library
 from engine.native.attention import NativeAttention
 from engine.parallel.group import ALONE, Group
 from engine.plan import Choices, Plan, blocks_in, make_plan
@@ -267,5 +267,10 @@ class ModelRunner:
 
 
 def _native(plan: Plan, device: torch.device, dtype: str) -> bool:
-    """Whether our own kernels run; they are compiled on the way where that has not been done."""
-    return device.type == "cpu" and dtype == "bfloat16" and not plan.enforce_eager and library.load()
+    """Whether layers run by our own kernels; these, and the one for linear layers in float32, are compiled on the way
+    where that has not been done."""
+    if device.type != "cpu" or plan.enforce_eager:
+        return False
+    if dtype == "float32":
+        few_rows.load()
+    return dtype == "bfloat16" and library.load()
