@@ -122,3 +122,11 @@ def test_without_a_compiler_it_is_none(
 def test_where_it_was_not_measured_it_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert few_rows.load() is None
+
+
+@needs_kernel
+def test_a_profile_shows_it() -> None:
+    few_rows.load()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        few_rows.product(torch.zeros(2, 3), torch.zeros(4, 3), None)
+    assert any("few_rows_linear" in event.key for event in profile.key_averages())
