@@ -42,12 +42,12 @@ class PlainLinear:
 
 
 MOST_FEW = 32
-"""Rows; with more F.linear is as fast."""
+"""Rows; of 48 it took 0.7 to 0.95 of the time of F.linear, of 64 as long."""
 
 
 class FewRowsLinear(PlainLinear):
     """In float32. F.linear takes two to three times as long for 2 to 16 rows as for one, and hardly less on two cores;
-    the kernel takes as long as reading the weight does."""
+    the kernel takes little longer than reading the weight does for up to 8."""
 
     __slots__ = ()
 

@@ -4,7 +4,6 @@ for a machine, in seconds."""
 from __future__ import annotations
 
 import ctypes
-import logging
 from functools import cache
 from pathlib import Path
 
@@ -16,14 +15,12 @@ from core import compiler
 _SOURCES = Path(__file__).parent / "float32"
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mavx2", "-mfma")
 
-logger = logging.getLogger(__name__)
-
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The kernel, compiled first if this machine has not done so yet. None, with the reason in the log, where it can't
-    be had or was not measured. Asked once per process."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+    """The kernel, compiled first if this machine has not done so yet. None where it can't be had, as the log says, or
+    was not measured. Asked once per process."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":  # docs/performance.md
         return None
     library = compiler.load("few_rows", _SOURCES, _FLAGS)
     if library is not None:

@@ -46,7 +46,7 @@ SLACK_S, START_S = 25.0, 120.0
 AT_ONCE, MAX_TRIES = 3, 5
 CONGESTION_CONTROL = "reno"
 """Every Linux has it. With BBR a connection that knew the wire before it was delayed sends as if it were not, what fits
-into 0.1 ms in every 200 ms, until it looks again after ten seconds: pieces come too late on half of them."""
+into 0.1 ms in every 200 ms, until it looks again after ten seconds: a piece may come too late."""
 
 
 @dataclass

@@ -25,7 +25,6 @@ async def over_bad_wires(transport: str) -> None:
             for name in CONDITIONS:
                 result = await pair.hand_over(name, count=3, seed=1)
                 assert result.wrong == result.hung == result.leaked == [], (transport, name)
-                # What is under way as the wire changes may be too slow for it: a pair of torch's whose ends meet too
-                # late, a connection that resends all as it waits for a hundredth of the time that an answer takes now.
-                # It is given up, and elsewhere another transport has its turn.
+                # What was made for another wire may be too slow for this: a pair of torch's whose ends meet too late, a
+                # connection that is older than the delay. It is given up; elsewhere another transport has its turn.
                 assert name == CUT or result.committed >= 2, (transport, name, result.reasons)
