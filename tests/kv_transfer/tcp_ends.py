@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import numpy as np
 from sides import TIMEOUT_S, layout
 
 from core.errors import TransferError
@@ -52,6 +53,16 @@ class Taken:
             on_decoded=lambda _: None,
         )
 
+    def read(self, reads: Reads) -> Reading:
+        """By the giver's end of a transport."""
+        reads.begin()
+        job = self.job
+        return Reading("t", job.pieces[: self.num_sealed], job.giver_slots, job.coding, Frames(), reads.end)
+
+    def assert_all_here(self) -> None:
+        np.testing.assert_array_equal(self.target[:, :, self.job.taker_slots], self.source[:, :, self.job.giver_slots])
+        assert self.verified == list(range(len(self.job.pieces)))
+
     @property
     def nbytes(self) -> int:
         return sum(piece_bytes(self.target, piece) for piece in self.job.pieces)
@@ -75,6 +86,12 @@ class Reads:
     def end(self) -> None:
         self.under_way -= 1
 
+    async def over(self, times: int) -> None:
+        """Returns when nothing is read, after as many reads."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while self.begun < times or self.under_way:
+                await asyncio.sleep(0.001)
+
 
 @asynccontextmanager
 async def serving(taken: Taken) -> AsyncIterator[tuple[TcpServer, TcpEndpoint, Reads]]:
@@ -84,9 +101,7 @@ async def serving(taken: Taken) -> AsyncIterator[tuple[TcpServer, TcpEndpoint, R
     def start(transfer_id: str) -> Reading:
         if transfer_id != "t" or taken.num_sealed == -1:
             raise TransferError(f"transfer {transfer_id} is not under way here")
-        reads.begin()
-        job = taken.job
-        return Reading("t", job.pieces[: taken.num_sealed], job.giver_slots, job.coding, Frames(), reads.end)
+        return taken.read(reads)
 
     try:
         yield server, server.admit(start), reads

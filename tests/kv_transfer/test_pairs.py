@@ -9,19 +9,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 from sides import TIMEOUT_S, pool_of_noise
 from tcp_ends import LAYOUT, Reads, Taken
 
 from core.errors import TransferError
-from kv_transfer.frames import Frames
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairKey, Pull, ToGiver
-from kv_transfer.pieces import layers_of, tokens_of
 from kv_transfer.transports import batches, pairs
 from kv_transfer.transports.pair_server import PairServer
 from kv_transfer.transports.pairs import GIVER_RANK
-from kv_transfer.transports.reading import Reading
 from kv_transfer.transports.torch_distributed import TorchDistributed
 
 
@@ -55,10 +51,7 @@ async def joined(taken: Taken) -> AsyncIterator[Ends]:
                 ends.server.close_pair(pair_id)
             case Pull():
                 ends.asked.append(message)
-                ends.reads.begin()
-                job = taken.job
-                read = Reading("t", job.pieces, job.giver_slots, job.coding, Frames(), ends.reads.end)
-                ends.server.pull(message, read)
+                ends.server.pull(message, taken.read(ends.reads))
 
     ends = Ends(
         PairServer(taken.source, pool, to_taker),
@@ -71,30 +64,10 @@ async def joined(taken: Taken) -> AsyncIterator[Ends]:
         ends.server.close()
 
 
-def the_pair(ends: Ends) -> Any:
-    (pair,) = ends.server._pairs.values()
-    return pair
-
-
 async def until(true: Callable[[], Any]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while not true():
             await asyncio.sleep(0.001)
-
-
-async def until_read(ends: Ends) -> None:
-    await until(lambda: not ends.reads.under_way)
-
-
-def assert_here(taken: Taken, *places: int) -> None:
-    job = taken.job
-    assert sorted(taken.verified) == sorted(places)
-    for piece in (job.pieces[place] for place in places):
-        ours: Any = layers_of(taken.target, piece)
-        theirs: Any = layers_of(taken.source, piece)
-        np.testing.assert_array_equal(
-            ours[:, :, tokens_of(job.taker_slots, piece)], theirs[:, :, tokens_of(job.giver_slots, piece)]
-        )
 
 
 async def test_what_is_asked_for_while_more_is_sent_comes_after_it(
@@ -105,19 +78,20 @@ async def test_what_is_asked_for_while_more_is_sent_comes_after_it(
     monkeypatch.setattr(batches, "MESSAGE_BYTES", 1)
     async with joined(taken) as ends:
         await ends.transport.pull(taken.job)
-        assert_here(taken, *range(len(taken.job.pieces)))
+        taken.assert_all_here()
         assert [ask.first for ask in ends.asked] == list(range(len(taken.job.pieces)))
-        await until_read(ends)
+        await ends.reads.over(len(taken.job.pieces))
 
 
 async def test_a_pull_over_a_pair_that_failed_ends_its_reading(taken: Taken) -> None:
     async with joined(taken) as ends:
         await ends.transport.pull(taken.job.part(0, 2))
-        await until_read(ends)
-        the_pair(ends).end._group = None
+        await ends.reads.over(1)
+        (pair,) = ends.server._pairs.values()
+        pair.end._group = None
         with pytest.raises(TransferError):  # by a closed connection, or as the giver says
             await ends.transport.pull(taken.job.part(2))
-        await until_read(ends)
+        await ends.reads.over(1)
         assert not ends.transport._pairs
         await until(lambda: not ends.server._pairs)
 
@@ -131,7 +105,7 @@ async def test_a_taker_whose_pair_failed_takes_another(taken: Taken) -> None:
             await ends.transport.pull(taken.job.part(2))
         assert not ends.transport._pairs
         await ends.transport.pull(taken.job.part(2))
-        assert_here(taken, *range(len(taken.job.pieces)))
+        taken.assert_all_here()
         await until(lambda: len(ends.server._pairs) == 1)
 
 
@@ -150,4 +124,4 @@ async def test_a_pull_that_comes_before_the_giver_has_joined_waits_for_it(
     monkeypatch.setattr(pairs, "_gloo", late)
     async with joined(taken) as ends:
         await ends.transport.pull(taken.job)
-        assert_here(taken, *range(len(taken.job.pieces)))
+        taken.assert_all_here()

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from sides import STATE, TIMEOUT_S, Sides, connected
-from tcp_ends import Answer, Reads, Taken, dialogue, false_giver, serving, stuffed, taking
+from tcp_ends import Answer, Taken, dialogue, false_giver, serving, stuffed, taking
 
 from core.errors import ChecksumMismatch, TransferError
 from kv_transfer.pieces import Frontier, layers_of
@@ -46,13 +46,6 @@ def seal(taken: Taken, server: TcpServer, num_sealed: int) -> None:
     server.look("t")
 
 
-async def until_read(reads: Reads, times: int) -> None:
-    """The giver has found nothing to send and waits, after as many looks."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while reads.begun < times or reads.under_way:
-            await asyncio.sleep(0.001)
-
-
 def content(taken: Taken, job: PullJob) -> bytes:
     """Of its pieces, as the giver has them."""
     return b"".join(
@@ -61,23 +54,17 @@ def content(taken: Taken, job: PullJob) -> bytes:
     )
 
 
-def assert_all_here(taken: Taken) -> None:
-    job = taken.job
-    np.testing.assert_array_equal(taken.target[:, :, job.taker_slots], taken.source[:, :, job.giver_slots])
-    assert taken.verified == list(range(len(job.pieces)))
-
-
 async def test_pieces_come_without_being_asked_for(taken: Taken, requests: list[wire.Ask]) -> None:
     taken.num_sealed = 2
     async with serving(taken) as (server, endpoint, reads), taking(endpoint) as transport:
         await transport.pull(early(taken, 2))
-        await until_read(reads, 2)
+        await reads.over(2)
         seal(taken, server, 5)
-        await until_read(reads, 4)  # sent, and looked for more
+        await reads.over(4)  # sent, and looked for more
         await transport.pull(early(taken, 5, first=2))
         seal(taken, server, len(taken.job.pieces))
         await transport.pull(taken.job.part(5))
-        assert_all_here(taken)
+        taken.assert_all_here()
         assert requests == [wire.Ask(1, 0)]
 
 
@@ -91,7 +78,7 @@ async def test_a_grant_may_go_beyond_a_job_or_end_before_it(taken: Taken) -> Non
         assert not pulling.done()
         seal(taken, server, len(taken.job.pieces))
         await pulling
-        assert_all_here(taken)
+        taken.assert_all_here()
 
 
 async def test_the_connection_serves_other_jobs_after_the_last(taken: Taken) -> None:
@@ -99,10 +86,10 @@ async def test_the_connection_serves_other_jobs_after_the_last(taken: Taken) -> 
         for _ in range(3):
             await transport.pull(early(taken, 3))
             await transport.pull(taken.job.part(3))
-            assert_all_here(taken)
+            taken.assert_all_here()
             taken.verified.clear()
             await transport.pull(taken.job)  # by itself
-            assert_all_here(taken)
+            taken.assert_all_here()
             taken.verified.clear()
         assert len(server._connections) == 1
         assert not transport._pushed
@@ -143,7 +130,7 @@ async def test_a_connection_that_was_closed_between_jobs_is_replaced(taken: Take
             await asyncio.sleep(0.001)
         idle.socket.recv(1 << 20)  # what had come
         await transport.pull(taken.job.part(3))
-        assert_all_here(taken)
+        taken.assert_all_here()
 
 
 def _pushed_bytes(end: socket.socket) -> bool:
@@ -172,7 +159,7 @@ async def test_a_transfer_that_ends_while_a_request_stands_is_not_spoken_of(take
         taken.num_sealed = 3
         reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
         writer.write(wire.encode_greeting(endpoint.token) + wire.encode_request(standing, "t"))
-        await until_read(reads, 2)
+        await reads.over(2)
         seal(taken, server, -1)
         while any(connection.standing for connection in server._connections):
             await asyncio.sleep(0.001)
@@ -189,7 +176,7 @@ async def test_another_request_ends_one_that_stands(taken: Taken) -> None:
         taken.num_sealed = 3
         reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
         writer.write(wire.encode_greeting(endpoint.token) + wire.encode_request(wire.Ask(1, 3), "t"))
-        await until_read(reads, 2)
+        await reads.over(2)
         writer.write(wire.encode_request(one, "t"))
         assert wire.decode_reply(await reader.readexactly(wire.REPLY_BYTES), one).granted == one
         writer.close()
@@ -239,7 +226,7 @@ async def test_what_is_here_is_pulled_without_a_thread(
         monkeypatch.setattr(Lane, "run", None)
         assert transport.pull_at_once(middle)
         assert transport.pull_at_once(rest)
-        assert_all_here(taken)
+        taken.assert_all_here()
         assert not transport._pushed
         assert len(transport._idle) == 1
 
@@ -257,7 +244,7 @@ async def test_a_job_of_several_grants_is_left_to_the_thread(taken: Taken) -> No
         await until_pushed(transport, 2 * wire.REPLY_BYTES + middle.nbytes + rest.nbytes)
         assert not transport.pull_at_once(taken.job.part(2))
         await transport.pull(taken.job.part(2))
-        assert_all_here(taken)
+        taken.assert_all_here()
 
 
 @pytest.mark.usefixtures("tcp_on_the_pools")
