@@ -156,9 +156,9 @@ class Giving:
             self._frames.stop_waiting()
             self._owner.draining(self)
         if self._machine.phase is Phase.RELEASED:
-            self._todo.clear()
-            self._pieces, self._block_ids, self._slots = [], [], None  # ended ones are remembered
-            self._ready = self._sealing = None
+            self._todo.clear()  # and what else is large: ended ones are remembered, states of drafters take megabytes
+            self._pieces, self._block_ids, self._slots = [], [], None
+            self._state = self._ready = self._sealing = None
             self._frames.clear()
             self.over.set()
             self._owner.ended(self)

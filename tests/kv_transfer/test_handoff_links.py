@@ -67,3 +67,11 @@ async def test_the_memory_of_ended_transfers_is_bounded(monkeypatch: pytest.Monk
         assert list(sides.giver._ended) == ["t7", "t8", "t9"]
         assert not sides.giver._live
         assert dataclasses.asdict(sides.giver.counters) == dataclasses.asdict(type(sides.giver.counters)())
+
+
+async def test_what_is_remembered_of_an_ended_transfer_holds_no_state_of_drafters() -> None:
+    async with connected() as sides:
+        sides.offer("t", [5], 10)
+        await sides.take("t", [1], 10)
+        assert await sides.end() == ("t", "committed")
+        assert sides.giver._ended["t"]._state is None
