@@ -36,14 +36,14 @@ class FirstThatWorks:
 
     def pull_at_once(self, job: PullJob) -> bool:
         first = self._usable(job.coding)
-        return first is not None and self._made[first].pull_at_once(job)
+        return first is not None and self._alone(first, job.transfer_id).pull_at_once(job)
 
     async def pull(self, job: PullJob) -> None:
         first = self._usable(job.coding)
         assert first is not None, "a transport that could be used once stays"
         left = _Progress(job)
         try:
-            await self._made[first].pull(left.job)
+            await self._alone(first, job.transfer_id).pull(left.job)
         except ChecksumMismatch:
             raise
         except TransferError as failure:
@@ -55,12 +55,20 @@ class FirstThatWorks:
 
     async def _retry(self, second: str, rest: PullJob, failure: TransferError) -> None:
         try:
-            await self._made[second].pull(rest)
+            await self._alone(second, rest.transfer_id).pull(rest)
         except ChecksumMismatch:
             raise
         except TransferError as error:
             raise TransferError(f"{failure}; and by {second}: {error}") from failure
         self._choices = {second: self._choices[second]} | self._choices
+
+    def _alone(self, name: str, transfer_id: str) -> Transport:
+        """It, to go on with a transfer of which the others keep nothing: what one has the giver push, none of the
+        others would read."""
+        for other, transport in self._made.items():
+            if other != name:
+                transport.forget(transfer_id)
+        return self._made[name]
 
     def on_message(self, message: FromGiver) -> None:
         for transport in self._made.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -101,6 +102,16 @@ async def test_when_both_fail_both_are_named_and_the_order_stays() -> None:
         assert (len(one.jobs), len(other.jobs), len(third.jobs)) == (times, times, 0)
 
 
+async def test_what_a_transport_keeps_of_a_transfer_is_forgotten_when_another_goes_on_with_it() -> None:
+    """As what TCP has the giver push: nobody would read it any more."""
+    broken, whole = Scripted(0, TransferError("cut")), Scripted(9)
+    first = FirstThatWorks(choices(broken=broken, whole=whole), lambda _: None)
+    await first.pull(replace(job_of(1, []), transfer_id="one that fails"))
+    broken.forgotten.clear()
+    await first.pull(job_of(1, []))  # `broken` may have pulled pieces of it before
+    assert (broken.forgotten, whole.forgotten) == (["t"], [])
+
+
 @pytest.mark.parametrize("error", [ChecksumMismatch("not what was sealed"), asyncio.CancelledError()])
 async def test_what_is_no_fault_of_the_transport_is_not_tried_again(error: BaseException) -> None:
     one, other = Scripted(0, error), Scripted(9)
@@ -125,9 +136,9 @@ async def test_transports_are_made_when_needed_and_hear_of_everything_once_made(
     first.on_message(message)
     await first.pull(job_of(1, []))
     first.on_message(message)
-    first.forget("t")
+    first.forget("another")
     assert (one.heard, other.heard) == ([message, message], [message])
-    assert (one.forgotten, other.forgotten) == (["t"], ["t"])
+    assert (one.forgotten[-1], other.forgotten[-1]) == ("another", "another")
 
 
 async def test_a_job_in_a_codec_goes_by_who_can_carry_frames_and_any_other_by_whoever_is_next() -> None:
