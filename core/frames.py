@@ -3,7 +3,7 @@
 A frame is a byte that says its kind, the length of its body in four bytes, little-endian, and the body. A connection
 notices that the network between the two ends is cut: every KEEPALIVE_S each end says something, and what has not been
 acknowledged for KEEPALIVE_TIMEOUT_S ends it. It is the kernel that acknowledges, so a process that is busy for longer
-than that is not taken for gone.
+than that is not taken for gone, even if its kernel has no room for more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ MAX_OPENING_BYTES = 256
 MAX_UNREAD_BYTES = 16 * 2**20
 """The other end is not heard any further while as much waits to be read."""
 _HEADER = struct.Struct("<BI")
+_TCP_INFO = struct.Struct("=4B20xI28xI")
+"""The beginning of the kernel's tcp_info: state, congestion state, retransmits, probes; the segments in flight; the
+milliseconds since the last acknowledgement."""
+_UNANSWERED_PROBES = 2
+"""A kernel answers no two within half a second."""
 
 
 class Kind(IntEnum):
@@ -46,6 +51,23 @@ _KINDS = frozenset(Kind)
 class Frame(NamedTuple):
     kind: Kind
     body: bytes
+
+
+class _Sending(NamedTuple):
+    """How it is with what an end has sent, as its kernel sees it."""
+
+    in_flight: bool
+    """Something that the other end had room for is not acknowledged."""
+    unanswered: bool
+    """The other end had no room left and has stopped answering whether it has."""
+
+
+def _sending(end: socket.socket) -> _Sending:
+    """It is `end` that sends."""
+    info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    _, _, _, num_probes, num_segments, silent_ms = _TCP_INFO.unpack(info)
+    silent = num_probes >= _UNANSWERED_PROBES and silent_ms > 1000 * KEEPALIVE_TIMEOUT_S
+    return _Sending(num_segments > 0, silent)
 
 
 class Connection(asyncio.Protocol):
@@ -109,7 +131,7 @@ class Connection(asyncio.Protocol):
         self.peer = f"{host}:{port}"
         end = transport.get_extra_info("socket")
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * KEEPALIVE_TIMEOUT_S))
+        _set_timeout(end, KEEPALIVE_TIMEOUT_S)
         self._alive = self._loop.call_later(KEEPALIVE_S, self._say_alive)
         if self._on_made is not None:
             self._on_made(self)
@@ -152,7 +174,24 @@ class Connection(asyncio.Protocol):
         self._heard.set()
 
     def _say_alive(self) -> None:
+        self._look_after_the_other_end()
         if not self._has_sent:
             self.send(Kind.ALIVE)
         self._has_sent = False
         self._alive = self._loop.call_later(KEEPALIVE_S, self._say_alive)
+
+    def _look_after_the_other_end(self) -> None:
+        """The kernel's time limit is set for what is in flight only: it would hold for an end that has no room left,
+        too, although that answers."""
+        if self._transport is None:
+            return
+        end = self._transport.get_extra_info("socket")
+        sending = _sending(end)
+        _set_timeout(end, KEEPALIVE_TIMEOUT_S if sending.in_flight else 0)
+        if sending.unanswered:
+            self.abort()
+
+
+def _set_timeout(end: socket.socket, seconds: float) -> None:
+    """Zero is none."""
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))

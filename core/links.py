@@ -1,8 +1,9 @@
 """Links: typed two-way message streams between processes, over TCP.
 
 One connection each (core.frames), with MessagePack bodies. A link says when the other end is gone: a killed process
-closes the socket at once, a cut network is noticed by keep-alive within KEEPALIVE_S + KEEPALIVE_TIMEOUT_S. `send` never
-blocks; what waits to be sent is bounded by what one side owes the other.
+closes the socket at once, a cut network is noticed by keep-alive within KEEPALIVE_S + KEEPALIVE_TIMEOUT_S, or a few
+times that where the other end had not read for a while. `send` never blocks; what waits to be sent is bounded by what
+one side owes the other.
 
 How a link ends. Either end may `close`: what it sent before still arrives, then the other end's iteration ends. On the
 accepting side the handler's return closes the link, and the other end has HANDLER_GRACE_S to take what is on its way;

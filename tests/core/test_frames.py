@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,8 @@ from core import frames, links
 from core.links import LinkServer
 
 TIMEOUT_S = 60.0
+MUCH = 32 * 2**20
+"""More than sockets have room for."""
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,22 @@ async def test_frames_are_found_however_they_are_cut_up() -> None:
         for at in range(0, len(stream), size):
             connection.data_received(stream[at : at + size])
         assert [await connection.receive() for _ in range(3)] == [(frames.Kind.MESSAGE, b"abc")] * 3
+
+
+async def test_a_process_whose_loop_stands_still_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although what it is sent has filled the buffers of its kernel."""
+    monkeypatch.setattr(frames, "KEEPALIVE_S", 0.1)
+    monkeypatch.setattr(frames, "KEEPALIVE_TIMEOUT_S", 0.5)
+    made: asyncio.Future[frames.Connection] = asyncio.get_running_loop().create_future()
+    server = await asyncio.get_running_loop().create_server(lambda: frames.Connection(made.set_result), "127.0.0.1")
+    with socket.create_connection(server.sockets[0].getsockname()) as end:
+        connection = await made
+        connection.send(frames.Kind.MESSAGE, bytes(MUCH))
+        await asyncio.sleep(5 * frames.KEEPALIVE_TIMEOUT_S)
+        assert not connection.ended.done()
+        whole = frames._HEADER.size + MUCH
+        received = 0
+        while received < whole:
+            received += len(await asyncio.to_thread(end.recv, whole))
+        connection.abort()
+    server.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -75,6 +76,28 @@ async def test_a_network_that_is_cut_ends_the_link_at_both_ends(talks: bool, mon
         assert await asyncio.wait_for(anext(messages, None), TIMEOUT_S) is None
         await asyncio.wait_for(found.ended.wait(), TIMEOUT_S)
         assert time.monotonic() - began < frames.KEEPALIVE_S + frames.KEEPALIVE_TIMEOUT_S + 2.0
+
+
+async def test_a_network_that_is_cut_is_noticed_while_the_other_end_reads_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frames, "KEEPALIVE_S", 0.2)
+    monkeypatch.setattr(frames, "KEEPALIVE_TIMEOUT_S", 0.5)
+    with relay.two_hosts(seed=3) as (one, other, wire):
+        made: asyncio.Future[frames.Connection] = asyncio.get_running_loop().create_future()
+        with one.entered():
+            listening = socket.create_server((one.address, 0))
+        server = await asyncio.get_running_loop().create_server(
+            lambda: frames.Connection(made.set_result), sock=listening
+        )
+        with other.entered(), socket.create_connection(listening.getsockname()[:2]):
+            connection = await made
+            connection.send(frames.Kind.MESSAGE, bytes(32 * 2**20))  # more than sockets have room for
+            await asyncio.sleep(4 * frames.KEEPALIVE_TIMEOUT_S)
+            assert not connection.ended.done()
+            wire.condition = relay.Condition(cut=True)
+            await asyncio.wait_for(connection.ended, TIMEOUT_S)
+        server.close()
 
 
 async def test_a_link_is_opened_soon_after_the_network_is_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
