@@ -469,7 +469,7 @@ class TakerTransfer:
             case PullEnded(error):
                 return self._on_pull_ended(error)
             case Renewal(sent_at):
-                self.lease_until = max(self.lease_until, sent_at + self.lease_s)
+                self.lease_until = max(self.lease_until, min(sent_at, now) + self.lease_s)
             case Withdraw(reason, outcome, finished):
                 self.finished = finished
                 return self._end(outcome, reason, tell=False)

@@ -113,7 +113,8 @@ class World:
             yield from self._once("finish", World.feed_giver, states.Withdraw("finished", finished=True))
             yield from self._once("shut down", World.feed_giver, states.Withdraw("stopping", Outcome.FAILED))
         if self.taker_alive and self.taker.phase is not Phase.NEW:
-            yield from self._once("cancel", World.feed_taker, states.CancelRequested())
+            for event in (states.CancelRequested(), states.Unusable("nonsense was named")):  # one of them: it ends
+                yield from self._once("cancel", World.feed_taker, event)
 
     def _threads(self) -> Iterator[tuple[str, World]]:
         if self.sealing:

@@ -173,6 +173,14 @@ class FreesUnderTransport(TakerTransfer):
         return self._release()
 
 
+class FreesUnderTransportWhatIsOfNoUse(TakerTransfer):
+    def handle(self, event: states.Event, now: float) -> list[Instruction]:
+        if isinstance(event, states.Unusable) and self.phase is Phase.TRANSFERRING:
+            self.outcome = Outcome.FAILED
+            return self._release()
+        return TakerTransfer.handle(self, event, now)
+
+
 class LeaseFromTheAnswer(TakerTransfer):
     def handle(self, event: states.Event, now: float) -> list[Instruction]:
         if isinstance(event, states.Renewal):
@@ -211,6 +219,7 @@ GIVER_MUTANTS = [
 TAKER_MUTANTS = [
     *(CommitsWithoutVerifying, CommitsWhenAllThatWasNamedIsHere, DoesNotCountThePieces, OverlooksALostPiece),
     *(PullsWhatWasNamedTwice, ForgetsWhatQueuesDuringAPull, PullsTwiceAtATime, FreesUnderTransport),
+    FreesUnderTransportWhatIsOfNoUse,
     *(LeaseFromTheAnswer, WaitsForEver, ExpectsForEver, FreesWhatItNeverHad, NeverStopsTheTransport),
 ]
 

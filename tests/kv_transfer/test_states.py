@@ -216,6 +216,12 @@ def test_a_lease_counts_from_the_sending_of_the_renewal_that_was_answered() -> N
     assert machine.lease_until == 12.5
 
 
+def test_an_answer_to_a_renewal_that_was_never_sent_gives_no_longer_lease() -> None:
+    machine, _ = taker(states.Begin())
+    machine.handle(states.Renewal(sent_at=1e9), now=6)
+    assert machine.lease_until == 16
+
+
 def test_a_taker_without_blocks_announces_itself_renews_and_asks_when_it_has_them() -> None:
     machine, said = taker(states.Expect())
     assert said == [states.SendExpect()]
