@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from core.errors import LayoutMismatch
+from engine.config_fields import Count, Index
 from engine.parallel.split import Split
 
 DEFAULT_KV_CACHE_BYTES = 2**30
@@ -19,16 +20,16 @@ class KVLayout(Struct, frozen=True, kw_only=True):
     `fingerprint` identifies the weights: KV of one model means nothing to another.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
+    num_layers: Count
+    num_kv_heads: Count
+    head_size: Count
     dtype: str
-    block_size: int
+    block_size: Count
     fingerprint: str
-    tp_size: int = 1
-    tp_rank: int = 0
-    pp_size: int = 1
-    pp_rank: int = 0
+    tp_size: Count = 1
+    tp_rank: Index = 0
+    pp_size: Count = 1
+    pp_rank: Index = 0
 
     @property
     def split(self) -> Split:

@@ -7,7 +7,9 @@ that both sides name the field that differs.
 
 from __future__ import annotations
 
-from msgspec import Struct, field
+from typing import Annotated
+
+from msgspec import Meta, Struct, field
 
 from core.draft_state import DraftStates
 from core.errors import LayoutMismatch
@@ -52,7 +54,7 @@ class NixlEndpoint(Struct, frozen=True):
 
 class Hello(Struct, frozen=True, tag=True, kw_only=True):
     layout: KVLayout
-    num_blocks: int
+    num_blocks: Annotated[int, Meta(ge=1)]
     device: str
     """"cpu", or the identity of the CUDA device."""
     lease_s: float | None = None

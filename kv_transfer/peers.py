@@ -94,6 +94,8 @@ class Peer:
             await client.close()
             if isinstance(error, (Unavailable, TimeoutError)):
                 raise TransferError(f"the prefill worker at {address} does not answer") from error
+            if isinstance(error, InternalError):
+                raise TransferError(error.message) from error
             raise
         peer._reader = asyncio.create_task(peer._read(messages, on_end))
         return peer

@@ -21,11 +21,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch._C._distributed_c10d import Work
 
-from core.errors import TransferError
+from core.errors import TransferError, said_by_system
 from core.links import host_and_port
 from engine.kv_cache import Pool
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairFailed, PairKey, Pull, ToGiver
-from kv_transfer.transports.base import PullJob, Transport, settled
+from kv_transfer.transports.base import PullJob, Transport, Unusable, settled
 from kv_transfer.transports.batches import (
     Batch,
     Staging,
@@ -56,7 +56,7 @@ class _TakerPair:
 
 
 class TorchDistributed(Transport):
-    """`giver_address` is host:port of the link."""
+    """`giver_address` is host:port of the link. Raises Unusable when this host has no way there."""
 
     name: ClassVar[str] = "torch_distributed"
 
@@ -215,8 +215,12 @@ def _backend(giver: Hello, pool: Pool) -> str:
 
 
 def _own_host(giver_host: str, port: int) -> str:
-    """The address this host uses towards the giver. Connecting a datagram socket sends nothing."""
-    family, kind, _, _, address = socket.getaddrinfo(giver_host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])
+    """The address this host uses towards the giver. Connecting a datagram socket sends nothing. Raises Unusable if
+    there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(giver_host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise Unusable(f"{giver_host} cannot be reached from here: {said_by_system(error)}") from error

@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 
 import pytest
-from sides import connected, wanted
+from sides import connected, layout, wanted
 
 from core.errors import TransferError
 from core.links import LinkServer
 from kv_transfer import giver as giver_module
-from kv_transfer.messages import SERVICE, ToGiver
+from kv_transfer.giving import GiverLink
+from kv_transfer.messages import REVISION, SERVICE, Hello, ToGiver
 from kv_transfer.taker import Withdrawn
 
 
@@ -34,6 +35,22 @@ async def test_a_link_that_breaks_ends_its_transfers_and_is_opened_anew() -> Non
         assert await sides.end() == ("u", "committed")
         await sides.taker.close()
         await server.stop()
+
+
+@pytest.mark.parametrize("changes", [{"block_size": 0}, {"tp_size": 0}, {"num_layers": -1}])
+async def test_a_giver_that_announces_an_impossible_pool_fails_what_is_to_be_taken(changes: dict[str, int]) -> None:
+    async def answer(link: GiverLink) -> None:
+        link.send(Hello(revision=REVISION, layout=layout(**changes), num_blocks=4, device="cpu", lease_s=1.0))
+        async for _ in link:
+            pass
+
+    server = LinkServer()
+    server.add_service(SERVICE, ToGiver, answer)
+    async with connected() as sides:
+        sides.address = await server.start("127.0.0.1")
+        with pytest.raises(TransferError, match=rf"malformed message.*`\$\.layout\.{next(iter(changes))}`"):
+            await sides.take("t", [1], 10)
+    await server.stop()
 
 
 async def test_closing_the_giver_releases_everything_and_tells_the_taker() -> None:
