@@ -20,6 +20,8 @@ class Pull(NamedTuple):
     """On the wire."""
     decoding: float
     """Seconds of it."""
+    at_once: bool
+    """It was here already, so that the times say nothing of the link."""
 
 
 class Times(NamedTuple):
@@ -105,9 +107,9 @@ class Stopwatch:
     def decoded(self, seconds: float) -> None:
         self.decoding += seconds
 
-    def pull_ended(self) -> None:
+    def pull_ended(self, *, at_once: bool = False) -> None:
         if self.began < self.last_piece:
-            self.pulls.append(Pull(self.began, self.last_piece, self.nbytes, self.decoding))
+            self.pulls.append(Pull(self.began, self.last_piece, self.nbytes, self.decoding, at_once))
         self.began = math.inf
 
     def complete(self, age: float) -> None:

@@ -84,12 +84,11 @@ def _raw(data: torch.Tensor) -> Memory:
     return rows.numpy() if rows.device.type == "cpu" else rows
 
 
-def as_rows(memory: torch.Tensor | NDArray[np.uint8], layout: KVLayout, num_layers: int | None = None) -> Rows:
+def as_rows(memory: torch.Tensor | NDArray[np.uint8], layout: KVLayout) -> Rows:
     """Bytes of any shape as rows of `layout`, without a copy; CPU tensors become numpy arrays."""
     if isinstance(memory, torch.Tensor) and memory.device.type == "cpu":
         memory = memory.numpy()
-    layers = layout.num_layers if num_layers is None else num_layers
-    return memory.reshape(layers, 2, -1, row_bytes(layout))
+    return memory.reshape(layout.num_layers, 2, -1, row_bytes(layout))
 
 
 def is_tensor(rows: Rows) -> bool:

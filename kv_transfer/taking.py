@@ -208,23 +208,24 @@ class Taking:
         try:
             at_once = transport.pull_at_once(job)
         except Exception as error:  # noqa: BLE001  it fails this transfer, as it would in a task
+            self._watch.pull_ended()
             self._pull_returned(error)
             return
         if at_once:
+            self._watch.pull_ended(at_once=True)
             self._pull_returned(None)
         else:
             self._pulling = asyncio.create_task(transport.pull(job))
             self._pulling.add_done_callback(self._pull_ended)
 
     def _pull_ended(self, pulling: asyncio.Task[None]) -> None:
+        self._watch.pull_ended()
         if pulling.cancelled():
-            self._watch.pull_ended()
             self._feed(states.PullEnded("stopped"))
         else:
             self._pull_returned(pulling.exception())
 
     def _pull_returned(self, error: BaseException | None) -> None:
-        self._watch.pull_ended()
         if error is None:
             self._feed(states.PullEnded())
             return
@@ -338,7 +339,8 @@ class Taking:
         counters.wire_bytes[coding.codec] += on_wire
         counters.add(times)
         for pull in self._watch.pulls:
-            self._peer.codec.bandwidth.observe(pull.nbytes, pull.ended - pull.began - pull.decoding)
+            if not pull.at_once:
+                self._peer.codec.bandwidth.observe(pull.nbytes, pull.ended - pull.began - pull.decoding)
         seconds = {f"{name}_s": value for name, value in times._asdict().items()}
         return {
             "bytes": nbytes,

@@ -41,9 +41,9 @@ def measure_rates(sizes_mib: list[float], rounds: int, layout: KVLayout | None =
     """For each transport and size in MiB, medians of `rounds`: bytes per second from the word that the KV is complete
     to the commit, everything included, and of the transport `alone`. `share` is of the bare loop of the transport's
     primitive over one buffer that stays in the cache, `share_same_size` of one over as many bytes as the transfer has,
-    so that as much memory is read and written, `share_paced` of the same over TCP as the system paces any socket; the
-    loops run right before and after. `layout` is the demo model's by
-    default."""
+    so that as much memory is read and written (both are the same for shared memory, whose loop is over large buffers),
+    `share_paced` of the same over TCP as the system paces any socket; the loops run right before and
+    after. `layout` is the demo model's by default."""
     layout = layout or layout_of(30, 3, 64, "bfloat16")
     sizes = {f"{mib:g}": max(1, int(mib * MIB) // layout.token_bytes) for mib in sizes_mib}
     with two_sides(layout, max(sizes.values())) as (lender, pool):

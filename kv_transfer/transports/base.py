@@ -10,7 +10,9 @@ Invariants that the hand-off rests on, for every implementation:
    it asks it to be quiet; it may take as long as one copy within the machine, never as long as the peer likes.
 3. Any failure of transport or peer is a TransferError. A transport that can't work with this giver at all says so when
    it is made, by Unusable; the taker then tries the next.
-4. On the giver's side a read of its blocks is announced and its end is reported (states.ReadStarted, ReadEnded).
+4. On the giver's side a read of its blocks is announced and its end is reported (states.ReadStarted, ReadEnded). Where
+   the taker reads the giver's memory by itself nobody there can announce it: what it then reads is summed, so blocks
+   that were given to another sequence meanwhile are noticed.
 5. One that reads the giver's memory where it lies (names.READS_IN_PLACE) is given no job of frames.
 """
 

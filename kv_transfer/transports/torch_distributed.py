@@ -151,8 +151,8 @@ class _Puller:
         self._stopped = False
 
     def run(self, group: Group) -> None:
-        """Receives that were posted are always waited for, even when nobody wants them any more: the group can't be
-        dropped under them."""
+        """Receives that were posted are waited for even when nobody wants them any more: the group can't be dropped
+        under them. If one fails the group has failed with all of them."""
         todo = enumerate(batches(self._job.coding, self._job.pieces))
         posted: deque[list[_Receive]] = deque()
         error: TransferError | None = None

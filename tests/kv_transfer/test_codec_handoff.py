@@ -26,6 +26,7 @@ from kv_transfer.coding import Coding
 from kv_transfer.pieces import Extent, Frontier
 from kv_transfer.taker import Withdrawn
 from kv_transfer.transports import batches, pair_server, tcp_io, tcp_server, torch_distributed
+from kv_transfer.transports.names import TransportName
 
 EACH = pytest.mark.parametrize("transport", ["tcp", "torch_distributed"])
 THEIRS, OURS, NUM_TOKENS = [5, 6, 9, 2], [60, 3, 4, 1], 50
@@ -236,6 +237,20 @@ def known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worth it below 0.5 GB/s."""
     speeds = {"int8": CodecSpeed(1e9, 1e9, 0.5), "fp8": CodecSpeed(2e9, 2e9, 0.5)}
     monkeypatch.setattr(CodecSpeeds, "_measure", lambda _, name: speeds[name])
+
+
+@pytest.mark.parametrize(("transport", "is_evidence"), [("shared_memory", False), ("tcp", True)])
+async def test_what_was_here_already_is_no_evidence_of_the_bandwidth_of_a_link(
+    transport: TransportName, is_evidence: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what TCP was pushed: it is copied as fast as memory."""
+    observed: list[int] = []
+    monkeypatch.setattr(LinkBandwidth, "observe", lambda _, nbytes, seconds: observed.append(nbytes))
+    async with connected(transports=[transport]) as sides:
+        sides.offer("t", [5], 10)
+        await sides.take("t", [1], 10)
+        await sides.end()
+    assert bool(observed) == is_evidence
 
 
 async def take_at(sides: Sides, name: str, bandwidth: float | None) -> str:

@@ -16,8 +16,8 @@ from tcp_ends import LAYOUT, Reads, Taken
 from core.errors import TransferError
 from kv_transfer.messages import ClosePair, FromGiver, Hello, OpenPair, PairKey, Pull, ToGiver
 from kv_transfer.transports import batches, pairs
-from kv_transfer.transports.pair_server import PairServer
 from kv_transfer.transports.base import Unusable
+from kv_transfer.transports.pair_server import PairServer
 from kv_transfer.transports.pairs import GIVER_RANK
 from kv_transfer.transports.torch_distributed import TorchDistributed
 
@@ -130,5 +130,5 @@ async def test_a_pull_that_comes_before_the_giver_has_joined_waits_for_it(
 
 async def test_a_host_that_has_no_address_leaves_the_giver_to_other_transports() -> None:
     theirs = Hello(layout=LAYOUT, num_blocks=64, device="cpu")
-    with pytest.raises(Unusable, match="nowhere.invalid cannot be reached from here"):
+    with pytest.raises(Unusable, match=r"nowhere\.invalid cannot be reached from here"):
         TorchDistributed(theirs, pool_of_noise(LAYOUT), "nowhere.invalid:1", lambda _: None)
