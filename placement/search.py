@@ -195,11 +195,12 @@ def exhaustive(space: Space, workload: Workload, goal: Goal, objective: Objectiv
 def cheapest(
     space: Space, workload: Workload, goal: Goal, rate: float, objective: Objective = "per-device"
 ) -> Candidate:
-    """The layout with the fewest devices, or the lowest price, that attains the goal at `rate` requests/s for sure.
-    Raises ConfigError with the highest rate found if none does."""
+    """The layout with the fewest devices, or with the objective per-dollar the lowest price, that attains the goal at
+    `rate` requests/s for sure. Raises ConfigError with the highest rate found if none does."""
     bounded = _bounded(_Most(space, workload, goal), "total", _refused(space))
     able = [candidate for _, bound, candidate in bounded if bound >= rate]
-    for candidate in sorted(able, key=lambda candidate: candidate.cost(objective)):
+    price: Objective = "per-dollar" if objective == "per-dollar" else "per-device"  # by total all would cost the same
+    for candidate in sorted(able, key=lambda candidate: candidate.cost(price)):
         if _surely_attains(candidate, workload, rate, goal):
             return candidate
     best = search(space, workload, goal, "total").ranked[0]

@@ -407,6 +407,10 @@ def test_the_cheapest_layout_for_a_rate_is_no_larger_than_needed() -> None:
         cheapest(space(), REQUESTS, GOAL, 500.0)
 
 
+def test_by_the_objective_total_too_the_cheapest_layout_for_a_rate_has_the_fewest_devices() -> None:
+    assert cheapest(space(), REQUESTS, GOAL, 2.0, "total") == cheapest(space(), REQUESTS, GOAL, 2.0)
+
+
 def test_a_layout_that_a_lucky_draw_of_requests_attains_the_rate_with_is_not_the_cheapest_for_it() -> None:
     alone = max((one for one in searched_exhaustively() if one.candidate.devices == 1), key=lambda one: one.goodput)
     rate, layout = alone.goodput, alone.candidate.layout
