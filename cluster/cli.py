@@ -16,6 +16,7 @@ from cluster.config.loading import load, said_of_plan
 from cluster.one_line import one_line
 from cluster.options import ListOptions, config_options
 from core.errors import ConfigError
+from core.finite import FiniteRange
 
 LAZY = {
     "bench": ("bench.cli", "bench", "Measure a server."),
@@ -62,7 +63,7 @@ def cli() -> None:
 @click.option("--slo", help="Plan by targets in ms, as ttft=200,tpot=50: profile, choose a layout, and serve it.")
 @click.option("--trace", type=click.Path(path_type=Path), help="With --slo: the requests to plan for, as for plan.")
 @click.option("--lengths", help="With --slo, instead of a trace: mean tokens, as prompt=512,output=128,cv=0.8.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="With --slo: requests/s. Default: the most.")
+@click.option("--rate", type=FiniteRange(0, min_open=True), help="With --slo: requests/s. Default: the most.")
 @click.option("--dataset", type=click.Path(path_type=Path), help="With --slo: questions to measure drafts with.")
 @config_options
 def serve(

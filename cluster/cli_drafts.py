@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.one_line import one_line
 from core.errors import ConfigError
+from core.finite import FiniteRange
 
 if TYPE_CHECKING:
     from engine.runner import ModelRunner
@@ -83,12 +84,10 @@ def new(kind: str, model: str, out: Path, seed: int, **shape: Any) -> None:
 @_out
 @click.option("--from", "start", type=click.Path(path_type=Path, file_okay=False), help="A head to go on from.")
 @click.option("--steps", type=click.IntRange(1), help="Of the training; with it, the same seed gives the same head.")
-@click.option(
-    "--minutes", type=click.FloatRange(0, min_open=True), help="Of the training. [default: 10, without --steps]"
-)
-@click.option("--learning-rate", default=5e-3, type=click.FloatRange(0, min_open=True), show_default=True)
+@click.option("--minutes", type=FiniteRange(0, min_open=True), help="Of the training. [default: 10, without --steps]")
+@click.option("--learning-rate", default=5e-3, type=FiniteRange(0, min_open=True), show_default=True)
 @click.option("--max-tokens", default=128, type=click.IntRange(4), show_default=True, help="Of an answer, at most.")
-@click.option("--temperature", default=0.0, type=click.FloatRange(0), show_default=True, help="Of the answers.")
+@click.option("--temperature", default=0.0, type=FiniteRange(0), show_default=True, help="Of the answers.")
 @_seed
 @_shape_options
 @_threads

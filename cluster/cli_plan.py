@@ -11,11 +11,12 @@ import msgspec
 from cluster.planning import searched
 from cluster.sizes import parse_sizes
 from core.files import check_writable, write_text
+from core.finite import FiniteRange
 from placement.plan_plot import svg
 from placement.plan_table import table
 
 _path = click.Path(path_type=Path)
-_positive = click.FloatRange(min=0, min_open=True)
+_positive = FiniteRange(min=0, min_open=True)
 
 
 class WithReplay(click.Command):
@@ -36,7 +37,7 @@ class WithReplay(click.Command):
 @click.option("--slo", required=True, help="Targets in ms, as ttft=200,tpot=50, or ttft=200@p95,tpot=50@p90,e2e=9000.")
 @click.option(
     "--share",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Of requests that are to meet all targets without a percentile. [default: 0.9]",
 )
 @click.option("--profile", "profiles", type=_path, multiple=True, help="Of slipstream profile; one for each shape.")
@@ -46,7 +47,9 @@ class WithReplay(click.Command):
 @click.option("--devices", type=click.IntRange(1), help="No more than so many.")
 @click.option("--trace", type=_path, help="Requests: a .csv as Azure's, or a .jsonl as Mooncake's or our log.")
 @click.option("--lengths", help="Instead of a trace: mean tokens, as prompt=512,output=128,cv=0.8,cached=0.5.")
-@click.option("--burstiness", type=_positive, help="Of these: the shape of gamma gaps. Default: 1, Poisson.")
+@click.option(
+    "--burstiness", type=FiniteRange(1e-4, 1e4), help="Of these: the shape of gamma gaps. Default: 1, Poisson."
+)
 @click.option("--rate", type=_positive, help="Requests/s to serve as cheaply as can be. Default: the most per device.")
 @click.option("--objective", default="per-device", type=click.Choice(["per-device", "per-dollar", "total"]))
 @click.option("--chunk-tokens", default="512,2048", show_default=True, callback=parse_sizes, help="Of a step, to try.")
@@ -54,11 +57,11 @@ class WithReplay(click.Command):
 @click.option("--max-num-seqs", default=64, type=click.IntRange(1, 4096), show_default=True, help="As for serve.")
 @click.option("--kv-cache-memory", help="As for serve. Default: 1GiB on a CPU; what weights leave of a GPU.")
 @click.option("--handoff-min-tokens", default=0, type=click.IntRange(0), show_default=True, help="As for serve.")
-@click.option("--overhead-ms", default=0.0, type=click.FloatRange(0), help="Of a request outside of the workers.")
+@click.option("--overhead-ms", default=0.0, type=FiniteRange(0), help="Of a request outside of the workers.")
 @click.option("--speculation", "drafter", help="Try layouts with this drafter too.")
-@click.option("--acceptance-length", type=click.FloatRange(1), help="Tokens of a step with drafts, on average.")
+@click.option("--acceptance-length", type=FiniteRange(1), help="Tokens of a step with drafts, on average.")
 @click.option("--draft-tokens", type=click.IntRange(1), help="With it: drafts that a step verifies. Default: 4.")
-@click.option("--draft-ms", type=click.FloatRange(0), help="With it: of a step's drafting. Default: 0.")
+@click.option("--draft-ms", type=FiniteRange(0), help="With it: of a step's drafting. Default: 0.")
 @click.option("--learner-devices", help="Kept free for the learner: 2, where there are as many, or of a kind, L4=2.")
 @click.option(
     "--out",

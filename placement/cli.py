@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from core.errors import ConfigError
+from core.finite import FiniteRange
 from placement.agreement import Report, compare
 from placement.arrivals import fixed_gaps, gamma_gaps
 from placement.layout_file import read_layout
@@ -25,7 +26,7 @@ _path = click.Path(path_type=Path)
 @click.command()
 @click.argument("layout", type=_path, required=False)
 @click.option("--trace", type=_path, help="Requests: a .csv as Azure's, or a .jsonl as Mooncake's.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second. Default: the trace's.")
+@click.option("--rate", type=FiniteRange(min=0, min_open=True), help="Requests per second. Default: the trace's.")
 @click.option(
     "--requests", type=click.IntRange(min=1), help="The first so many of the trace, over and over if need be."
 )
@@ -36,7 +37,7 @@ _path = click.Path(path_type=Path)
     show_default=True,
     help="The rhythm: the trace's, gaps of a gamma distribution, or even ones.",
 )
-@click.option("--cv", type=click.FloatRange(min=0, min_open=True), help="Variation of gamma gaps. Default: 1, Poisson.")
+@click.option("--cv", type=FiniteRange(0.01, 100), help="Variation of gamma gaps. Default: 1, Poisson.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of gamma gaps. Default: 0.")
 @click.option("--slo", help="Targets in ms, as ttft=200,tpot=50,e2e=9000: how many meet them.")
 @click.option("--reference", type=_path, help="Instead: run every case of a file of DistServe's results and compare.")

@@ -163,7 +163,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Bisection:
-    """Rates per device from 0 to `highest`, until what is left is no wider than `width`."""
+    """Rates per device from 0 to `highest`, until what is left is no wider than `width`, or has no further number."""
 
     highest: float
     width: float
@@ -171,8 +171,7 @@ class Bisection:
     def best(self, passes: Callable[[float], bool]) -> float:
         """The last rate tried that passes; 0 if none did."""
         low, high = 0.0, self.highest
-        while high - low > self.width:
-            middle = (low + high) / 2
+        while high - low > self.width and low < (middle := (low + high) / 2) < high:
             if passes(middle):
                 low = middle
             else:

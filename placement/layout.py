@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -117,16 +118,15 @@ class Layout:
             if number == 0 or group is not self.groups[number - 1]:
                 _check_group(number, group)
         for number, link in enumerate(self.links):
-            if not (link.ms_per_token >= 0 and link.latency_ms >= 0):
-                raise ConfigError(f"link {number}: times are 0 or more, not {link}", param="links")
+            _check_times(f"link {number}: ", link, "ms_per_token", "latency_ms")
         for pair, place in self.paths.items():
             if not 0 <= place < len(self.links):
                 raise ConfigError(f"the path {pair} is over link {place}, but there are {len(self.links)} links")
-        if not 0 <= self.report_ms < float("inf"):
-            raise ConfigError(f"report_ms is {self.report_ms}, not 0 or more", param="report_ms")
-        for outage in self.outages:
-            if not (0 <= outage.group < len(self.groups) and outage.at_ms >= 0 and 0 <= outage.for_ms < float("inf")):
-                raise ConfigError(f"{outage}: needs one of {len(self.groups)} groups and times of 0 or more")
+        _check_times("", self, "overhead_ms", "report_ms")
+        for number, outage in enumerate(self.outages):
+            if not 0 <= outage.group < len(self.groups):
+                raise ConfigError(f"outage {number}: there is no group {outage.group}, but {len(self.groups)} groups")
+            _check_times(f"outage {number}: ", outage, "at_ms", "for_ms")
 
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
@@ -175,6 +175,13 @@ def _lane(number: int, group: Group) -> Lane:
     )
 
 
+def _check_times(of: str, what: object, *names: str) -> None:
+    for name in names:
+        value = getattr(what, name)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{of}{name} is {value:g}: times are 0 or more, and finite", param=name)
+
+
 def _check_group(number: int, group: Group) -> None:
     speculation = group.speculation or NO_SPECULATION
     for name in ("stages", "max_sequences", "chunk_tokens", "kv_tokens"):
@@ -182,14 +189,16 @@ def _check_group(number: int, group: Group) -> None:
             raise ConfigError(f"group {number}: {name} is {getattr(group, name)}, not 1 or more", param=name)
     latency = group.latency
     for name in ("prompt", "large_prompt", "decode", "large_decode"):
-        if not min(getattr(latency, name) or (0.0,)) >= 0:
+        if not all(0 <= coefficient < math.inf for coefficient in getattr(latency, name) or ()):
             raise ConfigError(
                 f"group {number}: {name} is {getattr(latency, name)}: fit it with coefficients of 0 or more"
             )
-    if not (latency.shared_ms >= 0 and latency.shared_rows > 0):
+    _check_times(f"group {number}: ", group, "hop_ms")
+    _check_times(f"group {number}: ", speculation, "draft_ms", "draft_sequence_ms")
+    if not (0 <= latency.shared_ms < math.inf and latency.shared_rows > 0):
         saved = f"shared_ms is {latency.shared_ms} and shared_rows {latency.shared_rows}"
         raise ConfigError(f"group {number}: {saved}: steps save 0 or more, of more rows than none", param="shared_ms")
-    if not min(group.contention.prompt + group.contention.decode) >= 1:
+    if not all(1 <= times < math.inf for times in group.contention.prompt + group.contention.decode):
         raise ConfigError(f"group {number}: {group.contention}: beside others a step takes 1 or more times as long")
     if not 0 <= group.cores <= group.stages:
         raise ConfigError(f"group {number}: cores is {group.cores:g}; a stage computes on all of a host at the most")

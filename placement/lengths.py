@@ -15,6 +15,9 @@ _EXAMPLE = (
     "write --lengths prompt=512,output=128, in tokens, cv=0.8 for how much they vary, and cached=0.5 for the share of "
     "each prompt that begins like others"
 )
+_MOST_VARIATION = 100.0
+_MOST_TOKENS = 10**9
+"""Of a prompt or an output that is drawn, as of one in a trace."""
 _NAMES = ("prompt", "output", "cv", "cached")
 
 
@@ -30,10 +33,12 @@ def parse_lengths(text: str, seed: int = 0, *, burstiness: float = 1.0) -> Workl
     for name in ("prompt", "output"):
         if not 1 <= found[name] <= 1e7:
             raise ConfigError(f"--lengths: {name} is {found[name]:g}, not between 1 and 10 million: {_EXAMPLE}")
+    if not (cv := found.get("cv", 0.0)) <= _MOST_VARIATION:
+        raise ConfigError(f"--lengths: cv is {cv:g}, not between 0 and {_MOST_VARIATION:g}: {_EXAMPLE}")
     if not (share := found.get("cached", 0.0)) < 1:
         raise ConfigError(f"--lengths: cached is {share:g}, not a share from 0 to below 1: {_EXAMPLE}")
     rng = np.random.default_rng(seed)
-    prompts, outputs = (_drawn(found[name], found.get("cv", 0.0), rng) for name in ("prompt", "output"))
+    prompts, outputs = (_drawn(found[name], cv, rng) for name in ("prompt", "output"))
     cached = np.minimum(np.rint(share * prompts), prompts - 1).astype(np.int32)  # the last token is always computed
     return Workload(prompts, outputs, gamma_gaps(REQUESTS, burstiness**-0.5, rng), cached)
 
@@ -52,4 +57,4 @@ def _drawn(mean: float, cv: float, rng: np.random.Generator) -> Lengths:
     """# [REQUESTS]"""
     variance = math.log(1 + cv**2)
     drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), REQUESTS)
-    return np.maximum(1, np.rint(drawn)).astype(np.int32)
+    return np.clip(np.rint(drawn), 1, _MOST_TOKENS).astype(np.int32)

@@ -8,7 +8,7 @@ names the place.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +23,9 @@ from placement.workload import Workload
 Backend = Literal["distserve", "vllm"]
 Arrival = Literal["poisson", "gamma", "fixed"]
 T = TypeVar("T")
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Percentile = Annotated[float, msgspec.Meta(ge=0, le=100)]
+Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Profile(msgspec.Struct):
@@ -49,9 +52,9 @@ class Case(msgspec.Struct, kw_only=True):
     model: str
     workload: str
     arrival: Arrival = "poisson"
-    cv: float = 1.0
-    slo_ttft_ms: float
-    slo_tpot_ms: float
+    cv: Annotated[float, msgspec.Meta(gt=0, le=100)] = 1.0
+    slo_ttft_ms: Positive
+    slo_tpot_ms: Positive
     out: dict[str, Any]
 
     @property
@@ -60,21 +63,21 @@ class Case(msgspec.Struct, kw_only=True):
 
 
 class SimulationCase(Case, kw_only=True):
-    rate_rps: float
-    tp_prefill: int
-    pp_prefill: int
-    tp_decode: int | None = None
-    pp_decode: int | None = None
+    rate_rps: Positive
+    tp_prefill: Size
+    pp_prefill: Size
+    tp_decode: Size | None = None
+    pp_decode: Size | None = None
 
 
 class SearchCase(Case, kw_only=True):
-    num_node: int
-    ngpu_per_node: int
+    num_node: Size
+    ngpu_per_node: Size
     is_high_affinity: bool = False
-    ttft_percentile: float = 90
-    tpot_percentile: float = 90
-    max_per_gpu_rate: float
-    esp: float
+    ttft_percentile: Percentile = 90
+    tpot_percentile: Percentile = 90
+    max_per_gpu_rate: Positive
+    esp: Positive
 
     @property
     def strategy(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,7 +36,12 @@ class Workload:
         return len(self.prompt_tokens)
 
     def arrivals_ms(self, rate: float) -> Times:
-        """When each request comes at `rate` requests per second. # [requests]"""
+        """When each request comes at `rate` requests per second. Raises ConfigError if they would not come within any
+        time. # [requests]"""
+        if not (rate > 0 and float(self.gaps.sum()) / rate * 1000.0 < math.inf):
+            raise ConfigError(
+                f"at {rate:g} requests/s the last of {len(self)} never comes: give a rate above 0, as 0.5", param="rate"
+            )
         return np.cumsum(self.gaps / rate * 1000.0)
 
     def with_gaps(self, gaps: Times) -> Workload:

@@ -11,6 +11,7 @@ import click
 
 from bench.flags import BadFlag
 from core.errors import ConfigError
+from core.finite import FiniteRange
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -43,7 +44,7 @@ def parse_prefill(text: str) -> tuple[int, int]:
     help="Print the perplexity of these texts, a file or a folder of them, and how quantization changes it.",
 )
 @click.option("--perplexity-tokens", default=8192, type=click.IntRange(1), help="At most. [default: 8192]")
-@click.option("--temperature", default=1.0, type=click.FloatRange(0), help="0 is greedy. [default: 1, OpenAI's own]")
+@click.option("--temperature", default=1.0, type=FiniteRange(0), help="0 is greedy. [default: 1, OpenAI's own]")
 @click.option("--runs", default=5, type=click.IntRange(1), help="Interleaved; medians are printed. [default: 5]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def engine(

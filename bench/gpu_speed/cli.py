@@ -10,6 +10,7 @@ import click
 from bench.engine_speed.cli import parse_batches
 from bench.gpu_speed.shapes import SHAPES
 from core.errors import ConfigError
+from core.finite import FiniteRange
 from engine.cuda.choice import KERNELS
 
 
@@ -27,7 +28,7 @@ from engine.cuda.choice import KERNELS
 )
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--temperature", default=1.0, type=click.FloatRange(0), help="0 is greedy. [default: 1, OpenAI's own]")
+@click.option("--temperature", default=1.0, type=FiniteRange(0), help="0 is greedy. [default: 1, OpenAI's own]")
 @click.option("--runs", default=5, type=click.IntRange(1), help="Interleaved; medians are printed. [default: 5]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gpu(batch: str, as_json: bool, **flags: Any) -> None:

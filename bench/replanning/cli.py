@@ -11,10 +11,11 @@ import msgspec
 from bench.flags import BadFlag, check_plot
 from core.errors import ConfigError
 from core.files import write_text
+from core.finite import FiniteRange
 from placement.forecast_names import NAMES
 
 _path = click.Path(path_type=Path)
-_seconds = click.FloatRange(min=1)
+_seconds = FiniteRange(min=1)
 
 
 def _rates(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, float] | None:
@@ -34,7 +35,7 @@ def _rates(_: click.Context, __: click.Parameter, text: str | None) -> tuple[flo
 @click.argument("model", default="demo")
 @click.option("--profile", type=_path, required=True, help="Of slipstream profile --beside 1.")
 @click.option("--slo", required=True, help="Targets in ms, as ttft=1500,tpot=30.")
-@click.option("--share", default=0.9, type=click.FloatRange(0, 1, min_open=True, max_open=True), show_default=True)
+@click.option("--share", default=0.9, type=FiniteRange(0, 1, min_open=True, max_open=True), show_default=True)
 @click.option("--workers", default=2, type=click.IntRange(2, 64), show_default=True)
 @click.option("--max-workers", type=click.IntRange(2, 64), help="As --replan-max-workers of serve.")
 @click.option("--shapes", help="TP x PP that workers may change to, as 1x1,2x1; they begin with the first.")
@@ -44,7 +45,7 @@ def _rates(_: click.Context, __: click.Parameter, text: str | None) -> tuple[flo
 @click.option("--rates", callback=_rates, help="Requests/s before and after, as 2,5. Default: for which it matters.")
 @click.option("--before-s", default=40.0, type=_seconds, show_default=True, help="Seconds before the shift.")
 @click.option("--after-s", default=80.0, type=_seconds, show_default=True, help="Seconds after it.")
-@click.option("--interval", default=1.0, type=click.FloatRange(0.1, 60), show_default=True, help="As for serve.")
+@click.option("--interval", default=1.0, type=FiniteRange(0.1, 60), show_default=True, help="As for serve.")
 @click.option("--forecast", default="constant", type=click.Choice(NAMES), show_default=True, help="As for serve.")
 @click.option("--repeats", default=1, type=click.IntRange(1, 100), show_default=True, help="Of both runs, in turn.")
 @click.option("--seed", default=0, show_default=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import click
 import numpy as np
 
+from core.finite import FiniteRange
 from core.served import Served, UnderWay
 from core.types import FinishReason
 from placement.forecast import Constant
@@ -135,7 +136,9 @@ def _shown(seconds: list[float | None]) -> str:
 
 @click.command()
 @click.option("--seeds", default=5, show_default=True)
-@click.option("--hours", type=float, help="Of steady traffic for each seed, to count false alarms in.")
+@click.option(
+    "--hours", type=FiniteRange(0, min_open=True), help="Of steady traffic for each seed, to count false alarms in."
+)
 def main(seeds: int, hours: float | None) -> None:
     """Seconds from a shift until its rate, and its lengths, are noticed, and until a plan is made for what comes."""
     if hours is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bench.serving.options import ENDPOINTS
+from core.finite import FiniteRange
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
@@ -50,7 +51,7 @@ server_flags = _group(
     click.option("--insecure", is_flag=True, help="Don't verify TLS certificates."),
     click.option(
         "--ready-check-timeout-sec",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         default=0,
         show_default=True,
         help="Wait as long for the server to come up and a first request to succeed; 0: don't.",

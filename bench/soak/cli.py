@@ -8,22 +8,23 @@ from bench.flags import BadFlag
 from bench.soak.run import SoakOptions, encoded, soak
 from bench.soak.verdict import text
 from core.errors import ConfigError, Unavailable
+from core.finite import FiniteRange
 
 WARM_UP_SHARE = 0.5
 """Allocators and caches take a while to fill: their curves flatten, a leak does not."""
 
 
 @click.command("soak")
-@click.option("--minutes", default=20.0, type=click.FloatRange(0, min_open=True), help="How long. [default: 20]")
+@click.option("--minutes", default=20.0, type=FiniteRange(0, min_open=True), help="How long. [default: 20]")
 @click.option("--base-url", "--url", default="http://127.0.0.1:8000", help="[default: http://127.0.0.1:8000]")
 @click.option("--concurrency", default=32, type=click.IntRange(1), help="Clients, none of which pauses. [default: 32]")
-@click.option("--warm-up", type=click.FloatRange(0), help="Minutes before growth counts; default: half of the time.")
+@click.option("--warm-up", type=FiniteRange(0), help="Minutes before growth counts; default: half of the time.")
 @click.option("--input-len", default=512, type=click.IntRange(1), help="Longest prompt, in tokens. [default: 512]")
 @click.option("--output-len", default=128, type=click.IntRange(1), help="Longest output, in tokens. [default: 128]")
 @click.option(
     "--request-timeout",
     default=300.0,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Seconds after which a request without an end is lost. [default: 300]",
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of the mix of requests. [default: 0]")
@@ -38,7 +39,7 @@ WARM_UP_SHARE = 0.5
 @click.option(
     "--max-growth",
     default=1.0,
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     help="MiB a minute by which the memory of all processes may grow after the warm-up. [default: 1]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON, every sample included.")

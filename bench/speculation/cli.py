@@ -13,6 +13,7 @@ from bench.engine_speed.cli import parse_batches
 from bench.flags import BadFlag, check_meant, check_plot
 from core.errors import ConfigError
 from core.files import write_text
+from core.finite import FiniteRange
 from speculation.controllers.registry import DEFAULT_CONTROLLER
 from speculation.rules.registry import DEFAULT_RULE
 
@@ -47,7 +48,7 @@ _OF_STEPS = ("context", "runs")
 @click.option("--batch", default="1,4,16", help="Questions at a time. [default: 1,4,16]")
 @click.option("--num-prompts", default=80, type=click.IntRange(1), help="Spread over the file. [default: 80]")
 @click.option("--max-tokens", default=1024, type=click.IntRange(2), help="Of an answer; default: 1024, as Spec-Bench.")
-@click.option("--temperature", default=0.0, type=click.FloatRange(0), help="[default: 0, greedy]")
+@click.option("--temperature", default=0.0, type=FiniteRange(0), help="[default: 0, greedy]")
 @click.option("--ignore-eos", is_flag=True, help="Answers have all of --max-tokens, with and without drafts.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the speed-ups to this .svg file.")
 @click.option(

@@ -12,6 +12,7 @@ import click
 from bench.flags import BadFlag, check_meant
 from bench.transfer.links import check_hosts, parse_links
 from core.errors import ConfigError
+from core.finite import FiniteRange
 from kv_transfer.codecs.names import CodecName
 
 MAX_MIB = 1024
@@ -47,7 +48,7 @@ def parse_sizes(text: str) -> list[float]:
 @click.option("--sizes", default=SIZES, help=f"Of transfers, in MiB. [default: {SIZES}]")
 @click.option("--rounds", default=7, type=click.IntRange(3), help="Of each transfer. [default: 7]")
 @click.option("--link", help="Between two hosts, network namespaces, with links like 1gbit,10gbit; needs root.")
-@click.option("--delay-ms", default=0.0, type=click.FloatRange(0, 1000), help="Of such a link, in each direction.")
+@click.option("--delay-ms", default=0.0, type=FiniteRange(0, 1000), help="Of such a link, in each direction.")
 @click.option("--prompt-tokens", default=512, type=click.IntRange(16), help="Of requests to servers. [default: 512]")
 @click.option("--num-requests", default=15, type=click.IntRange(3), help="To each server, each time. [default: 15]")
 @click.option("--servers", default=2, type=click.IntRange(0), help="Times two servers are started; 0: none.")

@@ -136,7 +136,16 @@ def test_a_case_that_cannot_be_run_says_why_and_the_rest_goes_on(tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "no file of reference results"), ({"workloads": []}, "no file of reference results: .*")],
+    [
+        ("{", "no file of reference results"),
+        ({"workloads": []}, "no file of reference results: .*"),
+        (reference(searches=[search() | {"esp": 0}]), r"`float` > 0\.0 - at `\$\.searches\[0\]\.esp`"),
+        (reference(searches=[search() | {"max_per_gpu_rate": -1}]), "max_per_gpu_rate"),
+        (reference(searches=[search() | {"ttft_percentile": 101}]), "<= 100.0 - at .*ttft_percentile"),
+        (reference(simulations=[simulation() | {"rate_rps": -1}]), "rate_rps"),
+        (reference(simulations=[simulation() | {"pp_prefill": 0}]), "`int` >= 1 - at .*pp_prefill"),
+        (reference(simulations=[simulation() | {"cv": 1e200}]), "<= 100.0 - at .*cv"),
+    ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(Exception, match=message):

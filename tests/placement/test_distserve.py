@@ -56,6 +56,10 @@ def test_bisection_keeps_the_last_rate_that_passes(limit: float, best: float) ->
     assert len(tried) == 3
 
 
+def test_bisection_ends_where_there_is_no_further_number_between_two() -> None:
+    assert Bisection(8.0, 1e-300).best(lambda rate: rate <= 3.0) == 3.0
+
+
 def test_the_best_split_has_the_highest_rate_then_the_fewest_devices() -> None:
     found = search(
         algorithm_1, MODEL, Cluster(1, 4), azure_like(60), Criterion(Targets(400.0, 60.0)), Bisection(8.0, 0.25)

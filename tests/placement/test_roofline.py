@@ -88,7 +88,15 @@ def test_lengths_have_the_means_and_the_variation_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "prompt=300", "prompt=300,output=x", "prompt=0,output=3", "prompt=3,output=3,cv=-1", "prompt=3,outputs=4"],
+    [
+        "",
+        "prompt=300",
+        "prompt=300,output=x",
+        "prompt=0,output=3",
+        "prompt=3,output=3,cv=-1",
+        "prompt=3,output=3,cv=1e200",
+        "prompt=3,outputs=4",
+    ],
 )
 def test_lengths_that_cannot_be_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--lengths: .*write --lengths prompt=512"):

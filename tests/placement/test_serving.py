@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from placement import native
-from placement.latency import Coefficients, Speculation
+from placement.latency import Coefficients, Contention, Speculation
 from placement.layout import Group, Layout, Link, Outage, Role
 from placement.serving import Served, serve_plainly
 from placement.workload import Workload
@@ -223,7 +224,7 @@ def test_requests_wait_when_nobody_is_left() -> None:
         (lambda: Layout((group(Role.BOTH, chunk_tokens=256),)), "256 tokens leave no room .* 256 rows"),
         (lambda: Layout((group(Role.BOTH, speculation=Speculation(5.0, 4)),)), "acceptance length of 5 with 4 rows"),
         (lambda: Layout((group(Role.BOTH, stages=0),)), "stages is 0"),
-        (lambda: apart(link=Link(-1.0)), "link 0: times are 0 or more"),
+        (lambda: apart(link=Link(-1.0)), "link 0: ms_per_token is -1: times are 0"),
         (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, prompt=Coefficients(1, -1, 0))),)), "prompt is .*-1"),
         (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_ms=-1.0)),)), "shared_ms is -1.0"),
         (lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, shared_rows=0.0)),)), "shared_rows 0.0: steps save"),
@@ -231,8 +232,34 @@ def test_requests_wait_when_nobody_is_left() -> None:
             lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, large_prompt=Coefficients(1, 1, -1))),)),
             "large_prompt is .*-1",
         ),
-        (lambda: Layout((group(Role.BOTH),), outages=(Outage(1, 0.0, 1.0),)), "one of 1 groups"),
-        (lambda: Layout((group(Role.BOTH),), report_ms=-1.0), "report_ms is -1.0, not 0 or more"),
+        (
+            lambda: Layout((group(Role.BOTH),), outages=(Outage(1, 0.0, 1.0),)),
+            "outage 0: there is no group 1, but 1 groups",
+        ),
+        (lambda: Layout((group(Role.BOTH),), report_ms=-1.0), "report_ms is -1: times are 0 or more"),
+        (lambda: Layout((group(Role.BOTH),), overhead_ms=-3.0), "overhead_ms is -3: times are 0 or more, and finite"),
+        (lambda: Layout((group(Role.BOTH),), overhead_ms=math.nan), "overhead_ms is nan"),
+        (lambda: apart(link=Link(0.1, math.inf)), "link 0: latency_ms is inf"),
+        (lambda: Layout((group(Role.BOTH),), outages=(Outage(0, math.inf, 1.0),)), "outage 0: at_ms is inf"),
+        (lambda: Layout((group(Role.BOTH, hop_ms=-0.5),)), "group 0: hop_ms is -0.5"),
+        (lambda: Layout((group(Role.BOTH, speculation=Speculation(2, 4, -1.0)),)), "group 0: draft_ms is -1"),
+        (
+            lambda: Layout((group(Role.BOTH, speculation=Speculation(2, 4, 0.0, math.nan)),)),
+            "group 0: draft_sequence_ms is nan",
+        ),
+        (
+            lambda: Layout((group(Role.BOTH, latency=replace(PLAIN, decode=Coefficients(1, math.nan, 0))),)),
+            "decode is .*nan",
+        ),
+        (lambda: Layout((group(Role.BOTH, contention=Contention((1.0, math.nan))),)), "group 0: Contention.*nan"),
+        (
+            lambda: serve_plainly(Layout((group(Role.BOTH),)), workload([1], [1], [1.0]), math.nan),
+            "at nan requests/s the last of 1 never comes",
+        ),
+        (
+            lambda: serve_plainly(Layout((group(Role.BOTH),)), workload([1], [1], [1.0]), 1e-310),
+            "at 1e-310 requests/s the last of 1",
+        ),
         (lambda: serve(Layout((group(Role.BOTH, kv_tokens=100),)), [100], [9]), "room for 100 tokens .* needs 110"),
     ],
 )
