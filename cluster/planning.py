@@ -288,7 +288,7 @@ def _rooflines(model: str, kind: str, topology: Topology) -> list[Profile]:
     """One for each way to split the model over devices of a node."""
     from cluster.model_size import roofline_of
 
-    inside = topology.inside()
+    inside = topology.inside(kind)
     link = inside.gb_per_s if inside else None
     found = [roofline_of(model, kind, 1, link)]
     for tp in TENSOR_PARALLEL_SIZES[1:]:

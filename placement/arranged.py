@@ -213,7 +213,7 @@ def simulated(
     option = space.options[-1]  # with drafts, if there are any
     inside, across = (
         replace(link, latency_ms=link.latency_ms + option.handoff_ms)
-        for link in (space.fabric.inside, space.fabric.across)
+        for link in (space.fabric.inside[option.pool], space.fabric.across[frozenset((option.pool,))])
     )
     devices = topology.most_in_a_node(option.pool)
     return Simulated(

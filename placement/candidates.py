@@ -42,10 +42,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Links of KV: one for each prefill group to the others of its node, and one out of each node."""
+    """Links of KV: one for each prefill group to the others of its node, by the pool of these, and one out of each
+    node, by the pools of who gives and who takes."""
 
-    inside: Link
-    across: Link
+    inside: Mapping[str, Link]
+    across: Mapping[frozenset[str], Link]
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,9 @@ class Candidate:
     @property
     def link(self) -> Link:
         """Over which the KV of a prefill group leaves."""
-        link = self.space.fabric.inside if self.near else self.space.fabric.across
+        taker, fabric = self.decode.pool, self.space.fabric
+        giver = self.prefill.pool if self.prefill else taker
+        link = fabric.inside[taker] if self.near else fabric.across[frozenset((giver, taker))]
         more = self.prefill.handoff_ms if self.prefill else 0.0
         return replace(link, latency_ms=link.latency_ms + more) if more else link
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, combinations_with_replacement
 
 from core.errors import ConfigError
 from placement.candidates import Fabric, Option, Space
 from placement.latency import Speculation
 from placement.layout import Group, Link, Role
 from placement.profile import Profile
-from placement.topology import Topology
+from placement.topology import Topology, Wire
 
 USABLE = 0.9
 """Of a device's memory; the rest is for activations."""
@@ -114,7 +114,7 @@ def space_of(topology: Topology, found: Sequence[Shape], limits: Limits, roles: 
 
 def _option(shape: Shape, topology: Topology, limits: Limits, kv_bytes: int) -> Option:
     profile, setting = shape.profile, shape.profile.setting
-    wire = topology.inside() or topology.across()
+    wire = topology.inside(setting.device) or topology.across(setting.device, setting.device)
     sent = _STEP_TOKENS * profile.model.hidden_size * _ITEM_BYTES
     group = Group(
         role=Role.BOTH,
@@ -183,7 +183,19 @@ def _nodes(topology: Topology, devices: int | None) -> dict[str, tuple[int, ...]
 
 
 def _fabric(topology: Topology, token_bytes: int) -> Fabric:
-    """The slowest link of either kind counts for all. Where there is but one kind, no KV moves over the other."""
-    inside, across = topology.inside(), topology.across()
-    wires = inside or across, across or inside
-    return Fabric(*(Link(0.0) if wire is None else wire.link(token_bytes) for wire in wires))
+    """Of several links within nodes with devices of a kind, or between two such, the slowest counts. Where a kind has
+    but one of the two, no KV moves over the other."""
+
+    def link(*wires: Wire | None) -> Link:
+        """The first that there is."""
+        found = next((wire for wire in wires if wire is not None), None)
+        return Link(0.0) if found is None else found.link(token_bytes)
+
+    inside, across = topology.inside, topology.across
+    return Fabric(
+        {kind: link(inside(kind), across(kind, kind)) for kind in topology.pools},
+        {
+            frozenset(pair): link(across(*pair), inside(pair[0]))
+            for pair in combinations_with_replacement(topology.pools, 2)
+        },
+    )

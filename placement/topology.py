@@ -1,13 +1,14 @@
 """The devices of a cluster and what links them, from a YAML file; docs/planning.md has an example.
 
 Nodes come in kinds, whose devices are alike. `within` links two devices of such a node, `between` is the way out of one
-node and into another. Every error names the field.
+node and into another. Of several the slowest counts for all devices of a kind. Every error names the field.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 import msgspec
@@ -84,13 +85,19 @@ class Topology(_Strict, frozen=True):
         """The one with the least memory, of those with such devices."""
         return min((node for node in self.nodes if node.device == device), key=lambda node: node.memory_gb)
 
-    def inside(self) -> Wire | None:
-        """The slowest link within a node; None if every node has one device."""
-        return min((wire for wire in self.links if wire.within), key=lambda wire: wire.gb_per_s, default=None)
+    def inside(self, device: str) -> Wire | None:
+        """The slowest link within a node that has such devices; None if each of these has one."""
+        nodes = self._with(device)
+        return _slowest(wire for wire in self.links if wire.within in nodes)
 
-    def across(self) -> Wire | None:
-        """The slowest between nodes; None if there is one node."""
-        return min((wire for wire in self.links if wire.between), key=lambda wire: wire.gb_per_s, default=None)
+    def across(self, one: str, other: str) -> Wire | None:
+        """The slowest between two nodes with devices of these kinds; None if there are no two."""
+        ways = {frozenset(pair) for pair in product(self._with(one), self._with(other))}
+        return _slowest(wire for wire in self.links if wire.between and frozenset(wire.between) in ways)
+
+    def _with(self, device: str) -> list[str]:
+        """Names of the nodes that have such devices."""
+        return [node.name for node in self.nodes if node.device == device]
 
     def _unlinked(self) -> list[str]:
         """Which links there have to be, and are not."""
@@ -102,6 +109,10 @@ class Topology(_Strict, frozen=True):
             if not alone and frozenset((one.name, other.name)) not in between:
                 missing.append(f"between {one.name} and {other.name}")
         return missing
+
+
+def _slowest(wires: Iterable[Wire]) -> Wire | None:
+    return min(wires, key=lambda wire: wire.gb_per_s, default=None)
 
 
 NETWORK_GB_S = 50.0

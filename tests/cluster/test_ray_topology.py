@@ -50,7 +50,7 @@ def test_cores_after_the_matrix_are_no_links() -> None:
 
 def test_a_machine_with_cards_has_a_link_to_others_of_its_kind() -> None:
     found = of_gpus(LISTED, MATRIX, card_gb_s=12.5)
-    assert found.across() is not None
+    assert found.across("H100", "H100") is not None
     assert [(wire.within, wire.between, wire.gb_per_s) for wire in found.links] == [
         ("here", None, 450.0),
         (None, ("here", "here"), 12.5),
@@ -88,7 +88,7 @@ def test_measured_links_replace_those_of_the_table_and_the_slowest_counts() -> N
         inside=lambda node: Speed(float(node.node_id) + 5, 9.0),
         between=lambda one, other: Speed(speeds[one.node_id, other.node_id], 70.04),
     )
-    inside, across = found.inside(), found.across()
+    inside, across = found.inside("cpu"), found.across("cpu", "cpu")
     assert inside is not None
     assert across is not None
     assert (inside.gb_per_s, across.gb_per_s, across.latency_us) == (6.0, 1.0, 70.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placement.candidates import Fabric, Objective, Option, Space
+from placement.candidates import Objective, Option, Space
 from placement.goodput import UNLOADED, Goal
 from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Role
@@ -15,6 +15,7 @@ from placement.native import serve
 from placement.outcome import METRICS, Targets
 from placement.workload import Workload
 from tests.placement.pipelines import azure_like
+from tests.placement.spaces import alike
 
 _SHAPES = (1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 3)
 _APART = frozenset({Role.PREFILL, Role.DECODE})
@@ -42,7 +43,7 @@ def drawn(seed: int, devices: int = 8) -> Drawn:
     space = Space(
         options,
         nodes,
-        Fabric(inside, across),
+        alike(inside, across, tuple(nodes)),
         tuple(sorted(int(chunk) for chunk in chunks)),
         handoff_min_tokens=int(rng.choice([0, 0, 200])),
         overhead_ms=float(rng.choice([0.0, 8.0])),

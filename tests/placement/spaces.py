@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 from placement.candidates import Fabric, Option, Space
@@ -24,9 +24,14 @@ def option(tp: int, stages: int = 1, **changes: Any) -> Option:
     return Option(**({"name": f"TP{tp} PP{stages}", "tp": tp, "group": group} | changes))
 
 
+def alike(inside: Link, across: Link, pools: tuple[str, ...] = ("default",)) -> Fabric:
+    """The same links for all of these pools."""
+    pairs = combinations_with_replacement(pools, 2)
+    return Fabric(dict.fromkeys(pools, inside), dict.fromkeys(map(frozenset, pairs), across))
+
+
 def space(devices: int = 4, **changes: Any) -> Space:
     options = tuple(option(tp, stages) for tp, stages in product((1, 2), (1, 2)) if tp * stages <= devices)
-    fabric = Fabric(Link(0.003, 0.1), Link(0.03, 0.5))
-    nodes = {"default": (4,) * (devices // 4)}
-    values = {"options": options, "nodes": nodes, "fabric": fabric}
-    return Space(**(values | changes))
+    values = {"options": options, "nodes": {"default": (4,) * (devices // 4)}} | changes
+    fabric = alike(Link(0.003, 0.1), Link(0.03, 0.5), tuple(values["nodes"]))
+    return Space(**({"fabric": fabric} | values))

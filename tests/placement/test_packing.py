@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import ConfigError
-from placement.candidates import Candidate, Fabric, Option, Space
+from placement.candidates import Candidate, Option, Space
 from placement.layout import Group, Link, Role
 from placement.packing import Seat, packed
 from placement.room import most_beside, shared_out
 from placement.topology import NodeKind, Topology, Wire
 from tests.placement.layouts import PLAIN
+from tests.placement.spaces import alike
 
 
 def option(tp: int) -> Option:
@@ -31,7 +32,7 @@ def cluster(count: int, devices: int = 8) -> Topology:
 def layout(
     prefills: int, decodes: int, tps: tuple[int, int] = (2, 2), *, near: bool = False, nodes: int = 1
 ) -> Candidate:
-    space = Space((option(1),), {"H100": (8,) * 8}, Fabric(Link(0.0), Link(0.0)))
+    space = Space((option(1),), {"H100": (8,) * 8}, alike(Link(0.0), Link(0.0), ("H100",)))
     prefill = option(tps[0]) if prefills else None
     return Candidate(space, prefill, option(tps[1]), prefills, decodes, 512, near, nodes)
 

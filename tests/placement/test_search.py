@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from placement.candidates import Candidate, Fabric, Objective, Option, Space, candidates
+from placement.candidates import Candidate, Objective, Option, Space, candidates
 from placement.goodput import Goal, attains, draws, goodput, goodput_near
 from placement.lasting import Evaluated, Ranked, best_of_kinds, ranking
 from placement.latency import Speculation
@@ -24,7 +24,7 @@ from placement.serving import Served
 from placement.topology import NodeKind, Topology, Wire
 from placement.workload import Workload
 from tests.placement.pipelines import azure_like
-from tests.placement.spaces import option, space
+from tests.placement.spaces import alike, option, space
 
 REQUESTS = azure_like(2000)
 GOAL = Goal(Targets(500.0, 50.0), 0.9)
@@ -297,7 +297,7 @@ def test_links_are_as_near_as_the_groups() -> None:
 
 
 def test_a_slow_link_makes_colocated_win() -> None:
-    slow = Fabric(Link(3.0), Link(3.0))
+    slow = alike(Link(3.0), Link(3.0))
     assert search(space(fabric=slow), REQUESTS, GOAL).ranked[0].candidate.prefill is None
 
 

@@ -27,14 +27,25 @@ def read(tmp_path: Path, text: str) -> Topology:
     return read_topology(tmp_path / "cluster.yaml")
 
 
-def test_pools_are_counted_over_nodes_and_the_slowest_links_count(tmp_path: Path) -> None:
+def test_pools_are_counted_over_nodes(tmp_path: Path) -> None:
     found = read(tmp_path, MIXED)
     assert found.pools == {"H100": 16, "L40S": 4}
     assert (found.most_in_a_node("L40S"), found.most_in_a_node("H100"), found.priced) == (4, 8, True)
-    inside, across = found.inside(), found.across()
-    assert inside is not None
+
+
+def test_links_are_those_of_the_kinds_of_devices_and_of_several_the_slowest_counts(tmp_path: Path) -> None:
+    older = "{name: older, device: H100, devices: 8, memory_gb: 80}\nlinks:\n  - {within: older, gb_per_s: 300}\n"
+    older += "".join(f"  - {{between: [older, {name}], gb_per_s: 25}}\n" for name in ("fast", "cheap"))
+    mixed, three = read(tmp_path, MIXED), read(tmp_path, MIXED.replace("links:\n", f"  - {older}"))
+    for found, speeds in ((mixed, (450, 32, 50, 12.5, None)), (three, (300, 32, 25, 12.5, None))):
+        within = [found.inside(kind) for kind in ("H100", "L40S")]
+        between = [found.across(*pair) for pair in (("H100", "H100"), ("L40S", "H100"), ("L40S", "L40S"))]
+        assert tuple(wire and wire.gb_per_s for wire in (*within, *between)) == speeds
+
+
+def test_a_link_takes_its_time_for_each_token_and_some_more(tmp_path: Path) -> None:
+    across = read(tmp_path, MIXED).across("H100", "L40S")
     assert across is not None
-    assert (inside.gb_per_s, across.gb_per_s) == (32, 12.5)
     link = across.link(125_000)
     assert (link.ms_per_token, link.latency_ms) == pytest.approx((0.01, 0.03))
 
@@ -68,7 +79,7 @@ def test_a_topology_without_links_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_device_needs_no_link(tmp_path: Path) -> None:
-    assert read(tmp_path, "nodes: [{name: a, device: H100, devices: 1, memory_gb: 80}]").across() is None
+    assert read(tmp_path, "nodes: [{name: a, device: H100, devices: 1, memory_gb: 80}]").across("H100", "H100") is None
 
 
 def test_so_many_of_a_device_are_full_nodes_and_a_rest() -> None:
