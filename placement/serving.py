@@ -226,9 +226,11 @@ class World:
         lane.context += request.target
 
     def _make_room(self, lane: LaneState) -> None:
-        """A step needs room for what its decodes add. Who came last gives way, and is computed again later."""
+        """A step needs room for what its decodes add. Who came last gives way, and is computed again later; not so a
+        prompt that is to be decoded elsewhere, where a lane has changed its role: it is being handed over."""
         while lane.decoding and lane.kv_used + lane.growth > lane.spec.kv_tokens:
-            self._preempt(lane, max([*lane.decoding, *lane.prompts], key=lambda request: request.index))
+            own = (request for request in lane.prompts if request.p == request.d)
+            self._preempt(lane, max([*lane.decoding, *own], key=lambda request: request.index))
 
     def _preempt(self, lane: LaneState, request: Request) -> None:
         self.preemptions += 1

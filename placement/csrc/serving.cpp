@@ -387,7 +387,8 @@ class Serving {
         lane.context += r.target;
     }
 
-    // A step needs room for what its decodes add. Who came last gives way, and is computed again later.
+    // A step needs room for what its decodes add. Who came last gives way, and is computed again later. No lane changes its
+    // role here, so prompts beside decodes are decoded where they are.
     void make_room(Lane& lane) {
         while (!lane.decoding.empty() && lane.kv_used + lane.growth() > lane.spec->kv_tokens) {
             int last = lane.prompts.empty() ? -1 : *std::max_element(lane.prompts.begin(), lane.prompts.end());

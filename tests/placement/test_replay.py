@@ -162,6 +162,24 @@ def test_a_lane_goes_on_with_what_it_has_and_takes_new_work_by_its_new_role() ->
     assert world.last.tolist() == pytest.approx([32.0, 1032.0])
 
 
+def test_a_prompt_for_another_lane_is_no_victim_of_preemption_and_all_memory_comes_back() -> None:
+    """The first is decoded on a lane that takes prompts from 50 ms on. It outgrows what the second, a prompt of 20
+    steps that is to be decoded elsewhere and has room reserved there, leaves of the memory."""
+    requests = workload([100, 2000], [300, 3], [0.0, 0.06])
+    tight = {"kv_tokens": 2120, "chunk_tokens": 100, "max_sequences": 8}
+    world = World(apart(groups=(group(Role.PREFILL, **tight), group(Role.DECODE, **tight))), requests)
+
+    def swap() -> None:
+        for lane, role in zip(world.lanes, (Role.DECODE, Role.PREFILL), strict=True):
+            world.use(lane, lane.spec._replace(role=role))
+
+    world.call(50.0, swap)
+    world.run(requests.arrivals_ms(1.0))
+    assert world.preemptions > 0
+    assert [(lane.kv_used, lane.seats, lane.live, lane.pending) for lane in world.lanes] == [(0, 0, 0, 0)] * 2
+    assert [(request.p, request.d) for request in world.requests] == [(1, 1), (1, 0)]
+
+
 def test_a_lane_that_is_closed_gets_nothing_new() -> None:
     requests = workload([100] * 4, [3] * 4, [0.0, 0.0, 1.0, 1.0])
     world = World(Layout((group(Role.BOTH),) * 2), requests)
