@@ -15,7 +15,7 @@ from cluster.config.tree import SlipstreamConfig
 from cluster.hardware import topology_here
 from cluster.planned import on_devices_alike
 from cluster.planned_shapes import Stored, worker_shape
-from cluster.planning import TENSOR_PARALLEL_SIZES, Searched, kv_cache_bytes_on, planned, workload_of
+from cluster.planning import TENSOR_PARALLEL_SIZES, Searched, cache_tokens_on, kv_cache_bytes_on, planned, workload_of
 from cluster.stored_profiles import Settings, Way, profile_of, ways
 from core.errors import ConfigError
 from engine.model_config import ModelConfig
@@ -80,6 +80,8 @@ def config_for(
     model = ModelConfig.from_folder(folder)
     stored = _profiles(given, folder, model, _measured(given, drafter, asked), topology, room, replanning, say)
     limits = _limits(given, drafter, topology, room, model)
+    if asked.trace is not None:  # it was read above, so that nothing is measured for a bad one
+        workload = workload_of(asked.trace, None, cache_tokens=cache_tokens_on(topology, stored, limits))
     objective: Objective = "total" if asked.rate is None else "per-device"
     plan = partial(planned, stored, topology, limits, workload, goal, objective, asked.rate, drafter)
     plan = partial(plan, any_role=replanning, weights=given.speculation.weights, slo=asked.slo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from placement.latency import Speculation
 from placement.layout import Role
 from placement.plan import Made, make_plan
 from placement.profile import Profile, read_profile
-from placement.shapes import Limits, Shape, shapes, space_of
+from placement.shapes import Limits, Shape, most_kv_tokens, shapes, space_of
 from placement.slo import parse_slo
 from placement.topology import Topology, read_topology
 from placement.traces import read_trace
@@ -102,10 +103,11 @@ def searched(
     **given: Any,
 ) -> Searched:
     """By the flags of `slipstream plan`. Raises ConfigError."""
-    goal, workload = _goal(slo, share), workload_of(trace, lengths, burstiness)
+    goal = _goal(slo, share)
     topology = topology_of(kind, topology_file, devices, profiles, ray_address)
     limits = limits_of(topology, devices=devices, drafter=drafter, **given)
     known = _profiles(model, profiles, topology)
+    workload = workload_of(trace, lengths, burstiness, cache_tokens_on(topology, known, limits))
     found = planned(known, topology, limits, workload, goal, objective, rate, drafter, slo=slo)
     if kind is None and topology_file is None and ray_address is None:
         found.made.plan.warnings += [warning for one in known for warning in measured_elsewhere(one.profile)]
@@ -161,14 +163,22 @@ def measured_elsewhere(profile: Profile) -> list[str]:
     ]
 
 
-def workload_of(trace: Path | None, lengths: str | None, burstiness: float | None = None) -> Workload:
-    """Of --trace or --lengths, which --burstiness is for. Raises ConfigError unless it is one of them."""
+def cache_tokens_on(topology: Topology, known: Sequence[Stored], limits: Limits) -> int:
+    """That a cache of prefixes has on all of these devices. Raises ConfigError."""
+    return most_kv_tokens(topology, shapes([one.profile for one in known], limits), limits)
+
+
+def workload_of(
+    trace: Path | None, lengths: str | None, burstiness: float | None = None, cache_tokens: float = math.inf
+) -> Workload:
+    """Of --trace, whose prompts hit a cache of so many tokens, or of --lengths, which --burstiness is for. Raises
+    ConfigError unless it is one of them."""
     if (trace is None) == (lengths is None):
         raise ConfigError("give a --trace, or --lengths such as prompt=512,output=128", param="trace")
     if trace is not None:
         if burstiness is not None:
             raise ConfigError("--burstiness is for --lengths: a trace has a rhythm", param="burstiness")
-        return read_trace(trace).workload
+        return read_trace(trace, cache_tokens=cache_tokens).workload
     from placement.lengths import parse_lengths
 
     return parse_lengths(lengths or "", burstiness=burstiness or 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -61,12 +62,14 @@ def replayed(asked: Asked) -> Replayed:
     profiles = [read_profile(path) for path in asked.profiles]
     topology, shapes = topology_of(None, asked.topology_file, None, ()), _shapes(asked)
     settings, workers = _settings(asked, shapes), _workers(asked, shapes, profiles, topology)
-    trace = read_trace(asked.trace)
+    worker = workers if isinstance(workers, Simulated) else workers.of[shapes[0]]
+    read = partial(read_trace, cache_tokens=asked.workers * worker.group.kv_tokens)
+    trace = read(asked.trace)
     workload = trace.workload.no_longer_than(workers.longest)
     rate = trace.rate if asked.rate is None else asked.rate
     rate *= len(workload) / len(trace.workload)
     start = start_of(asked.start, asked.workers, settings, workers, workload, rate)
-    before = [] if asked.warm_start is None else history(read_trace(asked.warm_start), settings.predictive_s)
+    before = [] if asked.warm_start is None else history(read(asked.warm_start), settings.predictive_s)
     forecast = maker(
         asked.forecast, season_of(asked.season, settings.predictive_s, "--season"), [period.rate for period in before]
     )

@@ -68,10 +68,11 @@ def simulate(
     if layout is None or trace is None:
         raise ConfigError("give a LAYOUT and a --trace, or a --reference file", param="layout")
     targets = None if slo is None else parse_slo(slo)
-    found = read_trace(trace)
+    asked = read_layout(layout)
+    found = read_trace(trace, cache_tokens=asked.cache_tokens)
     workload = found.workload if requests is None else found.workload.of_length(requests)
     workload = _in_rhythm(workload, arrival, 1.0 if cv is None else cv, seed or 0)
-    prediction = predict(read_layout(layout), workload, found.rate if rate is None else rate, targets)
+    prediction = predict(asked, workload, found.rate if rate is None else rate, targets)
     click.echo(_json(prediction) if as_json else _table(prediction))
 
 

@@ -138,6 +138,12 @@ class Layout:
             before = group
         return tuple(found)
 
+    @property
+    def cache_tokens(self) -> int:
+        """What its groups that compute prompts can keep of them, if nothing else is in their memory."""
+        apart = any(group.role is Role.PREFILL for group in self.groups)
+        return sum(group.kv_tokens for group in self.groups if not apart or group.role is not Role.DECODE)
+
     def check(self, workload: Workload) -> None:
         """Raise ConfigError for a request that some group could never hold. Prefill groups see output tokens only of
         requests that another group lost."""

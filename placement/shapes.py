@@ -112,6 +112,16 @@ def space_of(topology: Topology, found: Sequence[Shape], limits: Limits, roles: 
     )
 
 
+def most_kv_tokens(topology: Topology, found: Sequence[Shape], limits: Limits) -> int:
+    """That all devices hold together, with groups of the shapes that hold most. Raises ConfigError as space_of."""
+    space = space_of(topology, found, limits, frozenset(Role))
+    most: dict[str, int] = {}
+    for option in space.options:
+        held = space.most_groups(option) * option.group.kv_tokens
+        most[option.pool] = max(most.get(option.pool, 0), held)
+    return sum(most.values())
+
+
 def _option(shape: Shape, topology: Topology, limits: Limits, kv_bytes: int) -> Option:
     profile, setting = shape.profile, shape.profile.setting
     wire = topology.inside(setting.device) or topology.across(setting.device, setting.device)

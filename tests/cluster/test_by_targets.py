@@ -33,6 +33,7 @@ from placement.topology import NodeKind, Topology, Wire
 from placement.worker_shape import WorkerShape
 from tests.cluster.test_live_changes import Load, all_free, job, right, until
 from tests.placement.profiles import disturbed, points, profile
+from tests.placement.traces import by_turns
 from tests.tiny import save_byte_tokenizer, save_tiny_llama
 
 SLO = "ttft=500,tpot=60"
@@ -381,6 +382,14 @@ def test_a_model_that_fits_only_if_quantized_is_refused_only_if_not(folder: Path
     quantized = load_config(None, {"model": str(folder), "quantization": "int8"})
     by_targets._profiles(quantized, folder, model, {}, room, one, False, str)
     assert measured == [Way(1, 1, 0)]
+
+
+def test_prompts_of_a_trace_hit_no_more_than_the_machine_has_memory_for(folder, measured, tmp_path: Path) -> None:
+    """Without hits they take 120 ms; two workers have memory for 6 of them."""
+    few, many = (Asked("ttft=60,tpot=60", trace=by_turns(tmp_path, prompts)) for prompts in (4, 8))
+    config(folder, few, kv_cache_memory="500000000")
+    with pytest.raises(ConfigError, match="no layout attains ttft=60 ms"):
+        config(folder, many, kv_cache_memory="500000000")
 
 
 def test_targets_out_of_reach_are_answered_with_what_is_reachable(folder: Path, measured: list[Way]) -> None:

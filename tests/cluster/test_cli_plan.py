@@ -23,6 +23,7 @@ from placement.profile import Setting, write_profile
 from tests.commands import output_of
 from tests.placement.layouts import STEP
 from tests.placement.profiles import disturbed, profile
+from tests.placement.traces import by_turns
 
 NODE = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8, dollars_per_hour: 2}]"
 LINKED = NODE + "\nlinks: [{within: here, gb_per_s: 10}]"
@@ -105,6 +106,15 @@ def test_bursts_cost_goodput(files) -> None:
     flags = ("--lengths", "prompt=1500,output=20", "--devices", 1)
     steady, bursty = (planned("small", *files, *SLO, *flags, "--burstiness", shape) for shape in (4, 0.25))
     assert bursty["chosen"]["goodput_rps"] < 0.9 * steady["chosen"]["goodput_rps"]
+
+
+def test_prompts_of_a_trace_hit_no_more_than_the_devices_have_memory_for(files, tmp_path: Path) -> None:
+    flags = ("--trace", by_turns(tmp_path, 3), "--slo", "ttft=4000,tpot=60", "--devices", 1, "--rate", 1)
+    little, enough = (
+        planned("small", *files, *flags, "--kv-cache-memory", size)["predicted"]["ttft_p50"]["mean"]
+        for size in (160_000_000, 500_000_000)
+    )
+    assert enough < 50 < 100 < little
 
 
 def test_no_more_devices_are_taken_than_allowed(files) -> None:

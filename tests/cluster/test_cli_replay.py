@@ -21,6 +21,7 @@ from placement.profile import Setting, write_profile
 from placement.traces import served_lines
 from tests.commands import output_of
 from tests.placement.profiles import disturbed, profile
+from tests.placement.traces import by_turns
 
 LINKED = "nodes: [{name: here, device: cpu, devices: 4, memory_gb: 8}]\nlinks: [{within: here, gb_per_s: 10}]"
 
@@ -91,6 +92,14 @@ def test_a_log_of_ours_is_replayed_at_another_rate(files, tmp_path: Path) -> Non
     (tmp_path / "log.jsonl").write_bytes(served_lines(served))
     found = replayed(tmp_path / "log.jsonl", *files[1:], "--workers", 2, "--rate", 4)
     assert (found["requests"], found["rate_rps"], found["attainment"]) == (60, 4.0, 1.0)
+
+
+def test_prompts_of_a_trace_hit_no_more_than_the_workers_have_memory_for(files, tmp_path: Path) -> None:
+    """Without hits they take 120 ms; a worker has memory for one of them."""
+    flags = (by_turns(tmp_path, 3), *files[1:5], "--slo", "ttft=60,tpot=30", "--kv-cache-memory", 160_000_000)
+    assert replayed(*flags, "--workers", 3)["without"] > 0.9
+    with pytest.raises(ConfigError, match="out of reach"):
+        run(*flags, "--workers", 1)
 
 
 def test_a_profile_whose_fit_is_off_is_warned_of(files, tmp_path: Path) -> None:

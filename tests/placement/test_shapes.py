@@ -7,7 +7,7 @@ import pytest
 from placement.candidates import Candidate, Space, candidates
 from placement.layout import Role
 from placement.profile import Setting
-from placement.shapes import Limits, shapes, space_of
+from placement.shapes import Limits, most_kv_tokens, shapes, space_of
 from placement.topology import NodeKind, Topology, Wire
 from tests.placement.profiles import profile
 
@@ -44,3 +44,12 @@ def test_the_links_are_those_of_who_gives_and_of_who_takes(giver: str, taker: st
     token_mb = profile().model.kv_token_bytes / 1e6
     found = {one.link.ms_per_token for one in between(space(MIXED), giver, taker)}
     assert sorted(token_mb / ms for ms in found) == pytest.approx(gb_per_s)
+
+
+def test_all_devices_hold_the_kv_that_groups_of_the_best_shapes_hold() -> None:
+    """Of 72 GB of an H100 and 43.2 of an L40S weights take 1 GB, of two stages together once; a token takes 100 kB."""
+    limits = Limits(stages=(1, 2), chunk_tokens=(512,))
+    found = shapes([profile(setting=Setting(device=kind)) for kind in MIXED.pools], limits)
+    assert most_kv_tokens(MIXED, found, limits) == 4 * 1_430_000 + 2 * 854_000
+    little = Limits(chunk_tokens=(512,), kv_cache_bytes=10**8)
+    assert most_kv_tokens(MIXED, found[::2], little) == (8 + 4) * 1000

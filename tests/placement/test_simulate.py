@@ -72,6 +72,20 @@ def test_the_table_says_the_same(layout: Path, trace: Path) -> None:
     assert "66.7% meet both targets" in printed
 
 
+def test_prompts_hit_no_more_than_the_groups_that_compute_them_have_memory_for(layout: Path, tmp_path: Path) -> None:
+    """Of 4 blocks of 512 tokens the second prompt leaves the third one, which is the first again, 1."""
+    prompts = ([0, 1, 2], [5, 6, 7], [0, 1, 2])
+    lines = [
+        json.dumps({"timestamp": 10_000 * at, "input_length": 1500, "output_length": 1, "hash_ids": hashes})
+        for at, hashes in enumerate(prompts)
+    ]
+    (tmp_path / "trace.jsonl").write_text("\n".join(lines))
+    for kv_tokens, cached in ((2100, 512), (4000, 1499)):
+        layout.write_text(LAYOUT.replace("kv_tokens: 10000", f"kv_tokens: {kv_tokens}", 1))
+        found = json.loads(run(layout, "--trace", tmp_path / "trace.jsonl", "--json"))
+        assert found["ttft_ms"]["mean"] == pytest.approx((160 + 160 + 10 + 0.1 * (1500 - cached)) / 3)
+
+
 @pytest.mark.parametrize("arrival", [("fixed",), ("gamma", "--cv", "3", "--seed", "1")])
 def test_another_rhythm_can_be_asked_for(layout: Path, trace: Path, arrival: tuple[str, ...]) -> None:
     assert "3 requests" in run(layout, "--trace", trace, "--arrival", *arrival)
@@ -119,7 +133,7 @@ def test_a_bad_layout_is_refused_by_name(layout: Path, old: str, new: str, messa
         ((), "give a LAYOUT and a --trace"),
         (("--cv", "2"), "--cv and --seed are for --arrival gamma"),
         (("--reference", "x", "--rate", "2"), "leave the rest out"),
-        (("none.yaml", "--trace", "none.csv"), "none.csv can't be read"),
+        (("none.yaml", "--trace", "none.csv"), "none.yaml can't be read"),
         (("--reference", "none.json"), "none.json can't be read"),
     ],
 )
