@@ -61,7 +61,12 @@ class Topology(_Strict, frozen=True):
         for number, wire in enumerate(self.links):
             _check_wire(f"links[{number}]", wire, names)
         if missing := self._unlinked():
-            raise ConfigError(f"links: none {', none '.join(missing)}: KV would have no way there", param="links")
+            told, written = ", none ".join(missing), next(iter(missing.values()))
+            raise ConfigError(
+                f"links: none {told}: KV would have no way there; add {len(missing)}, the first as "
+                f"{{{written}, gb_per_s: 100}}",
+                param="links",
+            )
 
     @property
     def pools(self) -> dict[str, int]:
@@ -99,15 +104,16 @@ class Topology(_Strict, frozen=True):
         """Names of the nodes that have such devices."""
         return [node.name for node in self.nodes if node.device == device]
 
-    def _unlinked(self) -> list[str]:
-        """Which links there have to be, and are not."""
+    def _unlinked(self) -> dict[str, str]:
+        """Which links there have to be, and are not; and how a file has them."""
         within = {wire.within for wire in self.links}
         between = {frozenset(wire.between) for wire in self.links if wire.between}
-        missing = [f"within {node.name}" for node in self.nodes if node.devices > 1 and node.name not in within]
+        lacking = [node.name for node in self.nodes if node.devices > 1 and node.name not in within]
+        missing = {f"within {name}": f"within: {name}" for name in lacking}
         for one, other in combinations_with_replacement(self.nodes, 2):
-            alone = one is other and one.count == 1
-            if not alone and frozenset((one.name, other.name)) not in between:
-                missing.append(f"between {one.name} and {other.name}")
+            needed = one is not other or one.count > 1
+            if needed and frozenset((one.name, other.name)) not in between:
+                missing[f"between {one.name} and {other.name}"] = f"between: [{one.name}, {other.name}]"
         return missing
 
 

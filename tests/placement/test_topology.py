@@ -74,8 +74,18 @@ def test_what_is_wrong_is_said_with_the_file_and_the_field(tmp_path: Path, chang
 
 
 def test_a_topology_without_links_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="links: none within fast, none within cheap, none between fast and fast"):
+    told = (
+        "links: none within fast, none within cheap, none between fast and fast, none between fast and cheap: KV would "
+        "have no way there; add 4, the first as {within: fast, gb_per_s: 100}"
+    )
+    with pytest.raises(ConfigError, match=told):
         read(tmp_path, MIXED[: MIXED.index("links")])
+
+
+def test_a_link_that_is_missing_is_told_as_it_is_written(tmp_path: Path) -> None:
+    given = MIXED.replace("  - {between: [cheap, fast], gb_per_s: 12.5, latency_us: 30}\n", "")
+    with pytest.raises(ConfigError, match=r"add 1, the first as \{between: \[fast, cheap\], gb_per_s: 100\}"):
+        read(tmp_path, given)
 
 
 def test_one_device_needs_no_link(tmp_path: Path) -> None:
