@@ -320,7 +320,7 @@ class ClusterBackend:
         logger.log(logging.INFO if left else logging.WARNING, "worker %s is gone", worker_id)
         self._routes.lost(worker_id)
         for flight in list(self._attempts.values()):
-            self._carry_out(flight, flight.dispatch.on_worker_lost(worker_id))
+            self._carry_out(flight, flight.dispatch.on_worker_lost(worker_id, left=left))
 
     async def _watch_heartbeats(self) -> None:
         woken = time.monotonic()

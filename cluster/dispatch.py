@@ -19,6 +19,7 @@ from core.types import Finish, FinishReason, Request, TokenDelta
 from core.wire import Abort, Generate, Opened, Prefill, Receive, ToWorker
 
 MAX_ATTEMPTS = 4
+"""That fail, whatever they have brought: a request that kills its workers token by token is not to kill them all."""
 MAX_HANDOFF_FAILURES = 2
 """After one, the hand-off is tried with another prefill worker; after these, the decode worker does it alone."""
 
@@ -74,6 +75,7 @@ class Dispatch:
         self._delivered = list(request.emitted_token_ids)
         self._attempt: _Attempt | None = None
         self._attempts = 0
+        self._num_failed = 0
 
     @property
     def attempt_id(self) -> str | None:
@@ -139,13 +141,14 @@ class Dispatch:
             self.avoid.add(attempt.prefill)
         return self._retry(local_to=attempt.decode if self.handoff_failures >= MAX_HANDOFF_FAILURES else None)
 
-    def on_worker_lost(self, worker_id: str) -> list[Instruction]:
+    def on_worker_lost(self, worker_id: str, *, left: bool = False) -> list[Instruction]:
+        """`left`: it was stopped as planned, and said so before; that is no failure of an attempt."""
         attempt = self._attempt
         if self.ended or attempt is None or worker_id not in attempt.workers:
             return []
         if worker_id == attempt.prefill and len(self._delivered) > attempt.first_index:
             return []  # the decode worker has the KV, or will say that the hand-off failed
-        return self._retry(local_to=None, lost=worker_id)
+        return self._retry(local_to=None, lost=worker_id, failed=not left)
 
     def on_cancel(self) -> list[Instruction]:
         """The client has gone."""
@@ -171,11 +174,14 @@ class Dispatch:
         self.avoid.add(worker_id)
         return self._retry(local_to=None, last=finish)
 
-    def _retry(self, local_to: str | None, lost: str | None = None, last: Finish | None = None) -> list[Instruction]:
+    def _retry(
+        self, local_to: str | None, lost: str | None = None, last: Finish | None = None, *, failed: bool = True
+    ) -> list[Instruction]:
         forget = self._forget(lost)
         self._attempt = None
-        if self._attempts >= MAX_ATTEMPTS:
-            error = WorkerLost(f"{self._attempts} attempts failed; retry later")
+        self._num_failed += failed
+        if self._num_failed >= MAX_ATTEMPTS:
+            error = WorkerLost(f"{self._num_failed} attempts failed; retry later")
             return [*forget, *self._end(last or Finish.from_error(error))]
         return [*forget, Reroute(local_to)]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from msgspec import Struct
 
 from cluster.config.tree import SlipstreamConfig
+from cluster.ray_nodes import nodes_of
+from cluster.ray_topology import topology_of
 from core.errors import ConfigError
 from core.types import Role
 from placement.arranged import Simulated, simulated
@@ -48,13 +51,11 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
     not of such a worker, and for whatever `replanner_of` refuses."""
     if config.replan.mode == "off" or config.replan.profile is None:
         return None
-    from cluster.hardware import topology_here
-
     (profile, *rest), earlier = read_files(config)
     further = tuple(rest)
     for path, one in zip((config.replan.profile, *config.replan.further_profiles), (profile, *further), strict=True):
         _check(config, path, one, threads)
-    grounds = Grounds(profile, topology_here(), tuple(earlier), further)
+    grounds = Grounds(profile, _topology(config), tuple(earlier), further)
     workers = predictor_of(config, grounds)
     if stuck := _stuck(_replanner(config, grounds, workers)):
         logger.warning("replan: %s", stuck)
@@ -62,6 +63,19 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
         if warning:
             logger.warning("replan.profile: %s", warning)
     return grounds
+
+
+def _topology(config: SlipstreamConfig) -> Topology:
+    """Of the nodes of the Ray cluster that was joined, or of this machine; of their cores for workers on these."""
+    on_cpu = config.engine.device == "cpu"
+    if config.cluster.ray_address is None:
+        from cluster.hardware import topology_here
+
+        return topology_here(on_cpu=on_cpu)
+    import ray
+
+    nodes = nodes_of(ray.nodes())
+    return topology_of([replace(node, gpus=0.0) for node in nodes] if on_cpu else nodes)
 
 
 def read_files(config: SlipstreamConfig) -> tuple[list[Profile], list[Period]]:

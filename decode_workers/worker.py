@@ -82,10 +82,9 @@ class DecodeWorker:
             transfer.reserved.set_result(reservation)
 
     def abort(self, request_id: str) -> None:
-        if (transfer := self._transfers.get(request_id)) is not None:
-            transfer.task.cancel()  # its last act is to free the blocks
-        else:
-            self._engine.abort(request_id)
+        transfer = self._transfers.get(request_id)
+        if transfer is None or not transfer.task.cancel():  # it has just ended: the engine is about to hear of its KV
+            self._engine.abort(request_id)  # else the last act of the transfer is to free the blocks
 
     def rejected(self, request_id: str) -> None:
         """The engine has ended a sequence itself; if its KV was still to come, nobody waits for it any more."""

@@ -28,6 +28,8 @@ MAX_ID_DIGITS = 19
 """A token id that is a string is shorter."""
 
 TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+"""One error is told, so no list is looked at beyond it: a body has room for millions."""
 
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
@@ -127,6 +129,9 @@ class ChatMessage(_Body):
     reasoning_content: str | None = None
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
 class GenerationRequest(StructuredFields, SpeculationFields, _Body):
     """What chat and text completions have in common. Ranges that depend on the model are checked in params.py."""
 
@@ -148,7 +153,7 @@ class GenerationRequest(StructuredFields, SpeculationFields, _Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     prompt_logprobs: int | None = Field(None, ge=0, le=INT64)
     stop: Annotated[tuple[str, ...], PlainValidator(_strings)] = ()
-    stop_token_ids: list[TokenId] = []
+    stop_token_ids: TokenIds = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -191,7 +196,7 @@ class GenerationRequest(StructuredFields, SpeculationFields, _Body):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=INT64)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=INT64)
@@ -236,7 +241,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     """By default true for a prompt and false for messages."""
     add_generation_prompt: bool = True
@@ -246,7 +251,7 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 B = TypeVar("B", bound=_Body)

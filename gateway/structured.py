@@ -30,7 +30,7 @@ def _schema(value: object) -> str:
 
 Schema = Annotated[str, PlainValidator(_schema)]
 Text = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[str], Field(min_length=1)]
+Choices = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
 
 class _Body(BaseModel):

@@ -133,6 +133,22 @@ def test_a_fault_of_ours_is_retried_a_bounded_number_of_times() -> None:
     assert [i.delta.finish for i in last if isinstance(i, Deliver)] == [broken]
 
 
+def test_workers_that_are_stopped_as_planned_cost_a_request_none_of_its_attempts() -> None:
+    """A long answer outlives any number of changes of the layout."""
+    dispatch = Dispatch(request())
+    for _ in range(2 * MAX_ATTEMPTS):
+        dispatch.start("d", None)
+        assert dispatch.on_worker_lost("d", left=True) == [Reroute()]
+    for attempt in range(MAX_ATTEMPTS):
+        assert not dispatch.ended
+        dispatch.start("d", None)
+        last = dispatch.on_worker_lost("d")
+        assert (Reroute() in last) == (attempt < MAX_ATTEMPTS - 1)
+    assert [i.delta.finish and i.delta.finish.message for i in last if isinstance(i, Deliver)] == [
+        f"{MAX_ATTEMPTS} attempts failed; retry later"
+    ]
+
+
 @dataclass
 class World:
     """Everything that can happen to one request, driven by choices; checks the promises after each event."""
@@ -177,6 +193,7 @@ class World:
             "delta r.0 0",
             "lost p",
             "lost d",
+            "left d",
             "cancel",
             "deadline",
         ]
@@ -209,6 +226,9 @@ class World:
             case "lost", [worker]:
                 self.owed = {(w, a) for w, a in self.owed if w != worker}
                 self.carry_out(d.on_worker_lost(worker))
+            case "left", [worker]:
+                self.owed = {(w, a) for w, a in self.owed if w != worker}
+                self.carry_out(d.on_worker_lost(worker, left=True))
             case "cancel", []:
                 self.carry_out(d.on_cancel())
             case "deadline", []:

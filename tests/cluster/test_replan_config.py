@@ -162,6 +162,27 @@ def test_workers_are_reckoned_once_at_the_start_and_what_is_extrapolated_of_them
     assert "replan.profile: 9 workers on one machine are extrapolated" in caplog.text
 
 
+def test_workers_on_cores_are_reckoned_with_cores_although_there_are_gpus(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.hardware._nvidia_smi", lambda *_: "NVIDIA H100 80GB HBM3, 81559\n")
+    grounds = grounds_of(config(made, device="cpu"), 1)
+    assert grounds is not None
+    assert set(grounds.topology.pools) == {"cpu"}
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_the_nodes_of_a_cluster_that_is_joined_are_what_there_is(
+    gpus: int, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"Alive": True, "NodeID": "n", "NodeManagerAddress": "10.0.0.1"}
+    resources = {"CPU": 16.0, "GPU": float(gpus), "memory": 64e9, "accelerator_type:H100": 1.0}
+    monkeypatch.setattr("ray.nodes", lambda: [node | {"Resources": resources}, node | {"Resources": resources}])
+    grounds = grounds_of(config(made, device="cpu", ray_address="auto"), 1)
+    assert grounds is not None
+    assert grounds.topology.pools == {"cpu": 32}
+
+
 def test_it_is_said_when_there_is_nothing_that_replanning_could_change(
     made: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

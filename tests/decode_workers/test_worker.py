@@ -93,6 +93,18 @@ async def test_kv_that_has_arrived_joins_the_batch_as_what_it_is(exact: bool) ->
     assert h.failed == []
 
 
+async def test_an_abort_between_the_end_of_a_transfer_and_its_news_ends_the_sequence() -> None:
+    h = Harness()
+    h.grant()
+    await asyncio.sleep(0)
+    h.taker.ending.set_result(Taken(STATE, exact=True))
+    (transfer,) = h.worker._transfers.values()
+    while not transfer.task.done():
+        await asyncio.sleep(0)
+    h.worker.abort("r")  # its news comes in the next turn
+    assert ("abort", "r") in await h.settle()
+
+
 async def test_no_blocks_are_claimed_before_the_prefill_side_has_its_own() -> None:
     h = Harness()
     assert h.reserved.deferred

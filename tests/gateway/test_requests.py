@@ -6,11 +6,13 @@ import threading
 import time
 from typing import Any
 
+import msgspec
 import pytest
+from pydantic import BaseModel, ValidationError
 from scripted import MAX_MODEL_LEN, MakeGateway, fails, hangs
 
-from core.errors import Overloaded, Unavailable
-from gateway.protocol import parse
+from core.errors import InvalidRequest, Overloaded, Unavailable
+from gateway.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, parse
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -345,3 +347,22 @@ async def test_refusals_of_the_cluster_reach_the_client(gateway: MakeGateway, er
         response = await gateway(fails(error, after=[])).complete(stream=stream)
         assert (response.status_code, response.headers["retry-after"]) == (error.http_status, "4")
         assert response.json()["error"]["message"] == error.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [0] * 9}),
+        (ChatRequest, {"messages": USER, "stop_token_ids": ["x"] * 9}),
+        (ChatRequest, {"messages": USER, "guided_choice": [0] * 9}),
+        (ChatRequest, {"messages": USER, "structured_outputs": {"choice": [0] * 9}}),
+        (TokenizeRequest, {"messages": [0] * 9}),
+        (DetokenizeRequest, {"tokens": ["x"] * 9}),
+    ],
+)
+def test_a_list_is_refused_at_its_first_wrong_item(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """As many errors as a body has room for would take seconds to make, and one is told."""
+    with pytest.raises(InvalidRequest) as refused:
+        parse(kind, msgspec.json.encode(body))
+    assert isinstance(refused.value.__cause__, ValidationError)
+    assert refused.value.__cause__.error_count() == 1
