@@ -97,6 +97,8 @@ class Traffic:
         self._rate, self._prompt, self._output = forecast(), forecast(), forecast()
         self._last: Period | None = None
         """That was foreseen from."""
+        self._whole: Workload | None = None
+        """The last that was seen."""
         for period in before:
             self._foresee(period)
 
@@ -157,9 +159,10 @@ class Traffic:
 
     def expected(self, now_s: float) -> Expected | None:
         """In the middle of the horizon, and at no lower a rate than that of the last `predictive_s`; None with too few
-        requests to tell, or too little of them."""
-        if (seen := self._seen(now_s)) is None:
+        requests to tell, or too little of them, unless it has become quiet after there were enough."""
+        if (seen := self._seen(now_s) or self._quiet(now_s)) is None:
             return None
+        self._whole = seen.workload
         if self._new_lengths and seen.mostly_guessed and now_s - self._since_s < GUESSING_S:
             return None
         steps = max(1, round(self._settings.horizon_s / 2 / self._settings.predictive_s))
@@ -176,6 +179,15 @@ class Traffic:
 
     def _seen(self, now_s: float) -> Expected | None:
         return self._of(self._window(now_s, self._since_s), self._window(now_s, self._rate_since_s))
+
+    def _quiet(self, now_s: float) -> Expected | None:
+        """Such requests as came when there were enough to tell, and as many as come now that a whole window has too
+        few; None while it is for another reason that there are few."""
+        since_s = now_s - self._settings.window_s
+        rate = self._log.rate(since_s)
+        if self._whole is None or rate is None or self._new_lengths or max(self._since_s, self._rate_since_s) > since_s:
+            return None
+        return Expected(self._whole, max(LEAST_RATE, rate))
 
     def _window(self, now_s: float, since_s: float) -> float:
         return max(since_s, now_s - self._settings.window_s)

@@ -150,6 +150,14 @@ def test_workers_are_given_up_when_traffic_ends() -> None:
     assert [change.to.workers for _, change in cluster.run(300)] == [3, 2, 1]
 
 
+@pytest.mark.parametrize("quiet", [0.0, 0.02])
+def test_workers_are_given_up_though_it_has_long_been_too_quiet_to_tell_what_comes(quiet: float) -> None:
+    """There are fewer requests in a window than tell of lengths by the time that the horizon allows another change."""
+    few = fed(Arrangement(0, 0, 4, 512), most_workers=4, rate=shifting(240.0, 20.0, quiet), window_s=60.0)
+    few.run(3600.0)
+    assert few.replanner.arrangement.workers == 1
+
+
 def test_between_two_changes_there_is_time_to_settle() -> None:
     lengths = {
         "prompt": lambda now: 250.0 if now // 60 % 2 else 60.0,
