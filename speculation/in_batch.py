@@ -43,8 +43,8 @@ MOST_UNTOLD = 16
 
 
 class InBatch:
-    """Implements engine.drafts.Speculator. `rules` has one for each drafter. Steps are settled in the order in which
-    they were proposed for."""
+    """Implements engine.speculator.Speculator. `rules` has one for each drafter. Steps are settled in the order in
+    which they were proposed for."""
 
     def __init__(
         self,

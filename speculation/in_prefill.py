@@ -16,7 +16,7 @@ from speculation.seen import Step
 
 
 class InPrefill:
-    """Implements engine.drafts.Speculator. Nothing is drafted, for sequences that decode here either."""
+    """Implements engine.speculator.Speculator. Nothing is drafted, for sequences that decode here either."""
 
     def __init__(self, drafters: Mapping[str, Drafter]) -> None:
         self.counters = Counters()

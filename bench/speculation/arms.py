@@ -51,7 +51,7 @@ class Judged:
 
 
 class Watched:
-    """A speculator, and what became of each of its drafts. Implements engine.drafts.Speculator."""
+    """A speculator, and what became of each of its drafts. Implements engine.speculator.Speculator."""
 
     def __init__(self, speculator: Speculator) -> None:
         self.judged: list[Judged] = []

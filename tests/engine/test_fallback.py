@@ -101,7 +101,7 @@ def config_of(architecture: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["Falcon", "Bloom", "Mpt", "GPTJ", "Mamba", "Jamba", "Qwen3Next"],
+    ["Falcon", "Bloom", "Mpt", "Mamba", "Jamba", "Qwen3Next"],  # GPTJ is by Transformers' interface from 5.24 on
 )
 def test_a_class_that_keeps_its_attention_to_itself_is_refused_by_name(architecture: str) -> None:
     architecture += "ForCausalLM"
