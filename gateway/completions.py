@@ -171,7 +171,7 @@ class CompletionsEndpoint:
             async for piece in pieces:
                 whole[piece.choice].extend(piece)
         answer = best(whole, body)
-        size = renderer.num_prompt_entries(answer)
+        size = renderer.num_logprobs(answer)
         await exchange.reply(await inline_or_thread(size, renderer.encoded, answer))
 
     def _run(self, exchange: Exchange, choices: list[Choice]) -> AsyncGenerator[Piece]:

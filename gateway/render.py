@@ -75,10 +75,11 @@ class Renderer:
         """`whole` as JSON."""
         return msgspec.Raw(msgspec.json.encode(self.whole(pieces)))
 
-    def num_prompt_entries(self, pieces: list[Piece]) -> int:
-        """How many logprobs of prompt tokens there are to write."""
+    def num_logprobs(self, pieces: list[Piece]) -> int:
+        """That there are to write, of prompts and of outputs."""
         each = 1 + (self._body.prompt_alternatives or 0)
-        return sum(each * len(self._request(p.choice).prompt_token_ids) for p in pieces if p.prompt_logprobs)
+        prompts = sum(each * len(self._request(p.choice).prompt_token_ids) for p in pieces if p.prompt_logprobs)
+        return prompts + sum(1 + len(token.top) for piece in pieces for token in piece.logprobs)
 
     def whole(self, pieces: list[Piece]) -> Json:
         """The answer to a request that does not stream, from one joined piece per choice that is returned."""

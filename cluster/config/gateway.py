@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from cluster.config.section import Section
-from cluster.notation import AbsolutePath, Size
+from cluster.notation import AbsolutePath, Size, parse_bytes
+
+
+def _check_body(size: str) -> str:
+    if parse_bytes(size) < 1024:
+        raise ValueError(f"{size} holds no request; give 1KiB or more, such as 4MiB")
+    return size
 
 
 class GatewaySection(Section):
@@ -14,7 +22,7 @@ class GatewaySection(Section):
     served_model_name: str | None = Field(None, description="Name in the API; default: the name given to serve")
     max_concurrent_requests: int = Field(256, gt=0, description="More than these at once are answered 429")
     request_timeout_s: float = Field(600.0, gt=0, description="Every request ends within this time, seconds")
-    max_body: Size = Field("4MiB", description="Largest request body")
+    max_body: Annotated[Size, AfterValidator(_check_body)] = Field("4MiB", description="Largest request body")
     traffic_log: AbsolutePath | None = Field(
         None,
         description="Append a line of JSON for every request that ends: when it came, lengths, latencies; slipstream "

@@ -249,6 +249,7 @@ def test_a_share_of_a_gpu_is_refused_on_the_cpu_as_soon_as_that_is_known() -> No
         {"kv_cache_memory": 0},
         {"kv_cache_memory": "0.2"},
         {"max_body": "0MiB"},
+        {"max_body": "100"},
         {"max_model_len": True},
         {"handoff_min_tokens": False},
         {"seed": True},

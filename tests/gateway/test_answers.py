@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from scripted import MakeGateway, chat_text, events, fails, hangs, says
 
 from core.errors import Cancelled, InternalError, WorkerLost
 from core.types import Finish, FinishReason, Request, TokenDelta, TokenLogprobs
+from gateway.generation import Piece
 from gateway.params import derived_seed
+from gateway.render import Renderer
 from gateway.tokenizer import ServedModel
 
 EMOJI = "hello 😀 world"
@@ -234,6 +238,22 @@ async def test_completion_logprobs(gateway: MakeGateway, model: ServedModel, str
     assert [x for part in parts for x in part["token_logprobs"]] == [-0.5] * len(tokens)
     assert [o for part in parts for o in part["text_offset"]] == [len("".join(texts[:i])) for i in range(len(tokens))]
     assert [t for part in parts for t in part["top_logprobs"]] == [{text: -0.5} for text in texts]
+
+
+@pytest.mark.parametrize(("most_inline", "inline"), [(6, True), (5, False)])
+async def test_many_logprobs_are_written_off_the_event_loop(
+    gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch, most_inline: int, inline: bool
+) -> None:
+    threads, encoded = [], Renderer.encoded
+
+    def watched(renderer: Renderer, pieces: list[Piece]) -> msgspec.Raw:
+        threads.append(threading.current_thread())
+        return encoded(renderer, pieces)
+
+    monkeypatch.setattr(Renderer, "encoded", watched)
+    monkeypatch.setattr("gateway.tokenizer.INLINE_CHARS", most_inline)
+    await gateway(with_logprobs([5, 6])).complete(prompt=[5], logprobs=1)
+    assert [thread is threading.current_thread() for thread in threads] == [inline]
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
