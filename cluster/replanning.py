@@ -124,6 +124,7 @@ class Replanning:
             self._drafts.since(workers),
             {member.worker_id: member.shape for member in self._membership.members()},
             [request for report in reports for request in report.under_way],
+            frozenset(report.gateway_id for report in reports),
         )
         loop = asyncio.get_running_loop()
         change = await loop.run_in_executor(self._thread, self._decide, served, starts, load, now)
@@ -243,9 +244,10 @@ def load_of(
     drafted: Drafted = NOTHING,
     shapes: Mapping[str, WorkerShape | None] | None = None,
     under_way: Sequence[UnderWay] = (),
+    told_by: frozenset[str] = frozenset(),
 ) -> Load:
     """What workers say, by role; those that leave are not counted. Of a worker that several gateways tell of, the last
-    is taken. `shapes`: by worker, where they may change. `under_way`: of those in flight."""
+    is taken. `shapes`: by worker, where they may change. `under_way`: of those in flight, as these gateways tell."""
     roles: dict[Role, RoleLoad] = {}
     for worker in {worker.worker_id: worker for worker in workers if not worker.leaving}.values():
         before = roles.get(worker.role, RoleLoad())
@@ -258,7 +260,7 @@ def load_of(
             free_kv_tokens=before.free_kv_tokens + worker.num_free_blocks * worker.block_size,
             shapes=before.shapes | ({} if shape is None else {shape: before.shapes.get(shape, 0) + 1}),
         )
-    return Load(roles=roles, in_flight=in_flight, under_way=list(under_way), drafted=drafted)
+    return Load(roles=roles, in_flight=in_flight, under_way=list(under_way), told_by=told_by, drafted=drafted)
 
 
 def plan_of(to: Arrangement, before: Plan, configured: Arrangement) -> Plan:

@@ -67,17 +67,22 @@ class LiveLog:
         self._keep_s = keep_s
         self._served: deque[Ended] = deque(maxlen=MOST_REQUESTS)
         self._ticks: deque[Tick] = deque(maxlen=MOST_TICKS)
-        self._since: tuple[float, int] | None = None
+        self._since: tuple[float, int, frozenset[str]] | None = None
         self._ended = 0
         self._told_s = -math.inf
         self._under_way: Sequence[UnderWay] = ()
 
     def tell(
-        self, now_s: float, ended: Iterable[Served], in_flight: int, under_way: Sequence[UnderWay] = ()
+        self,
+        now_s: float,
+        ended: Iterable[Served],
+        in_flight: int,
+        under_way: Sequence[UnderWay] = (),
+        told_by: frozenset[str] = frozenset(),
     ) -> Tick | None:
-        """What has ended since the last call, how many requests are under way now, and of these those of whom more is
-        known. Returns what has come meanwhile; None the first time, which tells only who was there before, and if no
-        time has passed."""
+        """What has ended since the last call, how many requests are under way now, of these those of whom more is
+        known, and which gateways tell of them. Returns what has come meanwhile; None the first time and when others
+        tell than before, which tells only who was there already, and if no time has passed."""
         told = [Ended(now_s, now_s - one.took_s, one) for one in ended]
         self._served.extend(told)
         self._ended += len(told)
@@ -85,9 +90,9 @@ class LiveLog:
         self._forget(now_s)
         if self._since is not None and now_s <= self._since[0]:
             return None
-        since, self._since = self._since, (now_s, in_flight)
+        since, self._since = self._since, (now_s, in_flight, told_by)
         ended_now, self._ended = self._ended, 0
-        if since is None:
+        if since is None or since[2] != told_by:
             return None
         tick = Tick(now_s, now_s - since[0], max(0, ended_now + in_flight - since[1]))
         self._ticks.append(tick)

@@ -40,6 +40,8 @@ class Load(Struct, frozen=True, kw_only=True):
     """Requests that gateways have accepted and that have not ended."""
     under_way: list[UnderWay] = []
     """These, as far as gateways tell of them."""
+    told_by: frozenset[str] = frozenset()
+    """The gateways that do. Where others did the last time, who is under way tells nothing of who has come since."""
     drafted: Drafted = NOTHING
     """Since the last time."""
 

@@ -107,7 +107,8 @@ class Replanner:
         """Raises nothing: without enough requests to tell it decides nothing."""
         if math.isinf(self._predictive_s):  # what came in a moment tells no rate
             self._predictive_s = now_s + self.settings.predictive_s
-        if (changed := self.traffic.tell(now_s, self._ended, load.in_flight, load.under_way)) is not None:
+        changed = self.traffic.tell(now_s, self._ended, load.in_flight, load.under_way, load.told_by)
+        if changed is not None:
             self._changed = changed if self._changed is None else f"{self._changed} and {changed}"
             self._left.clear()
         self._ended.clear()

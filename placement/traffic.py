@@ -109,10 +109,15 @@ class Traffic:
         self._last = period
 
     def tell(
-        self, now_s: float, ended: Iterable[Served], in_flight: int, under_way: Sequence[UnderWay] = ()
+        self,
+        now_s: float,
+        ended: Iterable[Served],
+        in_flight: int,
+        under_way: Sequence[UnderWay] = (),
+        told_by: frozenset[str] = frozenset(),
     ) -> str | None:
-        """What has changed since `planned`, if something has."""
-        tick = self._log.tell(now_s, ended, in_flight, under_way)
+        """What has changed since `planned`, if something has; the rest as LiveLog.tell."""
+        tick = self._log.tell(now_s, ended, in_flight, under_way, told_by)
         if tick is None:
             return None
         if math.isinf(self._observed_s):

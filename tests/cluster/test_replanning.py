@@ -128,7 +128,7 @@ async def test_what_was_reported_is_recorded_once_and_the_status_says_how_it_sta
     await world.replanning.look(1.0)
     await world.replanning.look(2.0)
     assert world.script.recorded == [served(1), served(2), served(3)]
-    assert world.script.loads[0].in_flight == 7
+    assert (world.script.loads[0].in_flight, world.script.loads[0].told_by) == (7, {"g", "h"})
     assert [request.output_tokens for request in world.script.loads[0].under_way] == [0, 1, 2, 0, 1, 2, 3]
     assert world.script.loads[0].of(P).workers == 1
     status = world.replanning.report(report(), 2.0)

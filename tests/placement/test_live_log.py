@@ -48,6 +48,21 @@ def test_a_gateway_that_is_gone_does_not_make_the_rate_negative() -> None:
     assert tick.arrived == 0
 
 
+def test_requests_of_a_gateway_that_tells_again_have_not_come_just_now() -> None:
+    """One with 40 under way says nothing for a while; it is another baseline each time, and nothing is counted."""
+    log, both, one = LiveLog(100.0), frozenset("gh"), frozenset("g")
+    log.tell(0.0, [], in_flight=50, told_by=both)
+    assert log.tell(1.0, [], in_flight=10, told_by=one) is None
+    first = log.tell(2.0, [served()] * 2, in_flight=11, told_by=one)
+    assert log.tell(3.0, [served()] * 9, in_flight=51, told_by=both) is None
+    second = log.tell(4.0, [], in_flight=52, told_by=both)
+    assert first is not None
+    assert second is not None
+    assert (first.arrived, second.arrived) == (3, 1)
+    assert log.rate(since_s=0.0) == pytest.approx(2.0)
+    assert log.met(TARGETS, since_s=0.0).judged == 11
+
+
 def test_attainment_is_of_those_that_ended_lately() -> None:
     log = LiveLog(100.0)
     log.tell(1.0, [served(ttft_ms=900.0)], 0)
