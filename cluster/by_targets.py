@@ -191,10 +191,16 @@ def _profiles(
     from engine.weights import fingerprint
 
     engine, weights = given.engine, weight_bytes(given.engine, folder)
+    (node,) = topology.nodes
     able = [way for way in ways(topology, replanning=replanning) if _fits(weights, config, way, topology)]
     if not able:
-        raise ConfigError(f"the model does not fit: {weights / 1e9:.3g} GB of weights; {topology.source}")
-    (node,) = topology.nodes
+        room_gb = USABLE * node.memory_gb * node.devices
+        raise ConfigError(
+            f"the model does not fit: {weights / 1e9:.3g} GB of weights, and there is room for {room_gb:.3g} GB on "
+            f"{topology.source}, if it can be split among all of that; quantize it (--quantization), or take a smaller "
+            "one",
+            param="model",
+        )
     threads = {way.threads for way in able if way.tp * way.threads * room.most_workers <= node.devices}
     if not threads:
         most = max(node.devices // (way.tp * way.threads) for way in able)

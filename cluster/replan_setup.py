@@ -11,13 +11,14 @@ from typing import TypeVar
 from msgspec import Struct
 
 from cluster.config.tree import SlipstreamConfig
+from cluster.planning import measured_elsewhere
 from cluster.ray_nodes import nodes_of
 from cluster.ray_topology import topology_of
 from core.errors import ConfigError
 from core.types import Role
 from placement.arranged import Simulated, simulated
 from placement.arrangement import Arrangement
-from placement.crowding import crowded_cluster, crowded_shapes
+from placement.doubts import doubts
 from placement.forecast import maker, season_of
 from placement.goodput import Goal
 from placement.moving import way
@@ -59,9 +60,8 @@ def grounds_of(config: SlipstreamConfig, threads: int) -> Grounds | None:
     workers = predictor_of(config, grounds)
     if stuck := _stuck(_replanner(config, grounds, workers)):
         logger.warning("replan: %s", stuck)
-    for warning in (*(one.doubt() for one in (profile, *further)), _crowded(config, grounds, workers)):
-        if warning:
-            logger.warning("replan.profile: %s", warning)
+    for warning in _doubts(config, grounds, workers):
+        logger.warning("replan.profile: %s", warning)
     return grounds
 
 
@@ -86,7 +86,8 @@ def read_files(config: SlipstreamConfig) -> tuple[list[Profile], list[Period]]:
     profiles = [_of(setting, read_profile, path) for setting, path in files if path is not None]
     if replan.warm_start is None:
         return profiles, []
-    return profiles, history(_of("warm_start", read_trace, replan.warm_start), settings_of(config).predictive_s)
+    period_s = settings_of(config).predictive_s
+    return profiles, _of("warm_start", lambda path: history(read_trace(path), period_s), replan.warm_start)
 
 
 def _of(setting: str, read: Callable[[Path], T], path: Path) -> T:
@@ -96,10 +97,14 @@ def _of(setting: str, read: Callable[[Path], T], path: Path) -> T:
         raise ConfigError(f"replan.{setting}: {error.message}", param=f"replan_{setting}") from error
 
 
-def _crowded(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Shaped) -> str | None:
-    if isinstance(workers, Simulated):
-        return crowded_cluster(grounds.profile, grounds.topology, workers, config.most_workers)
-    return crowded_shapes([grounds.profile, *grounds.further], grounds.topology, workers, config.most_devices)
+def _doubts(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Shaped) -> list[str]:
+    """Workers that are started on other machines of a Ray cluster may be as they were profiled."""
+    profiles = (grounds.profile, *grounds.further)
+    most = config.most_workers if isinstance(workers, Simulated) else config.most_devices
+    found = doubts(profiles, grounds.topology, workers, most, max(settings_of(config).chunk_tokens))
+    if config.cluster.ray_address is None:
+        found += [warning for profile in profiles for warning in measured_elsewhere(profile)]
+    return found
 
 
 def predictor_of(config: SlipstreamConfig, grounds: Grounds) -> Simulated | Shaped:

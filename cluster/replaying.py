@@ -8,10 +8,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from cluster.planning import limits_of, topology_of
+from cluster.planning import limits_of, measured_elsewhere, topology_of
 from core.errors import ConfigError
 from placement.arranged import Simulated, simulated
-from placement.crowding import crowded_cluster, crowded_shapes
+from placement.doubts import doubts
 from placement.forecast import maker, season_of
 from placement.goodput import Goal
 from placement.profile import Profile, read_profile
@@ -75,12 +75,11 @@ def replayed(asked: Asked) -> Replayed:
     )
     replanner = Replanner(settings, workers, start, forecast, before)
     found = replay(workload, rate, workers, replanner, left_out=len(trace.workload) - len(workload))
-    warnings = [profile.doubt() for profile in profiles]
-    if isinstance(workers, Simulated):
-        warnings.append(crowded_cluster(profiles[0], topology, workers, max(asked.workers, asked.max_workers or 0)))
-    else:
-        warnings.append(crowded_shapes(profiles, topology, workers, settings.devices))
-    return replace(found, warnings=[warning for warning in warnings if warning])
+    most = settings.devices if shapes else max(asked.workers, asked.max_workers or 0)
+    warnings = doubts(profiles, topology, workers, most, max(asked.chunk_tokens), workload)
+    if asked.topology_file is None:
+        warnings += [warning for profile in profiles for warning in measured_elsewhere(profile)]
+    return replace(found, warnings=warnings)
 
 
 def _shapes(asked: Asked) -> tuple[WorkerShape, ...]:

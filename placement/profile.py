@@ -194,14 +194,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             f"{errors[place]:+.0%} for {worst.told}: something else computed meanwhile; profile again alone"
         )
 
-    def beyond(self, group: Group, workload: Workload) -> list[str]:
-        """What a group would do with the workload that was never measured, a sentence each."""
+    def beyond(self, group: Group, workload: Workload | None) -> list[str]:
+        """What a group would do with the workload that was never measured, a sentence each. With None, for any may
+        come, nothing is said of how long sequences are."""
         rows = 1 if group.speculation is None else group.speculation.rows
         seats = max(1, group.max_sequences // group.stages)
         asked = {
             "sequences that decode": (seats, self.range.sequences),
             "rows that decode": (seats * rows, self.range.rows),
-            "tokens of prompts": (min(group.chunk_tokens, _most_waiting(workload)), self.range.tokens),
+            "tokens of prompts": (
+                group.chunk_tokens if workload is None else min(group.chunk_tokens, _most_waiting(workload)),
+                self.range.tokens,
+            ),
         }
         unused = {Role.PREFILL: ("sequences that decode", "rows that decode"), Role.DECODE: ("tokens of prompts",)}
         found = [
@@ -209,6 +213,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             for name, (most, known) in asked.items()
             if most > known and name not in unused.get(group.role, ())
         ]
+        if workload is None:
+            return found
         longest = int((workload.prompt_tokens.astype(int) + workload.output_tokens).max())
         if longest > self.range.longest:
             found.append(f"sequences of {longest} tokens, and none longer than {self.range.longest} was measured")

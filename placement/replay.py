@@ -33,7 +33,7 @@ class Interval(Struct, frozen=True):
 
 class Replayed(Struct, frozen=True, kw_only=True):
     """`attainment` and `without` are of all requests but the `left_out`, which no worker can hold; `workers` is how
-    many there were on average. `warnings`: what is extrapolated."""
+    many there were on average. `warnings`: what is extrapolated, or was measured elsewhere."""
 
     start: Arrangement
     requests: int

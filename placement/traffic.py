@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
+from core.errors import ConfigError
 from core.served import Served, UnderWay
 from placement.arrivals import burstiness, gamma_gaps
 from placement.arrived import Arrived
@@ -19,6 +21,8 @@ from placement.traces import Trace
 from placement.workload import Workload
 
 LEAST_RATE = 1e-3
+MOST_PERIODS = 100_000
+"""Of an earlier trace: forecasts take some seconds to learn from so many."""
 MOST_GUESSED, GUESSING_S = 0.5, 10.0
 """If more of the output tokens than this part are yet to come, no plan is made as long after a change of lengths."""
 SETTLED = 60
@@ -66,11 +70,19 @@ class Period:
 
 
 def history(trace: Trace, period_s: float) -> list[Period]:
-    """Of the whole periods of a trace; one in which nobody came has the lengths of that before."""
-    place = (trace.workload.arrivals_ms(trace.rate) / 1e3 // period_s).astype(np.int64)
+    """Of the whole periods of a trace; one in which nobody came has the lengths of that before. Raises ConfigError for
+    more than MOST_PERIODS."""
+    place = trace.workload.arrivals_ms(trace.rate) / 1e3 // period_s
+    if place[-1] > MOST_PERIODS:
+        raise ConfigError(
+            f"the earlier trace is of {place[-1]:.6g} times of {period_s:g} s, and forecasts begin with {MOST_PERIODS} "
+            "at the most: give the last part of it, or a longer interval of replanning",
+            param="warm_start",
+        )
+    firsts = np.searchsorted(place, np.arange(place[-1] + 1))
     found: list[Period] = []
-    for number in range(int(place[-1])):
-        rows = np.flatnonzero(place == number)
+    for first, end in pairwise(firsts.tolist()):
+        rows = np.arange(first, end)
         rate = len(rows) / period_s
         found.append(Period.of(rate, trace.workload.chosen(rows)) if len(rows) else replace(found[-1], rate=0.0))
     return found

@@ -220,3 +220,12 @@ def test_a_trace_that_is_none_is_refused_by_line(files, tmp_path: Path, text: st
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "bad.csv", *files[1:], "--workers", 2)
+
+
+def test_what_is_extrapolated_or_was_measured_elsewhere_is_said(files, tmp_path: Path) -> None:
+    write_profile(profile(setting=Setting(device="cpu", versions={"torch": "1.0"})), tmp_path / "profile.json")
+    said = " ".join(replayed(*files, "--workers", 2, "--chunk-tokens", "2048")["warnings"])
+    assert "workers are extrapolated: they may have steps with 2048 tokens of prompts, and no more than 1024" in said
+    assert "torch" not in said  # the topology is of other machines
+    here = [part for part in files if part not in ("--topology", str(tmp_path / "cluster.yaml"))]
+    assert "profiled with torch 1.0, and here it is" in " ".join(replayed(*here, "--workers", 1)["warnings"])

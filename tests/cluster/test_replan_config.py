@@ -247,6 +247,29 @@ def test_steps_that_a_plan_has_changed_have_room_for_a_token_of_every_sequence()
     assert engine.batched_tokens(Role.DECODE, 8) == 32
 
 
+def test_a_warm_start_from_long_ago_is_refused_by_its_setting(made: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "old.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,10,10\n1e9,10,10\n")
+    with pytest.raises(ConfigError, match=r"replan\.warm_start: the earlier trace is of .* times of 30 s"):
+        grounds_of(config(made, replan_warm_start=trace), 1)
+
+
+def test_what_workers_may_come_to_do_unlike_those_that_were_profiled_is_warned_of(
+    made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grounds_of(config(made, max_num_seqs=32, max_num_batched_tokens=512), 1)
+    assert "may have steps" not in caplog.text
+    grounds_of(config(made, max_num_seqs=64, max_num_batched_tokens=2048), 1)
+    assert "replan.profile: workers are extrapolated: they may have steps with 64 sequences that decode" in caplog.text
+    assert "they may have steps with 2048 tokens of prompts, and no more than 1024 were measured" in caplog.text
+
+
+def test_a_profile_of_another_machine_is_warned_of(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_profile(profile(setting=Setting(device="cpu", versions={"torch": "1.0"})), made)
+    grounds_of(config(made), 1)
+    assert "replan.profile: profiled with torch 1.0, and here it is" in caplog.text
+
+
 def test_a_warm_start_that_is_no_trace_is_refused(made: Path, tmp_path: Path) -> None:
     trace = tmp_path / "old.jsonl"
     trace.write_text("")

@@ -192,6 +192,11 @@ def test_what_was_never_measured_is_named_with_the_range(changes, asked, said: s
     assert any(said in sentence for sentence in profile().beyond(beyond, requests(*asked)))
 
 
+def test_of_requests_that_are_not_known_no_length_is_said_to_be_beyond() -> None:
+    large = group(Role.BOTH, chunk_tokens=2048, max_sequences=32)
+    assert profile().beyond(large, None) == ["steps with 2048 tokens of prompts, and no more than 1024 were measured"]
+
+
 def test_a_role_is_not_blamed_for_steps_that_it_never_runs() -> None:
     large = {"chunk_tokens": 4096, "max_sequences": 500}
     assert profile().beyond(group(Role.PREFILL, **large | {"chunk_tokens": 1024}), requests(600, 100)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace as with_
 from xml.etree import ElementTree as Xml
 
@@ -256,6 +257,21 @@ def test_the_past_is_counted_in_whole_periods() -> None:
     trace = Trace(workload([10, 30, 50, 70, 90], [1, 3, 5, 7, 9], gaps.tolist()), 1.0)
     found = history(trace, 2.0)
     assert [(period.rate, period.prompt, period.output) for period in found] == [(1, 20, 2), (0, 20, 2), (1, 60, 6)]
+
+
+def test_a_past_of_too_many_periods_is_refused_at_once() -> None:
+    years = Trace(workload([10, 30], [1, 3], [0.0, 2.0]), 1e-300)
+    with pytest.raises(ConfigError, match=r"of 1e\+300 times of 2 s, .* 100000 at the most: give the last part of it"):
+        history(years, 2.0)
+
+
+def test_a_long_past_is_counted_in_one_pass() -> None:
+    """Looking for the requests of each period among all would take minutes."""
+    count = 90_000
+    trace = Trace(workload([10] * count, [1] * count, [0.0] + [1.0] * (count - 1)), 1.0)
+    started = time.process_time()
+    assert len(history(trace, 1.0)) == count - 1
+    assert time.process_time() - started < 15.0
 
 
 # --- what a worker is ------------------------------------------------------------------------------------------------
