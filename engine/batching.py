@@ -19,7 +19,9 @@ _SPARE_BLOCKS = 32
 """Room that a block array is given to grow: it is copied once in this many blocks."""
 
 
-def build_batch(schedule: Schedule, *, taps: tuple[int, ...] = (), return_logits: bool = False) -> StepBatch:
+def build_batch(
+    schedule: Schedule, *, taps: tuple[int, ...] = (), return_logits: bool = False, num_top: int = 0
+) -> StepBatch:
     """Rows in the order of the chunks; one logit row for each chunk that samples, or one for each row of its draft."""
     chunks, block_size = schedule.chunks, schedule.block_size
     num_tokens = schedule.num_tokens
@@ -64,6 +66,7 @@ def build_batch(schedule: Schedule, *, taps: tuple[int, ...] = (), return_logits
         kv_moves=_kv_moves(chunks),
         taps=taps,
         return_logits=return_logits,
+        num_top=num_top,
         adapters=adapters if any(adapters) else (),
         publish=any(chunk.sequence.exposed for chunk in chunks),
         scored=tuple([_scored(c, row) for c, row in zip(chunks, query_starts, strict=False) if c.num_scored]),

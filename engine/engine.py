@@ -236,8 +236,9 @@ class Engine:
         if self._speculator is None:
             batch = build_batch(schedule)
         else:
-            self._draft(schedule, self._speculator)
-            batch = build_batch(schedule, taps=self._speculator.taps, return_logits=self._speculator.reads_logits)
+            reader = self._speculator
+            self._draft(schedule, reader)
+            batch = build_batch(schedule, taps=reader.taps, return_logits=reader.reads_logits, num_top=reader.reads_top)
         self._writing = [chunk for chunk in schedule.chunks if chunk.sequence.exposed]
         self._flying.append((schedule, batch, self._runner.submit(batch)))
 

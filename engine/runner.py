@@ -227,7 +227,7 @@ class ModelRunner:
     @staticmethod
     def _replay(graphs: DecodeGraphs, batch: StepBatch) -> StepOutput:
         logits, (tokens, logprobs) = graphs.run(batch)
-        return StepOutput(tokens, logprobs, logits=logits.clone() if batch.return_logits else None)
+        return StepOutput(tokens, logprobs, logits=logits.clone() if batch.wants_logits else None)
 
     def _enter(self, model: Model, batch: StepBatch) -> torch.Tensor:
         """What goes into the first of our layers: [tokens, hidden]."""
@@ -249,7 +249,7 @@ class ModelRunner:
             token_ids=tokens,
             logprobs=logprobs,
             prompt_logprobs=tuple(scored),
-            logits=logits if batch.return_logits else None,
+            logits=logits if batch.wants_logits else None,
         )
 
     def _publish(self, batch: StepBatch, layer: int) -> None:

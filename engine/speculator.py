@@ -25,6 +25,11 @@ class Speculator(Protocol):
         """Whether it wants the logits of the step that is built next, of which `propose` has seen the candidates."""
         ...
 
+    @property
+    def reads_top(self) -> int:
+        """How many of the likeliest tokens of each row it wants of that step (StepBatch.num_top)."""
+        ...
+
     def rests(self, schedule: Schedule) -> bool:
         """Whether nothing is proposed for this step, without being asked. Called once for each, before `propose`."""
         ...

@@ -73,6 +73,13 @@ class StepBatch:
     """Call the runner's KV sink after each layer has written its KV."""
     scored: tuple[ScoredRows, ...] = ()
     return_logits: bool = False
+    num_top: int = 0
+    """Of each logit row so many of the likeliest tokens are wanted. They are in the logits; a rank of another process
+    sends them in place of these, which are thousands of times as large."""
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.return_logits or self.num_top > 0
 
 
 NOT_ASKED = -1
@@ -87,6 +94,8 @@ class StepOutput:
     logprobs: tuple[TokenLogprobs | None, ...] = ()  # [logit rows] or empty when no row asked
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # one for each of the batch's `scored`
     logits: torch.Tensor | None = None  # [logit rows, vocab] float32, the raw ones
+    top: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+    """[logit rows, num_top] ids and logprobs, the likeliest first, where a rank was not asked for `logits`."""
     taps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [tokens, hidden]
     seconds: float = 0.0
     """Wall time from the start of the step's work to its end."""

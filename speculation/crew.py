@@ -77,8 +77,9 @@ class Crew:
         return tuple(sorted({tap for each in needs if soon or not each.only_latest for tap in each.taps}))
 
     @property
-    def reads_top(self) -> bool:
-        return any(drafter.needs.top for drafter in self._drafters.values())
+    def reads_top(self) -> int:
+        """How many of the likeliest tokens of a row the one that wants most of them does."""
+        return max((drafter.needs.top for drafter in self._drafters.values()), default=0)
 
     @property
     def lost(self) -> str | None:

@@ -88,10 +88,15 @@ class InBatch:
 
     @property
     def reads_logits(self) -> bool:
-        """For the step that was proposed for last. Which rules judge it is for its requests to say too."""
+        """For the step that was proposed for last. Which rules judge it is for its requests to say too, and of greedy
+        ones no rule wants more than their tokens."""
         last = self._rounds[-1] if self._rounds else None
-        judging = last.parts if last is not None else ()
-        return self._crew.reads_top or any(part.rule.reads_laws for part in judging)
+        return last is not None and any(part.rule.reads_laws and last.warm(part).any() for part in last.parts)
+
+    @property
+    def reads_top(self) -> int:
+        """For any step: who drafts from the likeliest tokens learns them from plain steps too."""
+        return self._crew.reads_top
 
     # --- before the step -------------------------------------------------------------------------------------------
 

@@ -33,6 +33,10 @@ class InPrefill:
 
     @property
     def reads_logits(self) -> bool:
+        return False
+
+    @property
+    def reads_top(self) -> int:
         return self._crew.reads_top
 
     def rests(self, schedule: Schedule) -> bool:  # noqa: ARG002

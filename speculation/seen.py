@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from core.types import TokenLogprobs
+from engine.likeliest import likeliest
 from engine.schedule import Chunk, Schedule
 from engine.sequence import Sequence as EngineSequence
 from engine.step import StepBatch, StepOutput
-from speculation.likeliest import likeliest
 from speculation.rounds import Needs, Observed, Outcome
 from speculation.tree import DraftBatch, offsets_of, ranges
 
@@ -138,7 +138,12 @@ def observed(
     """What the drafter asked to see of these rows. Top tokens only if all of them have logits."""
     output, of_rows = step.output, torch.from_numpy(rows)
     taps = {tap: output.taps[tap][of_rows.to(output.taps[tap].device)] for tap in needs.taps}
-    if not needs.top or output.logits is None or (logit_rows < 0).any():
+    if not needs.top or (logit_rows < 0).any():
+        return Observed(offsets, indices, taps)
+    if output.top is not None:
+        top_ids, top_logprobs = output.top
+        return Observed(offsets, indices, taps, top_ids[logit_rows, : needs.top], top_logprobs[logit_rows, : needs.top])
+    if output.logits is None:
         return Observed(offsets, indices, taps)
     ids, logprobs = likeliest(output.logits, torch.from_numpy(logit_rows), needs.top)
     return Observed(offsets, indices, taps, ids.cpu().numpy(), logprobs.cpu().numpy())

@@ -67,6 +67,10 @@ class Watched:
     def reads_logits(self) -> bool:
         return self._speculator.reads_logits
 
+    @property
+    def reads_top(self) -> int:
+        return self._speculator.reads_top
+
     def judge(self, schedule: Schedule, batch: StepBatch, output: StepOutput) -> list[int | Verdict]:
         verdicts = self._speculator.judge(schedule, batch, output)
         chunks = [chunk for chunk in schedule.chunks if chunk.samples]

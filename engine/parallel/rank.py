@@ -13,15 +13,18 @@ import select
 import socket
 import sys
 import threading
+from dataclasses import replace
 
 import torch
 
 from core.errors import InternalError, SlipstreamError
+from engine.likeliest import likeliest
 from engine.model_config import ModelConfig
 from engine.parallel.group import connect
 from engine.parallel.lending import lend
 from engine.parallel.wire import Channel, Done, Failed, Lend, Ready, Refused, Resize, Run, Setup
 from engine.runner import ModelRunner
+from engine.step import StepBatch, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +90,16 @@ def step(runner: ModelRunner, message: Run, *, answers: bool) -> Done | Failed:
         return Failed(message.step, f"{type(error).__name__}: {error}")
     output = future.result()
     if answers:
-        return Done.of(message.step, output)
+        return Done.of(message.step, _likeliest_only(output, message.batch))
     return Done(step=message.step, token_ids=output.token_ids[:0], seconds=output.seconds)
+
+
+def _likeliest_only(output: StepOutput, batch: StepBatch) -> StepOutput:
+    """With as much of the logits as is asked for."""
+    if batch.return_logits or output.logits is None:
+        return output
+    ids, logprobs = likeliest(output.logits, torch.arange(len(output.logits)), batch.num_top)
+    return replace(output, logits=None, top=(ids.cpu().numpy(), logprobs.cpu().numpy()))
 
 
 def _exit_with(leader: socket.socket) -> None:

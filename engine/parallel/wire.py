@@ -83,6 +83,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     logits: torch.Tensor | None = None
+    top: tuple[np.ndarray, np.ndarray] | None = None
     taps: dict[int, torch.Tensor] = {}
     seconds: float = 0.0
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, ModelError
+from engine.likeliest import likeliest
 from engine.linear import dense_maker
 from speculation.drafters.base import BaseDrafter, Surroundings
 from speculation.drafters.contexts import last_windows
 from speculation.drafters.growth import Branches, FollowLevel, Level, grow_levels
 from speculation.heads.checkpoint import Checkpoint, Target, load
-from speculation.likeliest import likeliest
 from speculation.rounds import DraftRequest, Needs, Observed
 from speculation.tree import DraftBatch
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from core.types import SamplingParams
 from engine.parallel.runner import GroupRunner
+from engine.step import StepBatch, StepOutput
 from speculation.rounds import Needs
 from tests.engine import test_reproducible as reproducible
 from tests.engine.driver import TINY
@@ -18,6 +20,22 @@ from tests.speculation.prompting import Prompter, in_batch
 SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2}
 NUM_BLOCKS = 30
 """Few enough that some requests are preempted."""
+
+
+class WatchedRunner(LateRunner):
+    """Knows whether ranks sent whole rows of logits."""
+
+    def __init__(self, runner: GroupRunner) -> None:
+        super().__init__(runner, 2)
+        self.steps: list[Future[StepOutput]] = []
+
+    def submit(self, batch: StepBatch) -> Future[StepOutput]:
+        self.steps.append(super().submit(batch))
+        return self.steps[-1]
+
+    @property
+    def num_with_logits(self) -> int:
+        return sum(step.result().logits is not None for step in self.steps)
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2), (2, 2)])
@@ -41,9 +59,11 @@ def test_outputs_of_a_group_are_what_they_are_without(
     try:
         found = []
         for speculator in (None, in_batch(drafter)):
-            with engine_over(LateRunner(runner, 2), num_blocks=NUM_BLOCKS, speculator=speculator) as harness:
+            watched = WatchedRunner(runner)
+            with engine_over(watched, num_blocks=NUM_BLOCKS, speculator=speculator) as harness:
                 sequences = [job.sequence(str(index)) for index, job in enumerate(jobs)]
                 found.append(harness.outputs(sequences))
+            assert watched.num_with_logits == 0  # the likeliest tokens are enough
             for job, output in zip(jobs, found[0], strict=True):
                 drafter.outputs[tuple(job.sequence("").request.prompt_token_ids)] = output.token_ids
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from core.errors import ConfigError, InternalError, ModelError
 from core.types import SamplingParams
@@ -84,6 +85,24 @@ def test_a_group_computes_and_draws_as_one_device_does(
     assert gone(pids)
     after = runner.submit(batches[0])
     assert isinstance(after.exception(), InternalError)
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2)])
+def test_who_reads_the_likeliest_tokens_is_sent_no_logits(
+    tp_size: int, pp_size: int, load: Callable[..., GroupRunner]
+) -> None:
+    """A row of logits is as long as the vocabulary; who wants both has both from these."""
+    driver, chunk = Driver(load(tp_size, pp_size)), tokens(11, seed=0)
+    asked = {"logit_rows": np.array([8, 10]), "num_top": 3}
+    top_only = driver.run([(driver.new(11), chunk)], return_logits=False, **asked)
+    whole = driver.run([(driver.new(11), chunk)], return_logits=True, **asked)
+    assert (top_only.logits, whole.top) == (None, None)
+    assert top_only.top is not None
+    assert whole.logits is not None
+    ids, logprobs = top_only.top
+    want = whole.logits.log_softmax(-1).topk(3)
+    assert ids.tolist() == want.indices.tolist()
+    assert close(torch.from_numpy(logprobs), want.values)
 
 
 @pytest.mark.parametrize("idle", [False, True])

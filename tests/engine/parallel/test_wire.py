@@ -68,6 +68,7 @@ BATCH = StepBatch(
     adapters=("", "sql"),
     scored=(ScoredRows(0, array(5), 2),),
     return_logits=True,
+    num_top=4,
 )
 
 
@@ -93,6 +94,7 @@ def test_what_a_step_brought_arrives_with_every_field(ends: tuple[Channel, Chann
         logprobs=(TokenLogprobs(-0.5, [(3, -0.5), (4, -1.5)]), None),
         prompt_logprobs=(PromptLogprobs(1, b"\0" * 4, b"\1" * 4, b"\2" * 4, b"\3" * 4),),
         logits=torch.arange(8, dtype=dtype).view(2, 4),
+        top=(np.array([[7, 8]]), np.array([[-0.5, -1.5]], np.float32)),
         taps={0: torch.ones(3, 4, dtype=dtype), 3: torch.empty(0, 4, dtype=dtype)},
         seconds=0.25,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.likeliest import PART, likeliest
 from engine.native import library
-from speculation.likeliest import PART, likeliest
 
 TOP = 8
 

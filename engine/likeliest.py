@@ -1,4 +1,4 @@
-"""The target's likeliest tokens, for those who learn from them."""
+"""The likeliest tokens of rows of logits, for those who learn from them."""
 
 from __future__ import annotations
 
