@@ -86,6 +86,8 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._compiling: dict[str, Sequence] = {}
         """Not admitted yet: their grammars are being compiled."""
+        self._dropped_in_flight: set[Sequence] = set()
+        """That the speculator has yet to forget."""
         self._rejected: list[SequenceUpdate] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._flying: deque[tuple[Schedule, StepBatch, Future[StepOutput]]] = deque()
@@ -274,6 +276,10 @@ class Engine:
         if speculator is None:
             return updates
         speculator.settle(schedule, batch, output)
+        for chunk in schedule.chunks:
+            if chunk.sequence in self._dropped_in_flight:
+                self._dropped_in_flight.remove(chunk.sequence)
+                speculator.forget(chunk.sequence)
         return [self._without_drafts(update, speculator) for update in updates]
 
     @staticmethod
@@ -380,14 +386,22 @@ class Engine:
         self._compiling.pop(request_id, None)
         if (sequence := self._live.pop(request_id, None)) is not None:
             self._scheduler.abort(request_id)
-            if self._speculator is not None:
-                self._speculator.forget(sequence)
+            self._forget(sequence)
 
     def _release(self, request_id: str) -> None:
         sequence = self._live.pop(request_id, None)
-        if sequence is not None and self._speculator is not None:
-            self._speculator.forget(sequence)
+        if sequence is not None:
+            self._forget(sequence)
         self._scheduler.release(request_id)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Drafters do once they have been told of the step that it is part of."""
+        if self._speculator is None:
+            return
+        if sequence.in_flight:
+            self._dropped_in_flight.add(sequence)
+        else:
+            self._speculator.forget(sequence)
 
     @staticmethod
     def _failed(sequence: Sequence, error: InternalError | InvalidRequest) -> SequenceUpdate:

@@ -48,7 +48,8 @@ class Speculator(Protocol):
         ...
 
     def forget(self, sequence: Sequence) -> None:
-        """It has ended, or is computed elsewhere from now on; perhaps it was never a candidate."""
+        """It has ended, or is computed elsewhere from now on, and no step that it is part of is left to settle; perhaps
+        it was never a candidate."""
         ...
 
     def pack(self, sequence: Sequence) -> DraftStates:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -54,8 +54,7 @@ class Crew:
         self._aside = Aside("drafters")
         self._at_work: tuple[str, float] | None = None  # who is on the engine's thread, and when it will be lost
         self._keys = itertools.count()
-        self._requests: dict[str, DraftRequest] = {}
-        self._alive: set[int] = set()
+        self._requests: dict[EngineSequence, DraftRequest] = {}
 
     # --- drafters --------------------------------------------------------------------------------------------------
 
@@ -121,11 +120,11 @@ class Crew:
 
     def request(self, sequence: EngineSequence) -> DraftRequest:
         """As drafters see it. They are told of one that goes on here, the first time that it is asked for."""
-        known = self._requests.get(sequence.request_id)
+        known = self._requests.get(sequence)
         if known is not None:
             return known
         request = sequence.request
-        known = self._requests[request.request_id] = DraftRequest(
+        known = self._requests[sequence] = DraftRequest(
             key=next(self._keys),
             token_ids=sequence.token_ids,
             num_prompt_tokens=sequence.num_prompt_tokens,
@@ -134,7 +133,6 @@ class Crew:
             scope=f"{request.cache_salt}\0{request.adapter}",
             remember=request.remember,
         )
-        self._alive.add(known.key)
         if not sequence.hold_after_prefill:
             for name in self:
                 self.call(name, partial(self[name].start, known))
@@ -143,14 +141,9 @@ class Crew:
     def requests(self, sequences: Sequence[EngineSequence]) -> list[DraftRequest]:
         return [self.request(sequence) for sequence in sequences]
 
-    def know(self, requests: Iterable[DraftRequest]) -> bool:
-        """Whether none of them was forgotten."""
-        return all(request.key in self._alive for request in requests)
-
     def forget(self, sequence: EngineSequence) -> None:
-        request = self._requests.pop(sequence.request_id, None)
+        request = self._requests.pop(sequence, None)
         if request is not None:
-            self._alive.remove(request.key)
             for name in self:
                 self.call(name, partial(self[name].finish, request.key))
 
@@ -178,7 +171,7 @@ class Crew:
     def pack(self, sequence: EngineSequence) -> DraftStates:
         """What drafters on another worker need to go on with it as those here would."""
         states: DraftStates = {}
-        request = self._requests.get(sequence.request_id)
+        request = self._requests.get(sequence)
         if request is None:
             return states
         left = MAX_STATE_BYTES

@@ -330,9 +330,8 @@ class InBatch:
                 continue
             own.update(part.candidates.tolist())
             requests = round_.asked(part) if round_ is not None else []
-            if self._crew.know(requests):  # else one was dropped while the step ran, and drafters have forgotten it
-                seen = observed(step, drafter.needs, *step.path_rows(part.candidates, part.drafts, outcome))
-                lessons.append(partial(drafter.observe, Feedback(requests, part.drafts, outcome, seen)))
+            seen = observed(step, drafter.needs, *step.path_rows(part.candidates, part.drafts, outcome))
+            lessons.append(partial(drafter.observe, Feedback(requests, part.drafts, outcome, seen)))
         if (absorbing := self._crew.absorbing(name, step, own)) is not None:
             lessons.append(absorbing)
         return lessons

@@ -22,12 +22,12 @@ from speculation.controllers.registry import make_controller
 from speculation.in_batch import InBatch
 from speculation.laws import DraftLaw
 from speculation.qlaw import QLaw
-from speculation.rounds import DraftRequest
+from speculation.rounds import DraftRequest, Needs
 from speculation.rules.registry import RULES
 from speculation.tree import DraftBatch
 from tests.engine import test_reproducible as reproducible
 from tests.engine.driver import tokens
-from tests.engine.late import LateRunner, check_same, engine_over
+from tests.engine.late import HandRunner, LateRunner, check_same, engine_over, sequence
 from tests.speculation.prompting import BUDGET, ENGINES, VOCAB, Prompter, in_batch, outputs
 
 
@@ -124,6 +124,30 @@ class Drawing(Prompter):
 class Silent(Prompter):
     def propose(self, requests: Sequence[DraftRequest], budgets: NDArray[np.int64], floor: float) -> DraftBatch:
         return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name_again", ["b", "c"])
+def test_of_a_request_that_is_dropped_while_it_is_computed_nothing_is_kept(name_again: str) -> None:
+    """Of two in flight the second is dropped, and another comes, perhaps of its name; what drafters are told of the
+    step that it was part of is no news of a request to keep."""
+    drafter, runner = Prompter(Needs(top=3)), HandRunner()
+    speculator = in_batch(drafter)
+    with engine_over(runner, speculator=speculator) as harness:
+        for name in ("a", "b"):
+            harness.engine.add(sequence(name, max_tokens=8))
+        first, second = runner.next(), runner.next()
+        harness.engine.abort("b")
+        harness.engine.add(sequence(name_again, max_tokens=2))
+        first.end()
+        third = runner.next()  # of the first request, so that the commands have been carried out
+        second.end()
+        third.end()
+        runner.let_go()
+        ended: set[str] = set()
+        while ended != {"a", name_again}:
+            ended |= harness.ends().keys()
+    assert drafter.alive == set()
+    assert speculator._wishes == {}
 
 
 @pytest.mark.parametrize(
