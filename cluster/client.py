@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
 from cluster.dispatch import Deliver, Dispatch, Instruction, Reroute, Send
 from cluster.membership import Member
@@ -158,7 +158,7 @@ class ClusterBackend:
 
     # --- Backend ---------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, FinishReason | None]:
         """See gateway.backend.Backend."""
         flight = Flight(request, self._routes.way(request), self._recorder.begin(request))
         timer = asyncio.get_running_loop().call_later(
@@ -168,8 +168,10 @@ class ClusterBackend:
             self._route(flight, None, refuse=False)
             while True:
                 delta = await flight.queue.get()
-                yield delta
-                if delta.finish is not None:
+                enough = yield delta
+                if enough is not None:
+                    flight.record.end(enough)
+                if enough is not None or delta.finish is not None:
                     return
         except SlipstreamError:
             flight.record.end(FinishReason.ERROR)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.replan_metrics import ReplanStatus
-from core.types import Request, TokenDelta
+from core.types import FinishReason, Request, TokenDelta
 from core.wire import WorkerStatus
 
 
@@ -25,10 +25,10 @@ class BackendStatus:
 
 
 class Backend(Protocol):
-    def generate(self, request: Request) -> AsyncIterator[TokenDelta]:
+    def generate(self, request: Request) -> AsyncGenerator[TokenDelta, FinishReason | None]:
         """Deltas in output order, the last with `finish` set, by the deadline at the latest. Raises Overloaded or
-        Unavailable before the first delta when the request is refused. Closing the iterator cancels the request and
-        frees what it holds everywhere."""
+        Unavailable before the first delta when the request is refused. Closing it cancels the request and frees what it
+        holds everywhere; so does sending in a reason, as which its end is then recorded."""
         ...
 
     def status(self) -> BackendStatus: ...

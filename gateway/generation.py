@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import cast
 
 from core.errors import Cancelled, InternalError, SlipstreamError, Unavailable
 from core.metrics import RequestTimer
@@ -126,7 +125,7 @@ def best(pieces: list[Piece], body: GenerationRequest) -> list[Piece]:
 
 async def run(backend: Backend, choice: Choice, timer: RequestTimer) -> AsyncGenerator[Piece]:
     """The pieces of one sequence, the last with a finish reason. Leaving early cancels it in the cluster."""
-    deltas = cast("AsyncGenerator[TokenDelta]", backend.generate(choice.request))
+    deltas = backend.generate(choice.request)
     with timer:
         async with aclosing(deltas):
             async for delta in deltas:
@@ -135,6 +134,9 @@ async def run(backend: Backend, choice: Choice, timer: RequestTimer) -> AsyncGen
                 choice.ttft_s = timer.ttft_s
                 if piece.finish_reason is not None:
                     timer.finished(piece.finish_reason)
+                    if delta.finish is None:  # a stop string, of which the cluster knows nothing
+                        with suppress(StopAsyncIteration):
+                            await deltas.asend(piece.finish_reason)
                 yield piece
                 if piece.finish_reason is not None:
                     return

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from cluster.front import ALL_ADDRESSES, Front
 from cluster.local import local_cluster
 from cluster.membership import Member
 from cluster.routes import Routes
+from core.types import FinishReason
 from tests.e2e.conftest import save_tokenizer
 
 TIMEOUT_S = 60.0
@@ -57,6 +59,24 @@ async def test_without_workers_a_gateway_listens_all_the_same_and_says_so(
     monkeypatch.setattr(front, "ACQUAINTANCE_S", 0.1)
     async with asyncio.timeout(TIMEOUT_S), gateway(tiny[1], nobody) as alone:
         assert await health(alone.url) == 503
+
+
+async def test_a_request_that_ends_at_a_stop_string_is_no_abort_to_those_who_count(
+    tiny: tuple[LlamaForCausalLM, Path],
+) -> None:
+    save_tokenizer(tiny[1])
+    async with asyncio.timeout(TIMEOUT_S), local_cluster(CONFIG, tiny[1]) as cluster:
+        backend = ClusterBackend(cluster._list_members, routes=Routes.of(CONFIG))
+        joined = Front(CONFIG, tiny[1], backend)
+        await joined.start()
+        asked: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 12, "temperature": 0}
+        async with httpx.AsyncClient(base_url=joined.url, timeout=TIMEOUT_S) as client:
+            asked["model"] = (await client.get("/v1/models")).json()["data"][0]["id"]
+            whole = (await client.post("/v1/completions", json=asked)).json()["choices"][0]["text"]
+            answer = await client.post("/v1/completions", json=asked | {"stop": whole[len(whole) // 2]})
+        await joined.stop()
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    assert [served.ended for served in backend._recorder.take()] == [FinishReason.LENGTH, FinishReason.STOP]
 
 
 async def nobody() -> list[Member]:
