@@ -186,6 +186,7 @@ class WorkerNode:
         assert self._make_speculator is not None
         self._speculator = await asyncio.to_thread(partial(self._make_speculator, at_work=True))
         self._engine.speculate(self._speculator)
+        self._observer = None
 
     async def drain(self, within_s: float) -> None:
         """Tell the gateways that this worker leaves, and return once it has nothing to do for them, or nothing would

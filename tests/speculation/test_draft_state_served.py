@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from cluster.config.loading import load
 from cluster.local import local_cluster
-from core.types import Request, SamplingParams
+from core.types import Request, Role, SamplingParams
 from speculation import allowance
 from tests.engine.driver import tokens
 from tests.tiny import all_handed_over, save_tiny_llama
@@ -57,3 +59,16 @@ async def test_rounds_after_a_hand_off_are_those_of_one_worker(
     apart, together = [await rounds(folder, drafter, **layout) for layout in ({}, {"colocated": True})]
     assert apart == together
     assert any(accepted for deltas in apart for _, _, accepted in deltas)
+
+
+async def test_a_worker_that_begins_to_decode_keeps_no_second_set_of_drafters(folder: Path) -> None:
+    given = {"dtype": "float32", "kv_cache_memory": "4MiB", "speculation": "hybrid"}
+    async with local_cluster(load(None, all_handed_over(given)), folder) as cluster, asyncio.timeout(TIMEOUT_S):
+        node = cluster.nodes["prefill-0"]
+        watching = weakref.ref(node._observer)
+        assert watching() is not None
+        node.set_role(Role.BOTH, 512)
+        while watching() is not None:
+            gc.collect()
+            await asyncio.sleep(0.01)
+        assert node._speculator is not None
