@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from placement.bounded import Many
 from placement.latency import Coefficients, Contention, DistServeLatency, StepLatency
 from placement.workload import Times
 
@@ -28,12 +29,12 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A step that was measured, or reckoned: what StepLatency.step_ms takes, and the time it took. `longest` is the
     longest sequence in it, in tokens, with those that it computes."""
 
-    tokens: int
-    squares: int
-    context: int
-    sequences: int
-    rows: int
-    longest: int
+    tokens: Many
+    squares: Many
+    context: Many
+    sequences: Many
+    rows: Many
+    longest: Many
     ms: float
 
     @staticmethod

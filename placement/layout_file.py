@@ -14,6 +14,7 @@ from msgspec.structs import asdict
 
 from core.errors import ConfigError
 from core.wire import STATUS_PERIOD_S
+from placement.bounded import Few, Many
 from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import Group, Layout, Link, Outage, Role
 
@@ -26,16 +27,16 @@ class _Latency(_Strict):
     prompt: Coefficients
     decode: Coefficients
     large_decode: Coefficients
-    large_rows: int
+    large_rows: Many
     shared_ms: float = 0.0
     shared_rows: float = math.inf
     large_prompt: Coefficients | None = None
-    large_tokens: int = 1
+    large_tokens: Many = 1
 
 
 class _Speculation(_Strict):
     acceptance_length: float
-    rows: int
+    rows: Many
     draft_ms: float = 0.0
     draft_sequence_ms: float = 0.0
 
@@ -49,15 +50,15 @@ class _Group(_Strict):
     name: str
     role: str
     latency: _Latency
-    kv_tokens: int
-    count: int = 1
-    chunk_tokens: int = 2048
-    max_sequences: int = 256
-    stages: int = 1
+    kv_tokens: Many
+    count: Few = 1
+    chunk_tokens: Many = 2048
+    max_sequences: Many = 256
+    stages: Few = 1
     hop_ms: float = 0.0
     speculation: _Speculation | None = None
-    island: int = 0
-    host: int = 0
+    island: Many = 0
+    host: Many = 0
     contention: _Contention = msgspec.field(default_factory=_Contention)
     cores: float = 0.0
 
@@ -79,7 +80,7 @@ class _File(_Strict):
     groups: list[_Group]
     links: list[_Link] = []
     outages: list[_Outage] = []
-    handoff_min_tokens: int = 0
+    handoff_min_tokens: Many = 0
     overhead_ms: float = 0.0
     report_ms: float = STATUS_PERIOD_S * 1000.0
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from core.errors import ConfigError
 from core.files import write_text
+from placement.bounded import Bytes, Few, Many
 from placement.fit import Point, distserve_ms, fit, fit_contention, fit_distserve
 from placement.latency import Coefficients, Contention, Speculation, StepLatency
 from placement.layout import ALONE, Group, Role
@@ -31,11 +32,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fingerprint: str
     dtype: str
     quantization: str | None
-    weight_bytes: int
-    kv_token_bytes: int
-    hidden_size: int
-    num_layers: int
-    max_tokens: int
+    weight_bytes: Bytes
+    kv_token_bytes: Bytes
+    hidden_size: Many
+    num_layers: Many
+    max_tokens: Many
     """Longest sequence."""
 
 
@@ -44,10 +45,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `versions` tell machines and software apart."""
 
     device: str
-    tp: int = 1
-    threads: int = 1
+    tp: Few = 1
+    threads: Few = 1
     """Of each rank, on a CPU: its device is a core."""
-    beside: int = 0
+    beside: Few = 0
     """Workers alike that computed on the same machine while steps were measured beside them."""
     hardware: dict[str, str | int] = {}
     versions: dict[str, str] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from core.errors import ConfigError
+from placement.bounded import Few
 from placement.devices import device
 from placement.layout import Link
 
@@ -29,9 +30,9 @@ class NodeKind(_Strict, frozen=True):
 
     name: str
     device: str
-    devices: int
+    devices: Few
     memory_gb: float
-    count: int = 1
+    count: Few = 1
     dollars_per_hour: float | None = None
 
 

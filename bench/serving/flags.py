@@ -131,7 +131,7 @@ load_flags = _group(
         default=None,
         help="Generate to the full output length. Default: for --dataset-name random only.",
     ),
-    *(click.option(f"--{name.replace('_', '-')}", name, type=float) for name in SAMPLING if name != "top_k"),
+    *(click.option(f"--{name.replace('_', '-')}", name, type=FiniteRange()) for name in SAMPLING if name != "top_k"),
     click.option("--top-k", type=int),
     click.option("--extra-body", metavar="JSON", help="Fields added to every request; they win over flags."),
 )

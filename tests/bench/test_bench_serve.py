@@ -264,6 +264,12 @@ def test_bad_flags_are_refused_by_name(run, server, flags, message):
     assert not server.exchanges
 
 
+def test_a_temperature_that_is_no_number_is_refused(run, server):
+    result = run("--temperature", "nan")
+    assert result.exit_code == 2
+    assert "'--temperature': nan is no finite number" in result.stderr
+
+
 def test_a_server_without_tokenize_asks_for_a_tokenizer(run, server):
     server.tokenizes = False
     message = refusal(run())

@@ -117,6 +117,8 @@ def test_a_layout_may_say_what_large_steps_take_and_when_nothing_is_saved(layout
         ("to: decode", "to: decoder", "no group 'decoder'; there are prefill, decode"),
         ("name: decode", "name: prefill", "two groups are named prefill"),
         ("count: 2", "count: 0", "count is 0"),
+        ("count: 2", "count: 1000000000000", r"<= 10000 - at `\$\.groups\[.*\]\.count`"),
+        ("rows: 4", "rows: 9000000000000000000", r"speculation\.rows`"),
         ("groups:", "groups: [", "layout.yaml: "),
         ("rows: 4", "rows: 1", "acceptance length of 2 with 1 rows"),
     ],

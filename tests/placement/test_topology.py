@@ -64,6 +64,7 @@ def test_a_link_takes_its_time_for_each_token_and_some_more(tmp_path: Path) -> N
         (("memory_gb: 48", "memory_gb: -1"), r"nodes\[1\]\.memory_gb: -1"),
         (("dollars_per_hour: 1}", "dollars_per_hour: 0}"), r"nodes\[1\]\.dollars_per_hour: 0"),
         (("name: cheap", "name: fast"), r"nodes\[0\]\.name: two kinds are named fast"),
+        (("devices: 8", "devices: 10001"), r"<= 10000 - at `\$\.nodes\[0\]\.devices`"),
         (("devices: 8", "devices: many"), r"nodes\[0\]\.devices"),
     ],
 )
