@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,7 @@ def searched(
     workload = workload_of(trace, lengths, burstiness, cache_tokens_on(topology, known, limits))
     found = planned(known, topology, limits, workload, goal, objective, rate, drafter, slo=slo)
     if kind is None and topology_file is None and ray_address is None:
-        found.made.plan.warnings += [warning for one in known for warning in measured_elsewhere(one.profile)]
+        found.made.plan.warnings += measured_elsewhere(one.profile for one in known)
     return found
 
 
@@ -148,8 +148,12 @@ def planned(
     return Searched(made, space, by_name, topology, limits, drafter, workload, goal, any_role, weights, known, slo)
 
 
-def measured_elsewhere(profile: Profile) -> list[str]:
-    """How this machine and its software differ from those of a profile, a sentence each."""
+def measured_elsewhere(profiles: Iterable[Profile]) -> list[str]:
+    """How this machine and its software differ from those of the profiles, a sentence each."""
+    return [warning for profile in profiles for warning in _elsewhere(profile)]
+
+
+def _elsewhere(profile: Profile) -> list[str]:
     if profile.source != "measured":
         return []
     here = versions()

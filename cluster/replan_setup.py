@@ -103,7 +103,7 @@ def _doubts(config: SlipstreamConfig, grounds: Grounds, workers: Simulated | Sha
     most = config.most_workers if isinstance(workers, Simulated) else config.most_devices
     found = doubts(profiles, grounds.topology, workers, most, max(settings_of(config).chunk_tokens))
     if config.cluster.ray_address is None:
-        found += [warning for profile in profiles for warning in measured_elsewhere(profile)]
+        found += measured_elsewhere(profiles)
     return found
 
 

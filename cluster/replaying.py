@@ -78,7 +78,7 @@ def replayed(asked: Asked) -> Replayed:
     most = settings.devices if shapes else max(asked.workers, asked.max_workers or 0)
     warnings = doubts(profiles, topology, workers, most, max(asked.chunk_tokens), workload)
     if asked.topology_file is None:
-        warnings += [warning for profile in profiles for warning in measured_elsewhere(profile)]
+        warnings += measured_elsewhere(profiles)
     return replace(found, warnings=warnings)
 
 

@@ -277,7 +277,7 @@ def test_profiles_of_different_weights_do_not_go_together(files, tmp_path: Path)
 
 def test_a_profile_of_another_machine_is_warned_of() -> None:
     setting = Setting(device="cpu", hardware={"device": "An Abacus", "cores": 4096}, versions={"torch": "0.1"})
-    said = measured_elsewhere(profile(setting=setting))
+    said = measured_elsewhere([profile(setting=setting)])
     assert [sentence.split(", and")[0] for sentence in said] == [
         "profiled with torch 0.1",
         "profiled with device An Abacus",
